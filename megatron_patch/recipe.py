@@ -1,0 +1,312 @@
+"""The typed recipe: read a YAML file, extend, override, derive, refuse.
+
+A recipe is the one place where a setting of a run is written. `load` reads `recipes/NAME.yaml`, follows `extends`,
+applies named alternatives (`use=NAME`) and `key.path=value` overrides, and returns a validated, frozen `Recipe`.
+Everything a layout cannot do is refused here, with the arithmetic in the message, before a process group exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: names the file or key, what was expected and what to do."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The architecture (paper Table 3; conflicts with the released code in docs/errata.md)."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU FFN.")
+    num_attention_heads: int = Field(gt=0, description="Query heads; as many KV heads (MHA).")
+    vocab_size: int = Field(gt=0, le=65536, description="Rows are stored as uint16.")
+    sequence_length: int = Field(gt=0, description="Input tokens of a row; a stored row has one more.")
+    shared_ffn: bool = Field(description="One FFN for all layers (MobiLlama) or one for each (baselines).")
+    norm_epsilon: float = Field(gt=0)
+    rope_base: float = Field(gt=0)
+    init_std: float = Field(gt=0, description="N(0, init_std) for every matrix and embedding, without depth scaling.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @model_validator(mode="after")
+    def _buildable(self) -> Model:
+        h, n = self.hidden_size, self.num_attention_heads
+        if h % n:
+            raise ValueError(
+                f"hidden_size {h} / num_attention_heads {n} = {h / n:g} is not a whole number"
+                + (
+                    " (the paper's 0.8B width 2532 cannot be built; the released 0.8B is 2560/10240)"
+                    if h == 2532
+                    else ""
+                )
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head dimension {h} / {n} = {self.head_dim} is odd; rotary embedding turns pairs")
+        return self
+
+
+class Parallel(Section):
+    """How one model is laid over ranks. Data parallel size is what remains of the world."""
+
+    tensor: int = Field(1, gt=0, description="Tensor-parallel size.")
+    pipeline: int = Field(1, gt=0, description="Pipeline stages.")
+    virtual_pipeline: int = Field(1, gt=0, description="Model chunks a stage (interleaved 1F1B above 1).")
+    sequence: bool = Field(False, description="Sequence parallelism of norms and residuals over the tensor group.")
+    zero_stage: Literal[1, 2] = Field(1, description="1: optimizer state sharded; 2: reduced gradients too.")
+
+
+class Batch(Section):
+    global_batch_size: int = Field(gt=0, description="Rows a step, over all ranks.")
+    micro_batch_size: int = Field(gt=0, description="Rows a rank takes through the model at once.")
+
+
+class Optimizer(Section):
+    """AdamW and its schedule (paper section 3.3)."""
+
+    learning_rate: float = Field(gt=0, description="Peak, reached after the warm-up.")
+    min_learning_rate: float = Field(ge=0, description="Floor of the cosine.")
+    warmup_steps: int = Field(ge=0, description="Linear from LR(0)=0.")
+    decay_steps: int | None = Field(
+        None, gt=0, description="Step at which the cosine meets the floor; null: last step."
+    )
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    epsilon: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    decay_everything: bool = Field(description="true: norms and embeddings decay too, as the authors ran it.")
+    clip_grad_norm: float = Field(gt=0, description="Global gradient norm is clipped to this.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Optimizer:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+
+class Data(Section):
+    folder: Path | None = Field(None, description="Data set written by data_tools/build_amber.py.")
+    order_seed: int = Field(ge=0, description="Segment k is permuted by seed order_seed + k.")
+    held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
+    held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
+
+
+class Checkpoint(Section):
+    interval_steps: int = Field(ge=0, description="Steps between restart points; 0: none by steps.")
+    interval_minutes: float = Field(ge=0, description="Minutes between restart points; 0: none by time.")
+    keep: int = Field(gt=0, description="Restart points kept; the newest verified one always is.")
+    milestone_steps: int | None = Field(
+        None, ge=0, description="Steps between milestones, kept for ever; null: one a segment; 0: none."
+    )
+    full_milestone_every: int = Field(ge=0, description="Every M-th milestone holds the optimizer too; 0: none does.")
+
+
+class Watchdog(Section):
+    """What to do about a step that went wrong."""
+
+    non_finite: Literal["stop", "skip"] = Field(description="NaN or infinity in loss or gradient norm.")
+    spike: Literal["ignore", "log", "stop", "skip"] = Field(description="Loss above spike_zscore of the window.")
+    spike_zscore: float = Field(gt=0)
+    spike_window: int = Field(ge=8, description="Steps the mean and deviation are taken over.")
+    hang_minutes: float = Field(ge=0, description="A step longer than this dumps every stack and ends the job; 0: off.")
+    slow_factor: float = Field(ge=0, description="A step this many medians long is logged with its rank; 0: off.")
+
+
+class Run(Section):
+    folder: Path | None = Field(None, description="Run folder; null: runs/NAME.")
+    steps: int | None = Field(None, gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
+    log_interval: int = Field(1, gt=0)
+    tensorboard: bool = Field(False, description="Write event files where tensorboard is installed.")
+    wall_minutes: float = Field(0.0, ge=0, description="Stop with a checkpoint after this long; 0: no budget.")
+    deterministic: bool = Field(False, description="Bit-reproducible kernels and collectives on GPUs.")
+
+
+class Recipe(Section):
+    name: str = Field(min_length=1)
+    seed: int = Field(ge=0, description="Initialisation is a function of (seed, parameter name).")
+    precision: Literal["bf16", "fp32"] = Field(description="bf16: bf16 weights; fp32 master, moments and gradients.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        description="selective: the FFN's activations are recomputed in backward; full: every layer's."
+    )
+    model: Model
+    parallel: Parallel
+    batch: Batch
+    optimizer: Optimizer
+    data: Data
+    checkpoint: Checkpoint
+    watchdog: Watchdog
+    run: Run
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.folder or Path("runs") / self.name
+
+    @property
+    def row_length(self) -> int:
+        """Token ids of a stored row: the inputs and the last label."""
+        return self.model.sequence_length + 1
+
+    @property
+    def pads_pipeline_split(self) -> bool:
+        """True where layers divide over stages only if embedding and loss count as a layer each."""
+        return self.model.num_layers % (self.parallel.pipeline * self.parallel.virtual_pipeline) != 0
+
+    @model_validator(mode="after")
+    def _layout(self) -> Recipe:
+        m, p, b = self.model, self.parallel, self.batch
+        for what, size in (
+            ("num_attention_heads", m.num_attention_heads),
+            ("ffn_hidden_size", m.ffn_hidden_size),
+            ("vocab_size", m.vocab_size),
+        ):
+            if size % p.tensor:
+                raise ValueError(
+                    f"model.{what} {size} / parallel.tensor {p.tensor} = {size / p.tensor:g}: no whole share"
+                )
+        if p.sequence and p.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor above 1: it splits rows over the tensor group")
+        if p.sequence and m.sequence_length % p.tensor:
+            raise ValueError(
+                f"model.sequence_length {m.sequence_length} / parallel.tensor {p.tensor} = "
+                f"{m.sequence_length / p.tensor:g}: sequence parallelism needs a whole share"
+            )
+        if p.virtual_pipeline > 1 and p.pipeline == 1:
+            raise ValueError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")
+        chunks = p.pipeline * p.virtual_pipeline
+        if m.num_layers % chunks and (m.num_layers + 2) % chunks:
+            raise ValueError(
+                f"model.num_layers {m.num_layers} over {p.pipeline} stages x {p.virtual_pipeline} chunks: neither "
+                f"{m.num_layers} / {chunks} = {m.num_layers / chunks:g} nor, with embedding and loss counted as a "
+                f"layer each, {m.num_layers + 2} / {chunks} = {(m.num_layers + 2) / chunks:g} is whole"
+            )
+        if p.zero_stage == 2 and p.pipeline > 1:
+            raise ValueError(
+                f"parallel.zero_stage 2 with parallel.pipeline {p.pipeline}: a pipeline accumulates gradients over "
+                "micro-batches in flight, so they cannot be released as they are reduced; use zero_stage 1"
+            )
+        if b.micro_batch_size > b.global_batch_size:
+            raise ValueError(
+                f"batch.micro_batch_size {b.micro_batch_size} is larger than batch.global_batch_size "
+                f"{b.global_batch_size}"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; `load` reads it back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Lines `key.path: mine -> theirs` for every setting in which two recipes differ."""
+        mine, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        return [
+            f"{k}: {mine.get(k)!r} -> {theirs.get(k)!r}" for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)
+        ]
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    `overrides` are `key.path=value` strings, the value read as YAML; `use=NAME[,NAME]` applies named alternatives
+    of the file (`alternatives:` in it or in a base) before the other overrides.
+    Raises RecipeError naming the file, the key and the remedy.
+    """
+    path = Path(path)
+    tree, alternatives = _read(path, seen=())
+    names, settings = [], []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{text!r} is not an override; write key.path=value, e.g. batch.micro_batch_size=4")
+        if key == "use":
+            names += [n for n in value.split(",") if n]
+        else:
+            try:
+                settings.append((key, yaml.safe_load(value)))
+            except yaml.YAMLError as e:
+                raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
+    for name in names:
+        if name not in alternatives:
+            raise RecipeError(
+                f"{path}: no alternative {name!r}; the file names {', '.join(sorted(alternatives)) or 'none'}"
+            )
+        tree = _merge(tree, alternatives[name])
+    for key, value in settings:
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        tree = _merge(tree, nested)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as e:
+        raise RecipeError("\n".join([f"{path} is refused:", *(f"  {_explain(d)}" for d in e.errors())])) from e
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except OSError as e:
+        raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in the folder recipes/") from e
+    except yaml.YAMLError as e:
+        raise RecipeError(f"{path}: not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    alternatives = tree.pop("alternatives", None) or {}
+    base = tree.pop("extends", None)
+    if base is not None:
+        base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
+        tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
+    return tree, alternatives
+
+
+class _Loader(yaml.SafeLoader):
+    """A key written twice is an error, not a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        if twice := {k for k in keys if keys.count(k) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"written twice: {sorted(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _explain(error: Any) -> str:
+    where = [str(part) for part in error["loc"]]
+    place = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in where[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{place}: missing; every recipe that extends base.yaml inherits it"
+    given = f" (given: {error['input']!r})" if place and not isinstance(error["input"], Mapping) else ""
+    return f"{place + ': ' if place else ''}{message}{given}"
