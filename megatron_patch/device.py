@@ -1,0 +1,69 @@
+"""GPU, or CPU with gloo: the only room that knows which.
+
+Everything else asks this module for the device, the backend and the clock, so that the code for the cluster is the
+code under test. Import it before DeepSpeed: DeepSpeed chooses its accelerator when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+
+import torch
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets; MFU is shown only where the peak is known.
+_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+
+HAS_GPU = torch.cuda.is_available()
+
+if not HAS_GPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def use(local_rank: int) -> torch.device:
+    """Bind this process to its GPU (or to the CPU) and return the device."""
+    if HAS_GPU:
+        torch.cuda.set_device(local_rank)
+    return current()
+
+
+def current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+def init_process_group(timeout: timedelta) -> None:
+    """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port."""
+    backend = "nccl" if HAS_GPU else "gloo"
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    else:
+        torch.distributed.init_process_group(backend, timeout=timeout, device_id=current() if HAS_GPU else None)
+
+
+def name() -> str:
+    return torch.cuda.get_device_name() if HAS_GPU else "CPU"
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 peak of this device in FLOP/s, or None where it is not known."""
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name()), None)
+
+
+def synchronized_time() -> float:
+    """Seconds on a monotonic clock, after all queued work."""
+    if HAS_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory() -> int | None:
+    """Highest bytes allocated on the GPU since start, or None on a CPU."""
+    return torch.cuda.max_memory_allocated() if HAS_GPU else None
+
+
+def upload(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a host tensor to the device without waiting for it."""
+    return tensor.pin_memory().to(current(), non_blocking=True) if HAS_GPU else tensor

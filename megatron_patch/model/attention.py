@@ -1,0 +1,38 @@
+"""Causal core attention that never forms an s x s matrix of scores or masks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+class CoreAttention(torch.nn.Module):
+    """flash-attn where it is installed, else torch's scaled_dot_product_attention.
+
+    Takes Megatron's place for `core_attention`: query, key, value [s, b, heads, head_dim] of this tensor-parallel
+    rank, output [s, b, heads * head_dim]. Attention is causal over the whole row and not reset at end-of-document.
+    """
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        self.scale = 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None, **_: Any
+    ) -> torch.Tensor:
+        s, b, n, d = query.shape
+        if flash_attn_func is not None and query.is_cuda and query.dtype != torch.float32:
+            q, k, v = (t.transpose(0, 1) for t in (query, key, value))
+            return flash_attn_func(q, k, v, softmax_scale=self.scale, causal=True).transpose(0, 1).reshape(s, b, n * d)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)

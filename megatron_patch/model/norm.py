@@ -1,0 +1,23 @@
+"""RMSNorm that sequence parallelism accepts."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """weight * x / sqrt(mean(x^2) + eps), statistics in fp32 (Zhang and Sennrich 2019).
+
+    Input and output [..., hidden]. Under sequence parallelism each tensor-parallel rank norms its own part of the
+    rows, so the weight's gradient is partial and `megatron_patch.gradients` sums it over the tensor group. (mcore's
+    wrapper of torch's norm refuses sequence parallelism, which is why this class exists.)
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
