@@ -1,0 +1,123 @@
+"""One optimizer step: every micro-batch through Megatron's schedule, reduce, clip, update.
+
+The loss is the sum over the global batch divided by its tokens, never a mean of means: each micro-batch's summed loss
+is divided by the tokens of the whole global batch, rows of zero weight pad ranks that fall short, and gradients are
+summed, so the result does not depend on how rows were dealt to ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_patch import device
+from megatron_patch.model.build import build
+from megatron_patch.model.initialise import initialise
+from megatron_patch.recipe import Recipe
+from megatron_patch.topology import Topology
+from megatron_patch.zero import ShardedOptimizer
+
+
+class Share(Protocol):
+    """What a rank takes of a global batch (megatron_patch.data.loader.BatchShare)."""
+
+    tokens: np.ndarray  # uint16 [micro-batches, micro-batch size, row length]
+    weights: np.ndarray  # float32 [micro-batches, micro-batch size]; 0 where a row only pads
+
+
+class StepResult(NamedTuple):
+    """Equal on every rank."""
+
+    loss: float  # nats a token, mean over the global batch
+    grad_norm: float  # global norm before clipping
+    request: float  # sum of the ranks' `request` arguments
+    applied: bool  # False where the update was withheld: loss or norm not finite
+
+
+class Trainer:
+    """The model and optimizer of this rank under one recipe and topology."""
+
+    def __init__(self, recipe: Recipe, topology: Topology, micro_batches: int) -> None:
+        """`micro_batches` is the number each data-parallel rank runs a step (megatron_patch.data.deal)."""
+        self.recipe, self.topology, self.micro_batches = recipe, topology, micro_batches
+        self.chunks = build(recipe, device.current())
+        initialise(self.chunks, recipe.model, recipe.seed, topology.tensor_rank, topology.tensor_size)
+        self.optimizer = ShardedOptimizer(self.chunks, recipe, topology, micro_batches)
+        self._schedule = get_forward_backward_func()
+
+    def step(self, share: Share, learning_rate: float, request: float = 0.0) -> StepResult:
+        """Train on this rank's share of one global batch.
+
+        `request` travels with the loss in the step's one world-wide reduction, so that all ranks learn in the same
+        step that any of them was asked to stop. Loss and norm are read before the update: a step that is not finite
+        leaves weights and moments as they were, on every rank.
+        """
+        tokens_of_batch = self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
+        self.optimizer.clear_gradients()
+        loss = self._run(share, tokens_of_batch, forward_only=False)
+        self.optimizer.reduce_gradients()
+        sums = torch.stack([loss, self.optimizer.local_norm_squared(), loss.new_tensor(request)])
+        dist.all_reduce(sums)
+        total_loss, norm_squared, requests = sums.tolist()
+        finite = bool(np.isfinite(total_loss) and np.isfinite(norm_squared))
+        if finite:
+            clip = self.recipe.optimizer.clip_grad_norm / (sums[1].sqrt() + 1e-6)
+            self.optimizer.step(learning_rate, clip.clamp(max=1.0))
+        return StepResult(total_loss, norm_squared**0.5, requests, finite)
+
+    @torch.no_grad()
+    def held_out_loss(self, shares: Iterable[Share], rows: int) -> float:
+        """Mean loss in nats a token over `rows` held-out rows dealt to ranks as `shares`; equal on every rank."""
+        tokens = rows * self.recipe.model.sequence_length
+        total = torch.zeros((), device=device.current())
+        for share in shares:
+            total += self._run(share, tokens, forward_only=True)
+        dist.all_reduce(total)
+        return total.item()
+
+    def _run(self, share: Share, tokens: int, forward_only: bool) -> torch.Tensor:
+        """This rank's part of the loss (fp32 scalar; 0 unless last stage and first tensor rank)."""
+        rows = device.upload(torch.from_numpy(share.tokens.astype(np.int64)))
+        weights = device.upload(torch.from_numpy(share.weights))
+        batches = [_micro_batches(rows, weights) for _ in self.chunks]
+        losses = self._schedule(
+            forward_step_func=partial(_forward_step, tokens=tokens),
+            data_iterator=batches,
+            model=self.chunks,
+            num_microbatches=len(rows),
+            seq_length=self.recipe.model.sequence_length,
+            micro_batch_size=rows.shape[1],
+            forward_only=forward_only,
+        )
+        if losses and self.topology.tensor_rank == 0:
+            return torch.stack(losses).sum()
+        return torch.zeros((), device=device.current())
+
+
+def _micro_batches(rows: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    yield from zip(rows, weights, strict=True)
+
+
+def _forward_step(
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: GPTModel, tokens: int
+) -> tuple[torch.Tensor, partial]:
+    rows, weights = next(batches)
+    labels = rows[:, 1:].contiguous() if model.post_process else None
+    output = model(rows[:, :-1] if model.pre_process else None, None, None, labels=labels)
+    return output, partial(_weighted_loss, weights=weights, tokens=tokens)
+
+
+def _weighted_loss(
+    losses: torch.Tensor, weights: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From losses [b, s] to (loss to differentiate, tokens counted by mcore: none, loss to log)."""
+    loss = (losses.float().sum(dim=1) * weights).sum() / tokens
+    # The schedule scales what it differentiates in place; what is logged must be a copy.
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()

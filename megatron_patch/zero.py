@@ -1,0 +1,111 @@
+"""DeepSpeed ZeRO holds the optimizer state: fp32 master weights and both AdamW moments, 1/DP of them on each rank.
+
+DeepSpeed's own gradient hooks fire once per use of a shared weight and average over ranks, so gradients go their own
+way (gradients.py); DeepSpeed receives the reduced shard, updates its part of the weights and gathers the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_patch import device  # before deepspeed: it picks DeepSpeed's accelerator
+
+import deepspeed
+import torch
+
+from megatron_patch.gradients import GradientBuffer, local_norm_squared, parameter_groups
+from megatron_patch.model.parameters import local_parameters
+from megatron_patch.recipe import Recipe
+from megatron_patch.topology import Mpu, Topology
+
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+# DeepSpeed would compile a shared-memory all-reduce for CPUs at start-up wherever it finds a compiler; ours is gloo's.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(recipe: Recipe, micro_batches: int) -> dict[str, Any]:
+    """DeepSpeed's configuration, generated from the recipe and written nowhere else."""
+    return {
+        "train_micro_batch_size_per_gpu": recipe.batch.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_optimization": {
+            "stage": recipe.parallel.zero_stage,
+            # The norm counts the shared FFN and the norms once (gradients.py); DeepSpeed would count per parameter.
+            "compute_grad_norm": False,
+            "contiguous_gradients": False,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+        },
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": recipe.precision == "bf16", "check_grad_overflow": False},
+        # DeepSpeed accumulates nothing; equal dtypes keep it from allocating a second set of fp32 gradients.
+        "data_types": {"grad_accum_dtype": recipe.precision},
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+class ShardedOptimizer:
+    """AdamW under DeepSpeed ZeRO-1 or ZeRO-2, with fp32 gradients of our own.
+
+    A step is: `clear_gradients`, forward and backward of every micro-batch, `reduce_gradients`,
+    `local_norm_squared` (to be summed over all ranks), `step`.
+    """
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], recipe: Recipe, topology: Topology, micro_batches: int
+    ) -> None:
+        o = recipe.optimizer
+        self.groups = parameter_groups(list(local_parameters(chunks, recipe.model)), o.decay_everything)
+        adamw = torch.optim.AdamW(
+            [{"params": g.parameters, "weight_decay": o.weight_decay if g.decays else 0.0} for g in self.groups],
+            lr=0.0,
+            betas=(o.beta1, o.beta2),
+            eps=o.epsilon,
+            fused=True,
+        )
+        engine, *_ = deepspeed.initialize(
+            model=torch.nn.ModuleList(chunks),
+            optimizer=adamw,
+            mpu=Mpu,
+            config=deepspeed_config(recipe, micro_batches),
+            dist_init_required=False,
+        )
+        self.zero = engine.optimizer
+        for hook in self.zero._grad_acc_hooks:
+            hook.remove()
+        self.buffers = [
+            GradientBuffer(group, flat, recipe, topology)
+            for group, flat in zip(self.groups, self.zero.bit16_groups_flat, strict=True)
+        ]
+
+    @property
+    def master_shards(self) -> list[torch.Tensor]:
+        """This rank's part of each group's fp32 master weights, flat [padded length / DP]."""
+        return self.zero.single_partition_of_fp32_groups
+
+    def moments(self, group: int) -> dict[str, torch.Tensor]:
+        """AdamW's state of this rank's shard: exp_avg, exp_avg_sq (like the shard) and step (scalar)."""
+        return self.zero.optimizer.state[self.master_shards[group]]
+
+    def clear_gradients(self) -> None:
+        for buffer in self.buffers:
+            buffer.clear()
+
+    def reduce_gradients(self) -> None:
+        """Sum gradients over data-parallel ranks and replicas; every rank must call it once a step."""
+        for buffer in self.buffers:
+            buffer.reduce()
+
+    def local_norm_squared(self) -> torch.Tensor:
+        return local_norm_squared(self.buffers)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, scale: torch.Tensor) -> None:
+        """Update the weights from the reduced gradients times `scale` (the clip coefficient, a scalar tensor)."""
+        for param_group in self.zero.optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        for i, buffer in enumerate(self.buffers):
+            self.zero.averaged_gradients[i] = [buffer.shard.mul_(scale)]
+        self.zero.step()

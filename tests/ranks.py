@@ -1,0 +1,88 @@
+"""Real ranks for tests: processes forked from the test process, joined over gloo.
+
+Importing torch and Megatron takes seconds a process; a fork of a parent that has imported them takes none. Ranks meet
+through a file, so no two runs can share a port.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+class RankFailed(AssertionError):
+    """A rank raised or died; the message holds its traceback or exit code."""
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Run `function(*args)` on `world_size` forked ranks with a process group; return their results in rank order.
+
+    RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun sets them. Results travel through torch.save.
+    Raises RankFailed with the first failing rank's traceback after killing the others.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            receive, send = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(target=_rank, args=(rank, world_size, folder, send, function, args), daemon=True)
+            process.start()
+            send.close()
+            pipes.append(receive)
+            processes.append(process)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = wait(list(waiting), timeout)
+        if not ready:
+            raise RankFailed(f"ranks {sorted(waiting.values())} gave no result within {timeout:g} s")
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[call-overload]
+            try:
+                ok, payload = torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False)  # type: ignore[union-attr]
+            except EOFError:
+                raise RankFailed(f"rank {rank} died without a word") from None
+            if not ok:
+                raise RankFailed(f"rank {rank} raised:\n{payload}")
+            results[rank] = payload
+    return [results[rank] for rank in sorted(results)]
+
+
+def _rank(
+    rank: int, world_size: int, folder: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    buffer = io.BytesIO()
+    torch.save(answer, buffer)
+    send.send_bytes(buffer.getvalue())
+    # A peer may still be talking to this rank; the parent kills both once it has every answer.
+    send.close()
+    multiprocessing.Event().wait()
