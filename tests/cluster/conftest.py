@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm import Cluster
+from slurm_cluster import Cluster
 
 
 @pytest.fixture(scope="session")

@@ -124,9 +124,7 @@ class Cluster:
                 partitions=partitions,
             )
         )
-        (etc / "gres.conf").write_text(
-            f"NodeName={nodes} Name=gpu Type=a100 File={root}/gres/nvidia[0-{gpus - 1}]\n"
-        )
+        (etc / "gres.conf").write_text(f"NodeName={nodes} Name=gpu Type=a100 File={root}/gres/nvidia[0-{gpus - 1}]\n")
         # Two leaf switches, odd and even nodes, so that the order by name is not the order by switch.
         (etc / "topology.conf").write_text(
             f"SwitchName=odd Nodes={','.join(self.names[0::2])}\n"
@@ -169,7 +167,9 @@ class Cluster:
     def _ip(self, arguments: str) -> None:
         subprocess.run(["ip", *arguments.split()], check=True)
 
-    def _spawn(self, name: str, command: str, *arguments: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    def _spawn(
+        self, name: str, command: str, *arguments: str, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.Popen[bytes]:
         with (self.root / f"log/{name}.out").open("ab") as log:
             process = subprocess.Popen(
                 [*command.split(), *arguments], env=self.environment, stdin=stdin, stdout=log, stderr=log

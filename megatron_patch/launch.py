@@ -1,0 +1,178 @@
+"""What a process does before training: its place among the ranks, its processors, a record of its surroundings.
+
+The same command runs alone, under torchrun and under srun with one task a rank. No torch here, so that the launcher's
+own steps on a login or batch host start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FIRST_PORT, NUM_PORTS = 10_000, 20_000
+
+
+def setup_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are missing.
+
+    torchrun has set them already. In a Slurm step they come from SLURM_*; anywhere else the process is a world of one.
+    A batch script is no step: SLURM_PROCID is set there too, but no other rank would ever come.
+    """
+    if "RANK" in environment:
+        return
+    if "SLURM_STEP_ID" in environment:
+        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        place = {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
+            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(job_port(int(environment["SLURM_JOB_ID"]))),
+        }
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in place.items():
+        environment.setdefault(name, value)
+
+
+def job_port(job_id: int) -> int:
+    """Port of a job's rendezvous on its first node.
+
+    Two jobs on one node clash only if their numbers are a multiple of 20,000 apart, and the range lies below the
+    ports that Linux hands out to outgoing connections (from 32,768).
+    """
+    return FIRST_PORT + job_id % NUM_PORTS
+
+
+def first_host(nodelist: str) -> str:
+    """First name of a Slurm node list: `dgx[03-05,9],login1` is dgx03."""
+    head = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist)
+    if head is None or not head.group():
+        raise ValueError(f"{nodelist!r} is not a Slurm node list")
+    return "".join(part or "" for part in head.groups())
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Tasks of each node from Slurm's short form: `8(x3),4` is [8, 8, 8, 4]."""
+    tasks: list[int] = []
+    for part in counts.split(","):
+        count, _, repeat = part.partition("(x")
+        tasks += [int(count)] * int(repeat.rstrip(")") or 1)
+    return tasks
+
+
+def check_rank_map(tensor: int, local_world_size: int) -> None:
+    """Refuse a tensor group that would leave its node: ranks are numbered node by node, tensor ranks are neighbours.
+
+    Raises ValueError with the remedy.
+    """
+    if local_world_size % tensor:
+        raise ValueError(
+            f"parallel.tensor {tensor} on nodes of {local_world_size} ranks: {local_world_size} / {tensor} = "
+            f"{local_world_size / tensor:g}, so a tensor group would span two nodes; choose a divisor of "
+            f"{local_world_size}"
+        )
+
+
+def bind_to_gpu(local_rank: int, sysfs: Path = Path("/sys")) -> set[int]:
+    """Bind this process to processors next to its GPU and return them; empty where there is no GPU.
+
+    GPUs on one NUMA node share its processors evenly. Memory follows by first touch, and NCCL picks the network card
+    nearest to the GPU itself.
+    """
+    buses = gpu_query("pci.bus_id")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if all(part.isdigit() for part in visible.split(",")):  # absent, empty or UUIDs: the order of nvidia-smi
+        buses = [buses[int(part)] for part in visible.split(",") if int(part) < len(buses)]
+    near = [_processors_near(sysfs, bus) for bus in buses]
+    if local_rank >= len(near):
+        return set()
+    allowed = os.sched_getaffinity(0)
+    mine = near[local_rank]
+    neighbours = [i for i, processors in enumerate(near) if processors == mine]
+    usable = sorted(set(mine) & allowed)
+    share = set(usable[neighbours.index(local_rank) :: len(neighbours)])
+    if share:
+        os.sched_setaffinity(0, share)
+    return share
+
+
+def _processors_near(sysfs: Path, bus: str) -> tuple[int, ...]:
+    domain, rest = bus.lower().split(":", 1)
+    text = (sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "local_cpulist").read_text().strip()
+    processors: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        processors += range(int(first), int(last or first) + 1)
+    return tuple(processors)
+
+
+def gpu_query(*fields: str) -> list[str]:
+    """One line for each GPU with nvidia-smi's answer to the fields; empty where there is no NVIDIA driver."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+
+def snapshot(recipe: Mapping[str, Any], nodes: Sequence[str] = ()) -> dict[str, Any]:
+    """What an attempt ran on and with: recipe, revision, packages, driver, nodes and the variables that matter."""
+    root = Path(__file__).resolve().parent.parent
+    return {
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "nodes": list(nodes),
+        "git": _git(root, "rev-parse", "HEAD"),
+        "git_changes": _git(root, "status", "--porcelain").splitlines(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "packages": dict(sorted({d.metadata["Name"]: d.version for d in metadata.distributions()}.items())),
+        "gpus": gpu_query("name", "driver_version", "vbios_version", "serial"),
+        "variables": {
+            k: v
+            for k, v in sorted(os.environ.items())
+            if k.startswith(("NCCL_", "TORCH_", "CUDA_", "SLURM_", "SITE_", "OMP_", "UCX_", "PYTORCH_"))
+        },
+        "recipe": dict(recipe),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """Output of a git command; empty where there is no git or no repository, as in a container image."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file that is never seen half-written: beside, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
