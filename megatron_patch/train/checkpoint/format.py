@@ -1,0 +1,194 @@
+"""What stands in a checkpoint folder, whatever layout wrote it.
+
+    rank_00000.safetensors   fragments, written by the ranks side by side
+    ...
+    index.json               `Index`: position, recipe, data set, and where every fragment of every whole tensor is
+    COMPLETE                 `Marker`: size and XXH3-128 of every file above; written last
+
+A fragment is a contiguous range of a whole-model tensor's tensor-parallel part, flattened: what one data-parallel
+rank's ZeRO shard holds of it. Its key in the safetensors file says which, so the files explain themselves:
+
+    ffn.linear_fc1.weight/0-2/4096/exp_avg      tensor, part 0 of 2, first element 4096 of the part, what it holds
+
+A full checkpoint holds of every fragment its weight, both AdamW moments and, in bf16 training, the fp32 master weight
+(in fp32 training the weight is the master). A weights checkpoint holds the weights alone. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_tools.format import canonical_json, digest_file, new_digest
+from megatron_patch.recipe import Recipe
+
+INDEX_NAME = "index.json"
+MARKER_NAME = "COMPLETE"
+VERSION = 1
+
+What = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+Contents = Literal["full", "weights"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used or written: names the file, what is wrong and what to do."""
+
+    def __init__(self, file: Path, message: str, remedy: str) -> None:
+        self.file = file
+        super().__init__(f"{file}: {message}\n  remedy: {remedy}")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + length) of part `part` of `parts` of a whole tensor, the part flattened."""
+
+    name: str
+    part: int
+    parts: int
+    offset: int
+    length: int
+
+    def key(self, what: What) -> str:
+        return f"{self.name}/{self.part}-{self.parts}/{self.offset}/{what}"
+
+
+_KEY = re.compile(r"([^/]+)/(\d+)-(\d+)/(\d+)/(" + "|".join(get_args(What)) + ")")
+
+
+def parse_key(key: str, length: int) -> tuple[Fragment, What]:
+    """The fragment of a safetensors key and what of it is stored; ValueError where it is no such key."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"{key!r} is not TENSOR/PART-PARTS/OFFSET/WHAT")
+    name, part, parts, offset, what = match.groups()
+    return Fragment(name, int(part), int(parts), int(offset), length), what  # type: ignore[return-value]
+
+
+def stored_whats(contents: Contents, precision: str) -> tuple[What, ...]:
+    """What is written of every fragment."""
+    if contents == "weights":
+        return ("weight",)
+    return ("weight", "master", "exp_avg", "exp_avg_sq") if precision == "bf16" else ("weight", "exp_avg", "exp_avg_sq")
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+class _Json(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class State(_Json):
+    """Where a run stands, apart from its tensors."""
+
+    step: int = Field(ge=0, description="Optimizer steps done, skipped ones included.")
+    samples: int = Field(ge=0, description="Rows consumed: the position in the data.")
+    tokens: int = Field(ge=0, description="Labels trained on.")
+    optimizer_step: int = Field(ge=0, description="AdamW updates done, for its bias correction.")
+    data_digest: str | None = Field(description="Digest of the data set's manifest; null: not from a data set.")
+    spike_window: list[float] = Field(default=[], description="Losses the watchdog compares the next one with.")
+    accepted_changes: list[str] = Field(default=[], description="Changes that --accept-changes let pass, in order.")
+
+
+class StoredFragment(_Json):
+    file: str
+    part: int = Field(ge=0)
+    offset: int = Field(ge=0)
+    length: int = Field(gt=0)
+
+
+class StoredTensor(_Json):
+    shape: tuple[int, ...]
+    cut: int | None = Field(description="Dimension along which the parts are cut; null: one part.")
+    parts: int = Field(gt=0)
+    fragments: list[StoredFragment] = Field(description="By part and offset; together every element once.")
+
+
+class Index(_Json):
+    """`index.json`."""
+
+    version: Literal[1] = VERSION
+    contents: Contents
+    state: State
+    recipe: Recipe
+    layout: str = Field(description="The layout that wrote it, for people; reading does not depend on it.")
+    environment: dict[str, str]
+    tensors: dict[str, StoredTensor]
+
+
+class StoredFile(_Json):
+    bytes: int
+    xxh3_128: str
+
+
+class Marker(_Json):
+    """`COMPLETE`: its presence says that the folder was finished, its digests that it still is what was written."""
+
+    version: Literal[1] = VERSION
+    files: dict[str, StoredFile]
+    digest: str = Field(description="XXH3-128 of `files`: names the checkpoint's content.")
+
+    @classmethod
+    def of(cls, files: dict[str, StoredFile]) -> Marker:
+        return cls(files=files, digest=_digest_of(files))
+
+
+def _digest_of(files: dict[str, StoredFile]) -> str:
+    digest = new_digest()
+    digest.update(canonical_json({name: file.model_dump() for name, file in files.items()}))
+    return str(digest.hexdigest())
+
+
+def to_json(value: BaseModel) -> bytes:
+    return canonical_json(value.model_dump(mode="json"))
+
+
+_BROKEN = "use another checkpoint of the run; `train` falls back to the newest good one by itself"
+
+
+def read_marker(folder: Path) -> Marker:
+    """Raises CheckpointError where the checkpoint was never finished or the marker is damaged."""
+    path = folder / MARKER_NAME
+    try:
+        marker = Marker.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(path, "missing: this is no finished checkpoint", _BROKEN) from None
+    except ValidationError as error:
+        raise CheckpointError(path, f"damaged ({_first(error)})", _BROKEN) from None
+    if marker.digest != _digest_of(marker.files) or INDEX_NAME not in marker.files:
+        raise CheckpointError(path, "damaged (its content does not match its digest)", _BROKEN)
+    return marker
+
+
+def check_file(folder: Path, name: str, expected: StoredFile) -> None:
+    """Raises CheckpointError where a file is missing or not what was written."""
+    path = folder / name
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise CheckpointError(path, "missing", _BROKEN) from None
+    if size != expected.bytes:
+        raise CheckpointError(path, f"{size} bytes, but {expected.bytes} were written", _BROKEN)
+    if digest_file(path) != expected.xxh3_128:
+        raise CheckpointError(path, "damaged (its XXH3-128 is not the one recorded when it was written)", _BROKEN)
+
+
+def read_index(folder: Path) -> Index:
+    """Raises CheckpointError where the index does not fit this version of the repository."""
+    path = folder / INDEX_NAME
+    try:
+        return Index.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CheckpointError(
+            path, f"not an index of version {VERSION} ({_first(error)})", "read it with the version that wrote it"
+        ) from None
+
+
+def _first(error: ValidationError) -> str:
+    detail: Any = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail["loc"] else detail["msg"]
