@@ -1,0 +1,101 @@
+"""Reads the tensors of a Hugging Face folder by name: safetensors, or `.bin` files without unpickling objects."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data_tools.format import digest_stream, new_digest
+from megatron_patch.convert.source import ConvertError
+
+_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+class HfFolder:
+    """Tensors of a Hugging Face folder.
+
+    Attributes:
+        config: the content of config.json.
+        files: tensor name -> file that holds it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ConvertError where config.json or the weights are missing or cannot be read."""
+        self.folder = folder
+        self.config = self._json("config.json")
+        self._bins: dict[Path, dict[str, torch.Tensor]] = {}
+        self._safetensors: dict[Path, Any] = {}
+        self.files = self._find()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of that name, on the CPU. Raises ConvertError where the folder has none."""
+        if name not in self.files:
+            raise ConvertError(f"{self.folder}: no tensor {name} in its weights; the folder is incomplete")
+        file = self.files[name]
+        try:
+            if file.suffix == ".bin":
+                return self._bin(file)[name]
+            if file not in self._safetensors:
+                self._safetensors[file] = safe_open(file, "pt")
+            return self._safetensors[file].get_tensor(name)
+        except (SafetensorError, KeyError) as error:
+            raise ConvertError(f"{file}: no tensor {name} ({error}); the file and its index disagree") from None
+
+    @cached_property
+    def digest(self) -> str:
+        """XXH3-128 over the weight files' bytes, in the order of their names."""
+        digest = new_digest()
+        for file in sorted(set(self.files.values())):
+            with file.open("rb") as stream:
+                digest_stream(stream, digest)
+        return str(digest.hexdigest())
+
+    def _find(self) -> dict[str, Path]:
+        for name in _INDEX_NAMES:
+            if (self.folder / name).is_file():
+                weight_map = self._json(name).get("weight_map", {})
+                strays = [f for f in weight_map.values() if Path(f).name != f or not (self.folder / f).is_file()]
+                if strays or not weight_map:
+                    raise ConvertError(f"{self.folder / name}: names {strays or 'no file'}; fetch the folder again")
+                return {tensor: self.folder / file for tensor, file in weight_map.items()}
+        for name in _SINGLE_NAMES:
+            file = self.folder / name
+            if not file.is_file():
+                continue
+            if file.suffix == ".bin":
+                return dict.fromkeys(self._bin(file), file)
+            try:
+                with safe_open(file, "pt") as opened:
+                    return dict.fromkeys(opened.keys(), file)
+            except SafetensorError as error:
+                raise ConvertError(f"{file}: not safetensors ({error}); fetch the file again") from None
+        raise ConvertError(f"{self.folder}: none of {', '.join(_SINGLE_NAMES + _INDEX_NAMES)}; not a model's folder")
+
+    def _bin(self, file: Path) -> dict[str, torch.Tensor]:
+        if file not in self._bins:
+            try:
+                # mmap: only the tensors that are used are read. weights_only: nothing in the file is executed.
+                self._bins[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:  # torch.load raises bare, pickle's and zip's errors
+                raise ConvertError(
+                    f"{file}: cannot be read without unpickling objects ({str(error).splitlines()[0]}); "
+                    "save it again with transformers' save_pretrained"
+                ) from None
+        return self._bins[file]
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.folder / name).read_bytes())
+        except FileNotFoundError:
+            raise ConvertError(f"{self.folder}: no {name}; not a Hugging Face model's folder") from None
+        except ValueError as error:
+            raise ConvertError(f"{self.folder / name}: not JSON ({error}); fetch the file again") from None
+        if not isinstance(value, dict):
+            raise ConvertError(f"{self.folder / name}: not a JSON object; fetch the file again")
+        return value

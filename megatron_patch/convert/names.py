@@ -1,0 +1,108 @@
+"""Hugging Face's names for the model's tensors, and how each is cut out of a whole-model tensor.
+
+Whole-model tensors are those of `megatron_patch.model.parameters`. Hugging Face's LLaMA keeps q, k and v apart where
+Megatron-Core stacks them head by head, and gate and up apart where it stacks them. Both rotate halves of a head
+(NeoX style), so no row of q or k changes place within its head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_patch.model.parameters import whole_tensors
+from megatron_patch.recipe import Model
+
+Form = Literal["expanded", "shared"]
+"""expanded: an FFN in every layer, as stock `LlamaForCausalLM` has it; shared: one FFN, as it was trained."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_FFN = ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of the Hugging Face model.
+
+    Attributes:
+        name: e.g. `model.layers.0.self_attn.q_proj.weight`.
+        shape: its shape.
+        whole: the whole-model tensor it is cut from.
+        part: which part of it (q, k, v are 0, 1, 2; gate, up are 0, 1); None: all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    whole: str
+    part: int | None
+
+    def cut(self, whole: torch.Tensor, model: Model) -> torch.Tensor:
+        """This tensor out of the whole-model tensor, contiguous."""
+        if self.part is None:
+            return whole.contiguous()
+        if self.whole.endswith("linear_qkv.weight"):
+            return whole.view(model.num_attention_heads, 3, model.head_dim, -1)[:, self.part].reshape(self.shape)
+        return whole[self.part].contiguous()
+
+
+def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
+    """Every tensor of the Hugging Face model in forward order.
+
+    A shared FFN stands `num_layers` times in the expanded form (223 - 22 = 201 tensors at 22 layers) and once in the
+    shared form (138 tensors).
+
+    Raises:
+        ValueError: the shared form of a model whose layers have an FFN each.
+    """
+    if form == "shared" and not model.shared_ffn:
+        raise ValueError("model.shared_ffn is false: every layer has an FFN of its own, so only `expanded` exists")
+    h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size
+
+    def ffn(prefix: str, whole: str) -> list[HfTensor]:
+        return [
+            *(HfTensor(f"{prefix}.{n}.weight", (f, h), f"{whole}.linear_fc1.weight", i) for i, n in enumerate(_FFN)),
+            HfTensor(f"{prefix}.down_proj.weight", (h, f), f"{whole}.linear_fc2.weight", None),
+        ]
+
+    tensors = [HfTensor("model.embed_tokens.weight", (v, h), "embedding.word_embeddings.weight", None)]
+    if form == "shared":
+        tensors += ffn("model.ffn", "ffn")
+    for i in range(model.num_layers):
+        layer, ours = f"model.layers.{i}", f"layers.{i}"
+        tensors += [
+            HfTensor(f"{layer}.input_layernorm.weight", (h,), f"{ours}.input_layernorm.weight", None),
+            *(
+                HfTensor(f"{layer}.self_attn.{n}.weight", (h, h), f"{ours}.self_attention.linear_qkv.weight", part)
+                for part, n in enumerate(_ATTENTION)
+            ),
+            HfTensor(f"{layer}.self_attn.o_proj.weight", (h, h), f"{ours}.self_attention.linear_proj.weight", None),
+            HfTensor(f"{layer}.post_attention_layernorm.weight", (h,), f"{ours}.pre_mlp_layernorm.weight", None),
+        ]
+        if form == "expanded":
+            tensors += ffn(f"{layer}.mlp", "ffn" if model.shared_ffn else f"{ours}.mlp")
+    tensors += [
+        HfTensor("model.norm.weight", (h,), "final_layernorm.weight", None),
+        HfTensor("lm_head.weight", (v, h), "output_layer.weight", None),
+    ]
+    return tensors
+
+
+def assemble(name: str, model: Model, form: Form, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """The whole-model tensor `name` put together from the Hugging Face tensors that `read` returns by name.
+
+    Of equal copies of a shared FFN the first is taken.
+    """
+    parts: dict[int | None, torch.Tensor] = {}
+    for tensor in hf_tensors(model, form):
+        if tensor.whole == name and tensor.part not in parts:
+            parts[tensor.part] = read(tensor.name)
+    if None in parts:
+        return parts[None]
+    stacked = [parts[i] for i in range(len(parts))]
+    if name.endswith("linear_qkv.weight"):
+        heads = [part.view(model.num_attention_heads, model.head_dim, -1) for part in stacked]
+        return torch.stack(heads, 1).reshape(whole_tensors(model)[name].shape)
+    return torch.stack(stacked)

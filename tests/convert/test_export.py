@@ -1,0 +1,164 @@
+"""Export against the real transformers: both forms load, agree with a model written out here, and generate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from megatron_patch.convert import export as export_module
+from megatron_patch.convert.export import export, tokenizer_of
+from megatron_patch.convert.names import hf_tensors
+from megatron_patch.convert.source import ConvertError
+from megatron_patch.recipe import load
+from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
+
+
+def reference_logits(weights: MemoryWeights, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, sequence, vocab] of the shared-FFN model from the whole tensors, in the plainest way."""
+    m, w = weights.recipe.model, {k: v.double() for k, v in weights.whole.items()}
+    b, s = tokens.shape
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return w[name] * x * (x.square().mean(-1, keepdim=True) + m.norm_epsilon).rsqrt()
+
+    angle = torch.outer(
+        torch.arange(s, dtype=torch.float64), m.rope_base ** -(torch.arange(0, m.head_dim, 2).double() / m.head_dim)
+    ).repeat(1, 2)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+    x = w["embedding.word_embeddings.weight"][tokens]
+    for i in range(m.num_layers):
+        y = norm(x, f"layers.{i}.input_layernorm.weight") @ w[f"layers.{i}.self_attention.linear_qkv.weight"].T
+        q, k, v = (t.transpose(1, 2) for t in y.view(b, s, m.num_attention_heads, 3, m.head_dim).unbind(3))
+        scores = rotate(q) @ rotate(k).transpose(-1, -2) / m.head_dim**0.5
+        scores = scores.masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), float("-inf"))
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
+        x = x + y @ w[f"layers.{i}.self_attention.linear_proj.weight"].T
+        y = norm(x, f"layers.{i}.pre_mlp_layernorm.weight")
+        prefix = "ffn" if m.shared_ffn else f"layers.{i}.mlp"
+        gate, up = w[f"{prefix}.linear_fc1.weight"]
+        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ w[f"{prefix}.linear_fc2.weight"].T
+    return norm(x, "final_layernorm.weight") @ w["output_layer.weight"].T
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 320, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("name", ["mobillama_05b", "large_base"])
+def test_expanded_is_stock_llama(name: str, tokenizer: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+    weights = MemoryWeights(small_recipe(name=name))
+    export(weights, tmp_path / "hf", "expanded", tokenizer)
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.num_key_value_heads == 4
+    logits = model(tokens).logits
+    torch.testing.assert_close(logits.double(), reference_logits(weights, tokens), rtol=1e-4, atol=1e-4)
+    assert (logits - reference_logits(weights, tokens)).norm() < 1e-5 * logits.norm()
+
+
+def test_shared_holds_one_ffn_and_generates(
+    weights: MemoryWeights, tokenizer: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    export(weights, tmp_path / "hf", "shared", tokenizer)
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert len(file.keys()) == 1 + 3 * 6 + 3 + 2
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert model.num_parameters() == sum(t.numel() for t in weights.whole.values())
+    logits = model(tokens).logits
+    assert (logits - reference_logits(weights, tokens)).norm() < 1e-5 * logits.norm()
+
+    generated = model.generate(tokens[:1, :5], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    expected = tokens[:1, :5]
+    for _ in range(8):
+        expected = torch.cat([expected, reference_logits(weights, expected)[:, -1:].argmax(-1)], 1)
+    assert generated.tolist() == expected.tolist()
+
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, logits)
+
+
+def test_expanded_generates(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "hf", "expanded", tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ids = tokenizer("the quick", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, ids.shape[1] + 4)
+
+
+def test_names_of_the_05b() -> None:
+    model = load(RECIPES / "mobillama_05b.yaml").model
+    shared = hf_tensors(model, "shared")
+    assert len(shared) == len({t.name for t in shared}) == 138
+    assert sum(torch.Size(t.shape).numel() for t in shared) == 534_865_920
+    expanded = hf_tensors(model, "expanded")
+    assert sum(torch.Size(t.shape).numel() for t in expanded) == 1_261_529_088
+    with pytest.raises(ValueError, match="FFN of its own"):
+        hf_tensors(load(RECIPES / "large_base.yaml").model, "shared")
+
+
+def test_tokenizer_adds_nothing(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "hf", "shared", tokenizer)
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("the quick brown fox", " two  spaces", "na\u00efve \u65e5\u672c\n\ttabs 1234", ""):
+        assert tokenizer(text)["input_ids"] == ours.encode(text)
+        assert tokenizer.decode(ours.encode(text)) == text
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (2, 1)
+
+
+def test_shards_and_index(
+    weights: MemoryWeights, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(weights, tmp_path / "whole", "expanded", tokenizer)
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 20_000)
+    export(weights, tmp_path / "sharded", "expanded", tokenizer)
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    files = set(index["weight_map"].values())
+    assert len(files) > 5
+    assert all((tmp_path / "sharded" / file).is_file() for file in files)
+    one, many = (LlamaForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "sharded"))
+    assert all(torch.equal(one[k], many[k]) for k in one)
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in one.values())
+
+
+def test_provenance_and_card(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    weights.dtype = torch.bfloat16
+    export(weights, tmp_path / "hf", "shared", tokenizer)
+    provenance = json.loads((tmp_path / "hf" / "provenance.json").read_text())
+    assert provenance["tokens"] == 2133 * 800 * 2048
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for text in ("mobillama_05b", "2,133", "3,494,707,200", "5eed", "da7a", "4 heads"):
+        assert text in card
+    assert load(tmp_path / "hf" / "recipe.yaml") == weights.recipe
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).dtype == torch.bfloat16
+
+
+def test_refusals(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ConvertError, match="taken: exists"):
+        export(weights, tmp_path / "taken", "shared", tokenizer)
+    with pytest.raises(ConvertError, match="--tokenizer"):
+        tokenizer_of(weights.recipe)
+    with pytest.raises(ConvertError, match="320 ids, but the model has 300"):
+        export(MemoryWeights(small_recipe("model.vocab_size=300")), tmp_path / "hf", "shared", tokenizer)
+    dedicated = MemoryWeights(small_recipe(name="large_base"))
+    with pytest.raises(ConvertError, match="only `expanded` exists"):
+        export(dedicated, tmp_path / "hf", "shared", tokenizer)
+    with pytest.raises(ValueError, match="no such tokenizer"):
+        export(dedicated, tmp_path / "hf", "expanded", tmp_path / "absent.model")
+    assert not (tmp_path / "hf").exists()
