@@ -1,0 +1,212 @@
+"""Amber from raw text to 360 indexed segments: `python data_tools/build_amber.py COMMAND --help`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError, DatasetManifest
+
+
+def _segments(text: str) -> range:
+    """`7` or `0-35`."""
+    first, _, last = text.partition("-")
+    try:
+        chosen = range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a segment (7) nor a range of them (0-35)") from None
+    if not chosen or chosen.start < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
+    return chosen
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"example:\n  python data_tools/build_amber.py {name} {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--input", type=Path, required=True, metavar="FOLDER")
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+
+
+def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help=f"at a bad {what} (stop)")
+    parser.add_argument(
+        "--max-rejected", type=int, default=100, metavar="N", help=f"stop when more {what}s of a file are bad (100)"
+    )
+
+
+def _add_segment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--segment", type=_segments, metavar="K|A-B", help="only these segments (Slurm array); then merge"
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="build_amber.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    tokenize = _command(
+        commands,
+        "tokenize",
+        "turn raw text (one folder a source) into rows of token ids",
+        "--input raw --output rows --tokenizer tokenizer.model --workers 16",
+    )
+    _add_output(tokenize)
+    tokenize.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.model or .json")
+    tokenize.add_argument("--source", choices=SOURCES, help="--input holds this source alone (default: INPUT/<source>)")
+    tokenize.add_argument("--row-length", type=int, default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
+    tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    _add_errors(tokenize, "document")
+
+    mix = _command(
+        commands,
+        "mix",
+        "deal the rows of all sources to segments of equal size",
+        "--input rows --output segments --num-segments 360 --direct",
+    )
+    _add_output(mix)
+    mix.add_argument("--num-segments", type=int, default=NUM_SEGMENTS, metavar="N", help="(360)")
+    mix.add_argument("--direct", action="store_true", help="write indexed binaries at once, no JSONL")
+    mix.add_argument("--held-out-per-source", type=int, default=0, metavar="N", help="rows kept from training (0)")
+    mix.add_argument("--seed", type=int, default=11111, metavar="N", help="chooses the held-out rows (11111)")
+    _add_segment(mix)
+
+    index = _command(
+        commands,
+        "index",
+        "turn train_000.jsonl ... into indexed binaries, every row checked",
+        "--input amber --output indexed --segment $SLURM_ARRAY_TASK_ID",
+    )
+    _add_output(index)
+    index.add_argument("--row-length", type=int, metavar="N", help="ids a row (2049, or what mix.json says)")
+    index.add_argument("--vocab-size", type=int, metavar="N", help="ids are below it (the tokenizer's, or 32000)")
+    _add_errors(index, "row")
+    _add_segment(index)
+
+    merge = _command(
+        commands,
+        "merge",
+        "write the manifest of a data set whose segments were built one by one, or name the missing ones",
+        "--input amber --output indexed",
+    )
+    _add_output(merge)
+    merge.add_argument("--row-length", type=int, metavar="N", help="as for index")
+    merge.add_argument("--vocab-size", type=int, metavar="N", help="as for index")
+
+    verify = _command(commands, "verify", "recompute a data set's digests, ids and counts", "--input indexed")
+    verify.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments")
+    _command(commands, "stats", "show a data set's totals per source against the paper's Table 2", "--input indexed")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs one command; returns the exit code."""
+    # Imported here, a command at a time: the tokenizers' libraries take longer to load than index takes to start.
+    if arguments.command == "tokenize":
+        return _tokenize(arguments)
+    if arguments.command == "mix":
+        from data_tools.mix import MixOptions, mix
+
+        options = MixOptions(arguments.num_segments, arguments.direct, arguments.held_out_per_source, arguments.seed)
+        result = mix(arguments.input, arguments.output, options, arguments.segment)
+        if isinstance(result, DatasetManifest):
+            _say_dataset(arguments.output, result)
+        elif result is not None:
+            print(f"{arguments.output}: {result['num_segments']} JSONL segments, {result['dropped_rows']} rows dropped")
+        return 0
+    if arguments.command in ("index", "merge"):
+        return _index(arguments)
+    from data_tools.verify import stats_table, verify
+
+    if arguments.command == "stats":
+        print(stats_table(arguments.input))
+        return 0
+    faults = verify(arguments.input, arguments.segment)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if not faults:
+        print(f"{arguments.input}: all is as the manifest says")
+    return 1 if faults else 0
+
+
+def _tokenize(arguments: argparse.Namespace) -> int:
+    from data_tools.tokenize_source import tokenize_source
+
+    if arguments.source:
+        folders = {arguments.source: arguments.input}
+    else:
+        folders = {name: arguments.input / name for name in SOURCES if (arguments.input / name).is_dir()}
+    if not folders:
+        raise DataError(
+            "no folder named after a source",
+            file=arguments.input,
+            remedy=f"name them {', '.join(SOURCES)}, or use --source",
+        )
+    for name, folder in folders.items():
+        manifest = tokenize_source(
+            name,
+            folder,
+            arguments.output,
+            arguments.tokenizer,
+            row_length=arguments.row_length,
+            workers=arguments.workers,
+            on_error=arguments.on_error,
+            max_rejected=arguments.max_rejected,
+        )
+        print(
+            f"{name}: {manifest['documents']:,} documents, {manifest['rows']:,} rows,"
+            f" {manifest['tail_tokens']:,} ids left over, {manifest['rejected']:,} rejected"
+        )
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from data_tools.index_segments import ErrorPolicy, index, plan_dataset
+    from data_tools.segment_files import write_dataset_manifest
+
+    plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size)
+    if arguments.command == "merge":
+        _say_dataset(arguments.output, write_dataset_manifest(arguments.output, plan))
+        return 0
+    policy = ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
+    manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment)
+    if manifest is not None:
+        _say_dataset(arguments.output, manifest)
+    return 0
+
+
+def _say_dataset(folder: Path, manifest: DatasetManifest) -> None:
+    print(
+        f"{folder}: {manifest.num_segments} segments of {manifest.rows_per_segment:,} rows,"
+        f" {manifest.rows * manifest.row_length:,} tokens, {manifest.held_out.rows if manifest.held_out else 0:,} rows"
+        f" held out, {manifest.dropped_rows:,} dropped, {manifest.rejected:,} rejected"
+    )
+
+
+def main() -> int:
+    """Entry point: errors in the data are said in one or two lines, without a traceback."""
+    try:
+        return run(build_parser().parse_args())
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

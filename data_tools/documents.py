@@ -1,0 +1,229 @@
+"""Documents of a source: JSONL (plain, gz, zst) and Parquet files, in a fixed order, cut into tasks of bounded size.
+
+The tasks depend on the files alone, never on the number of processes, so whatever is written a task at a time has the
+same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from data_tools.format import DataError
+
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+PARQUET_SUFFIX = ".parquet"
+TEXT_FIELDS = ("text", "content")
+TASK_BYTES = 1 << 30
+"""Plain JSONL files are cut into tasks of this many bytes; compressed files and Parquet are one task each."""
+LEFT_OUT = "github"
+"""RedPajama's github subset is tokenised by the authors' scripts but is not in the mix (paper, Table 2)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Lines of `file` that start in bytes [start, stop); `stop` None for a file taken whole."""
+
+    file: str
+    start: int
+    stop: int | None
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document, or the reason why there is none."""
+
+    place: str
+    """Line number or Parquet row, counted from 1, and column where known."""
+    text: str
+    raw: bytes = b""
+    reason: str = ""
+    """Empty for a good document."""
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The data files of a source, all levels deep, in the order of their relative paths.
+
+    Raises:
+        DataError: there is none.
+    """
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX))
+        and not any(part.startswith(".") or part == LEFT_OUT for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(
+            f"no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} file",
+            file=folder,
+            remedy="--input names the folder that holds the source's files",
+        )
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def plan_tasks(folder: Path, task_bytes: int = TASK_BYTES) -> list[Task]:
+    """The tasks of a source, in the order in which their documents follow each other."""
+    tasks = []
+    for path in list_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name.endswith(".jsonl"):
+            size = path.stat().st_size
+            tasks += [Task(name, at, min(at + task_bytes, size)) for at in range(0, max(size, 1), task_bytes)]
+        else:
+            tasks.append(Task(name, 0, None))
+    return tasks
+
+
+def read_documents(folder: Path, task: Task) -> Iterator[Document]:
+    """The documents of a task, bad ones included, in order.
+
+    Raises:
+        DataError: the file itself cannot be read (cut short, not what its name says).
+    """
+    path = folder / task.file
+    if task.file.endswith(PARQUET_SUFFIX):
+        yield from _parquet_documents(path)
+        return
+    try:
+        with open_decompressed(path) as stream:
+            yield from _jsonl_documents(stream, task)
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
+
+
+def open_decompressed(path: Path) -> BinaryIO:
+    """The bytes of a plain, gz or zst file, as one stream."""
+    if path.name.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.name.endswith(".zst"):
+        return io.BufferedReader(_ZstdStream(path), 1 << 20)
+    return path.open("rb", buffering=1 << 20)
+
+
+class _ZstdStream(io.RawIOBase):
+    """All frames of a zst file; a file that ends inside a frame is an error, which zstandard's reader lets pass."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = b""
+        self._inside_frame = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            block = self._file.read(1 << 18)
+            if not block:
+                if self._inside_frame:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._feed(block)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _feed(self, block: bytes) -> None:
+        pieces = []
+        while block:
+            self._inside_frame = True
+            pieces.append(self._decompressor.decompress(block))
+            block = b""
+            if self._decompressor.eof:
+                block = self._decompressor.unused_data
+                self._decompressor = zstandard.ZstdDecompressor().decompressobj()
+                self._inside_frame = False
+        self._ready = b"".join(pieces)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _jsonl_documents(stream: BinaryIO, task: Task) -> Iterator[Document]:
+    at = task.start
+    if at:
+        stream.seek(at - 1)
+        at += len(stream.readline()) - 1  # the line that starts before the task belongs to the one before
+    first = f"byte {at} + line" if task.start else "line"
+    number = 0
+    while task.stop is None or at < task.stop:
+        line = stream.readline()
+        if not line:
+            return
+        at += len(line)
+        number += 1
+        if line.strip(b" \t\r\n"):
+            yield parse_line(line, f"{first} {number}")
+
+
+def parse_line(line: bytes, place: str) -> Document:
+    """The document of one JSON line: an object whose `text` or `content` is a string of Unicode characters."""
+    raw = line.rstrip(b"\n")
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Document(f"{place} column {error.colno}", "", raw, error.msg)
+    except (UnicodeDecodeError, RecursionError) as error:
+        return Document(place, "", raw, f"not JSON in UTF-8: {error}")
+    if not isinstance(value, dict):
+        return Document(place, "", raw, "not a JSON object")
+    text = next((value[name] for name in TEXT_FIELDS if name in value), None)
+    reason = bad_text(text)
+    return Document(place, "", raw, reason) if reason else Document(place, str(text), raw)
+
+
+def bad_text(text: object) -> str:
+    """Why `text` cannot be a document; empty if it can."""
+    if text is None:
+        return f"no {' or '.join(TEXT_FIELDS)} field"
+    if not isinstance(text, str):
+        return "the text is not a string"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"character {error.start} of the text is half of a surrogate pair"
+    return ""
+
+
+def _parquet_documents(path: Path) -> Iterator[Document]:
+    import pyarrow  # 0.2 s and 100 MB that only Parquet sources need
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            column = next((name for name in TEXT_FIELDS if name in file.schema_arrow.names), None)
+            if column is None:
+                raise DataError(f"no {' or '.join(TEXT_FIELDS)} column", file=path, remedy="check the source's files")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    place = f"row {number}"
+                    reason = bad_text(text)
+                    yield Document(place, "" if reason else text, repr(text).encode() if reason else b"", reason)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read: {error}", file=path, remedy="fetch or copy the file again") from None
+
+
+def rejected_line(file: str, document: Document) -> bytes:
+    """A bad document's line in a `.rejected.jsonl`: file, place, reason and the untouched line."""
+    try:
+        content = {"row": document.raw.decode()}
+    except UnicodeDecodeError:
+        content = {"row_base64": base64.b64encode(document.raw).decode()}
+    record = {"file": file, "place": document.place, "reason": document.reason, **content}
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"

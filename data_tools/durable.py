@@ -1,0 +1,101 @@
+"""Files that are either whole or not there: write beside, fsync, rename; and one run at a time in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from data_tools.format import DataError
+
+PARTIAL_SUFFIX = ".partial"
+LOCK_NAME = ".lock"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it is whole."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def publish(path: Path) -> None:
+    """Renames the finished, closed and fsynced partial file of `path` to `path`, durably."""
+    partial_path(path).replace(path)
+    fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def write_beside(path: Path) -> Iterator[BinaryIO]:
+    """A stream to `path` that takes its place only when the block ends well; otherwise nothing is left behind.
+
+    Raises:
+        DataError: the disk is full or the file cannot be written; the old `path`, if any, is as it was.
+    """
+    partial = partial_path(path)
+    try:
+        with full_disk_named(path):
+            with partial.open("wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            publish(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a small file so that it is whole or not there."""
+    with write_beside(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turns "no space left" into an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"cannot write: {os.strerror(error.errno)}",
+            file=path,
+            remedy="free space or choose another --output, then run the same command again: finished work is kept",
+        ) from None
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) -> Iterator[None]:
+    """Holds `folder` for this process; the kernel lets go when the process ends, however it ends.
+
+    Tasks of a Slurm array that each do a part hold the folder `shared` and their own part, by `name`, alone.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    with path.open("a") as stream:
+        try:
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                "another run is writing this folder",
+                file=folder,
+                place=name,
+                remedy="wait for it to end, or choose another --output",
+            ) from None
+        yield

@@ -1,0 +1,196 @@
+"""One segment's files beside its `.bin`, and the data set's manifest over all segments."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.durable import write_beside, write_whole
+from data_tools.format import (
+    HELD_OUT_NAME,
+    MANIFEST_NAME,
+    SOURCES,
+    DataError,
+    DatasetManifest,
+    SegmentManifest,
+    TokenizerRecord,
+    bin_size,
+    canonical_json,
+    file_size,
+    idx_size,
+    index_blocks,
+    new_digest,
+    segment_name,
+    tokenizer_in,
+)
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """What is known of a data set before its segments are built."""
+
+    num_segments: int
+    row_length: int
+    vocab_size: int
+    tokenizer: TokenizerRecord | None
+    dropped_rows: int = 0
+    rejected: int = 0
+    """Bad documents and rows set aside before the segments."""
+    has_held_out: bool = False
+
+
+def write_companions(
+    base: Path,
+    codes: Iterable[bytes],
+    rows: int,
+    plan: DatasetPlan,
+    rejected: int,
+    source: dict[str, Any],
+    bin_digest: str,
+) -> SegmentManifest:
+    """Writes `.src`, `.idx` and, last, the manifest of the segment whose `.bin` is in place.
+
+    Args:
+        base: the segment's path without suffix.
+        codes: source codes of the rows, in blocks.
+        source: what the segment was made from, for the manifest.
+        bin_digest: XXH3-128 of the `.bin`.
+    """
+    counts = np.zeros(len(SOURCES), dtype=np.int64)
+    digests = {"bin": bin_digest}
+    for suffix, blocks in (("src", codes), ("idx", index_blocks(rows, plan.row_length))):
+        digest = new_digest()
+        with write_beside(base.with_suffix(f".{suffix}")) as stream:
+            for block in blocks:
+                stream.write(block)
+                digest.update(block)
+                if suffix == "src":
+                    counts += np.bincount(np.frombuffer(block, dtype=np.uint8), minlength=len(SOURCES))
+        digests[suffix] = digest.hexdigest()
+    manifest = SegmentManifest(
+        name=base.name,
+        rows=rows,
+        row_length=plan.row_length,
+        vocab_size=plan.vocab_size,
+        rows_per_source=source_counts(counts),
+        rejected=rejected,
+        input=source,
+        digests=digests,
+    )
+    write_whole(base.with_suffix(".json"), canonical_json(manifest.to_json()))
+    return manifest
+
+
+def source_counts(counts: Sequence[int] | np.ndarray) -> dict[str, int]:
+    """Counts by source code as counts by name; sources without rows are left out."""
+    return {name: int(count) for name, count in zip(SOURCES, counts, strict=True) if count}
+
+
+def finished_segment(base: Path, plan: DatasetPlan, source: dict[str, Any]) -> SegmentManifest | None:
+    """The manifest of a segment that an earlier run finished; None where there is none.
+
+    Raises:
+        DataError: it was made from other input or with other settings, or a file has the wrong size.
+    """
+    path = base.with_suffix(".json")
+    if not path.is_file():
+        return None
+    manifest = SegmentManifest.read(path)
+    made_from = {name: manifest.input.get(name) for name in source}
+    if (made_from, manifest.row_length, manifest.vocab_size) != (source, plan.row_length, plan.vocab_size):
+        raise DataError(
+            "made from other input or with other settings",
+            file=path,
+            remedy=f"use another --output, or remove {base.name}.* to build it again",
+        )
+    check_sizes(base, manifest)
+    return manifest
+
+
+def check_sizes(base: Path, manifest: SegmentManifest) -> None:
+    """Raises DataError where a file of the segment is missing or has another size than its manifest implies."""
+    expected = {
+        "bin": bin_size(manifest.rows, manifest.row_length),
+        "idx": idx_size(manifest.rows),
+        "src": manifest.rows,
+    }
+    for suffix, size in expected.items():
+        path = base.with_suffix(f".{suffix}")
+        if (actual := file_size(path)) != size:
+            raise DataError(
+                f"{actual} bytes, but {manifest.rows} rows of {manifest.row_length} ids need {size}",
+                file=path,
+                place="size",
+                remedy=f"the file was cut short or replaced: remove {base.name}.json and build the segment again",
+            )
+
+
+def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
+    """Reads the manifests of all segments and writes the data set's.
+
+    Raises:
+        DataError: segments are missing (all are named), or do not have the same number of rows.
+    """
+    bases = [folder / segment_name(k) for k in range(plan.num_segments)]
+    if plan.has_held_out:
+        bases.append(folder / HELD_OUT_NAME)
+    missing = [base.name for base in bases if not base.with_suffix(".json").is_file()]
+    if missing:
+        numbers = ",".join(
+            name.removeprefix("segment_").lstrip("0") or "0" for name in missing if name != HELD_OUT_NAME
+        )
+        raise DataError(
+            f"{len(missing)} of {len(bases)} are missing: {', '.join(missing)}",
+            file=folder,
+            remedy=f"build them, for example with sbatch --array={numbers}, then merge again",
+        )
+    manifests = []
+    for base in bases:
+        manifest = SegmentManifest.read(base.with_suffix(".json"))
+        check_sizes(base, manifest)
+        if (manifest.row_length, manifest.vocab_size) != (plan.row_length, plan.vocab_size):
+            raise DataError(
+                f"row length {manifest.row_length} and vocabulary {manifest.vocab_size},"
+                f" not {plan.row_length} and {plan.vocab_size}",
+                file=base.with_suffix(".json"),
+                remedy="build the segment again with the data set's settings",
+            )
+        manifests.append(manifest)
+    segments, held_out = manifests[: plan.num_segments], manifests[plan.num_segments :]
+    rows = segments[0].rows
+    for segment in segments:
+        if segment.rows != rows:
+            raise DataError(
+                f"{segment.rows} rows, but {segments[0].name} has {rows}",
+                file=folder / f"{segment.name}.json",
+                remedy="all segments must have the same number of rows: look for a short or rejected input",
+            )
+    counts = [sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES]
+    dataset = DatasetManifest(
+        num_segments=plan.num_segments,
+        rows_per_segment=rows,
+        row_length=plan.row_length,
+        vocab_size=plan.vocab_size,
+        rows_per_source=source_counts(counts),
+        dropped_rows=plan.dropped_rows,
+        rejected=plan.rejected + sum(segment.rejected for segment in segments),
+        tokenizer=plan.tokenizer,
+        segments=segments,
+        held_out=held_out[0] if held_out else None,
+    )
+    write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))
+    return dataset
+
+
+def carry_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer file of one folder, where it has one, to another."""
+    tokenizer = tokenizer_in(source)
+    if tokenizer is not None and source.resolve() != target.resolve():
+        target.mkdir(parents=True, exist_ok=True)
+        with tokenizer.open("rb") as stream, write_beside(target / tokenizer.name) as copy:
+            shutil.copyfileobj(stream, copy)

@@ -1,0 +1,309 @@
+"""`tokenize`: a source's documents -> its stream of token ids, kept in parts that together are the source's rows.
+
+Documents follow each other, each with EOS after it, and are cut into rows with no overlap (paper, section 3.3), so
+row i is ids [i * row_length, (i + 1) * row_length) of the stream. The stream lies in parts, one a task (documents.py);
+what is left after the last whole row is counted and kept in `tail.tokens`.
+
+    arxiv/part_00000.tokens      uint16 little-endian
+    arxiv/part_00000.json        its manifest; written last
+    arxiv/part_00000.rejected.jsonl   bad documents, where there are some and --on-error quarantine
+    arxiv/tail.tokens            the last, short row
+    arxiv/source.json            the source's manifest; written when all parts are there
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.documents import TASK_BYTES, Document, Task, list_files, plan_tasks, read_documents, rejected_line
+from data_tools.durable import folder_lock, write_beside, write_whole
+from data_tools.format import (
+    SOURCES,
+    TOKEN_DTYPE,
+    TOOL_VERSION,
+    DataError,
+    canonical_json,
+    file_size,
+    new_digest,
+    read_json,
+)
+from data_tools.progress import Progress
+from data_tools.text_encoder import TextEncoder
+
+SOURCE_MANIFEST = "source.json"
+BATCH_CHARACTERS = 1 << 22
+SAMPLE_DOCUMENTS = 32
+SAMPLE_CHARACTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """What decides the bytes that `tokenize` writes; kept in every part's manifest."""
+
+    row_length: int
+    tokenizer_sha256: str
+    vocab_size: int
+    eos_id: int
+    task_bytes: int = TASK_BYTES
+    tool_version: str = TOOL_VERSION
+
+
+def part_name(number: int) -> str:
+    return f"part_{number:05d}"
+
+
+def tokenize_source(
+    source: str,
+    folder: Path,
+    output: Path,
+    tokenizer: Path,
+    *,
+    row_length: int,
+    workers: int = 1,
+    on_error: str = "stop",
+    max_rejected: int = 100,
+    task_bytes: int = TASK_BYTES,
+) -> dict[str, Any]:
+    """Tokenises one source into `output / source` and returns its manifest. Finished parts are kept.
+
+    Raises:
+        DataError: unknown source, no files, a bad document with `on_error="stop"`, more bad ones than `max_rejected`,
+            a folder begun with other options, or gigatoken differing from the Hugging Face tokenizer on the sample.
+    """
+    if source not in SOURCES:
+        raise DataError(f"unknown source {source!r}", file=folder, remedy=f"use one of {', '.join(SOURCES)}")
+    target = output / source
+    with folder_lock(target):
+        encoder = TextEncoder(tokenizer)
+        record = encoder.record()
+        options = TokenizeOptions(row_length, record.sha256, record.vocab_size, encoder.eos_id, task_bytes)
+        tasks = plan_tasks(folder, task_bytes)
+        identities = [_identity(folder, task, options) for task in tasks]
+        waiting = [i for i, identity in enumerate(identities) if not _is_done(target, i, identity)]
+        if waiting:
+            encoder.check([text for _, text in _sample(folder)], folder)
+            copy_tokenizer(tokenizer, output)
+        jobs = [_Job(folder, tasks[i], target, i, tokenizer, identities[i], on_error, max_rejected) for i in waiting]
+        progress = Progress(f"tokenize {source}", total=sum(_task_size(folder, task) for task in tasks), unit="B")
+        progress.advance(sum(_task_size(folder, task) for i, task in enumerate(tasks) if i not in set(waiting)))
+        with progress:
+            for job in _run(jobs, workers):
+                progress.advance(_task_size(folder, job.task))
+        return _finish_source(source, target, options, asdict(record), len(tasks), max_rejected)
+
+
+def copy_tokenizer(tokenizer: Path, output: Path) -> None:
+    """Puts a copy of the tokenizer into `output` under its canonical name."""
+    output.mkdir(parents=True, exist_ok=True)
+    target = output / f"tokenizer{tokenizer.suffix}"
+    if not target.is_file() or target.read_bytes() != tokenizer.read_bytes():
+        write_whole(target, tokenizer.read_bytes())
+
+
+def _sample(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Documents from the first, middle and last file of a source, for the check against the reference tokenizer."""
+    files = list_files(folder)
+    for path in {files[0]: None, files[len(files) // 2]: None, files[-1]: None}:
+        task = Task(path.relative_to(folder).as_posix(), 0, None)
+        taken = 0
+        for document in read_documents(folder, task):
+            if not document.reason:
+                yield path, document.text[:SAMPLE_CHARACTERS]
+                taken += 1
+            if taken == SAMPLE_DOCUMENTS:
+                break
+
+
+def _task_size(folder: Path, task: Task) -> int:
+    return task.stop - task.start if task.stop is not None else (folder / task.file).stat().st_size
+
+
+def _identity(folder: Path, task: Task, options: TokenizeOptions) -> dict[str, Any]:
+    return {"task": asdict(task), "input_bytes": (folder / task.file).stat().st_size, "options": asdict(options)}
+
+
+def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
+    marker = target / f"{part_name(number)}.json"
+    if not marker.is_file():
+        return False
+    manifest = read_json(marker, "remove the folder and run again")
+    if manifest["identity"] != identity:
+        raise DataError(
+            "made from other input or with other options",
+            file=marker,
+            remedy=f"use the same command as before, or another --output, or remove {target}",
+        )
+    tokens = target / f"{part_name(number)}.tokens"
+    if file_size(tokens) != manifest["tokens"] * TOKEN_DTYPE.itemsize:
+        raise DataError("size differs from the part's manifest", file=tokens, remedy=f"remove {marker} and run again")
+    return True
+
+
+@dataclass(frozen=True)
+class _Job:
+    folder: Path
+    task: Task
+    target: Path
+    number: int
+    tokenizer: Path
+    identity: dict[str, Any]
+    on_error: str
+    max_rejected: int
+
+
+_encoders: dict[Path, TextEncoder] = {}
+
+
+def _run(jobs: list[_Job], workers: int) -> Iterator[_Job]:
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            yield _do(job)
+        return
+    # Spawned, not forked: gigatoken and pyarrow have threads, which a fork would lose.
+    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        queue = iter(jobs)
+        running: set[Future[_Job]] = {pool.submit(_do, job) for job, _ in zip(queue, range(2 * workers), strict=False)}
+        try:
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+                    running |= {pool.submit(_do, job) for job, _ in zip(queue, range(1), strict=False)}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _do(job: _Job) -> _Job:
+    """Tokenises one task into its part; runs in a worker process."""
+    if job.tokenizer not in _encoders:
+        _encoders[job.tokenizer] = TextEncoder(job.tokenizer)
+    encoder = _encoders[job.tokenizer]
+    base = job.target / part_name(job.number)
+    rejected_path = base.with_suffix(".rejected.jsonl")
+    digest = new_digest()
+    tokens = documents = characters = 0
+    rejected: list[Document] = []
+    with write_beside(base.with_suffix(".tokens")) as stream:
+        for batch in _batches(job, rejected):
+            ids, lengths = encoder.encode(batch)
+            stream.write(ids.data)
+            digest.update(ids.data)
+            tokens += len(ids)
+            documents += len(lengths)
+            characters += sum(map(len, batch))
+    rejected_path.unlink(missing_ok=True)
+    if rejected:
+        write_whole(rejected_path, b"".join(rejected_line(job.task.file, document) for document in rejected))
+    manifest = {
+        "identity": job.identity,
+        "tokens": tokens,
+        "documents": documents,
+        "characters": characters,
+        "rejected": len(rejected),
+        "digest": digest.hexdigest(),
+    }
+    write_whole(base.with_suffix(".json"), canonical_json(manifest))
+    return job
+
+
+def _batches(job: _Job, rejected: list[Document]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in read_documents(job.folder, job.task):
+        if document.reason:
+            _reject(job, document, rejected)
+            continue
+        batch.append(document.text)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _reject(job: _Job, document: Document, rejected: list[Document]) -> None:
+    if job.on_error == "stop":
+        raise DataError(
+            document.reason,
+            file=job.folder / job.task.file,
+            place=document.place,
+            remedy="mend the document, or set bad ones aside with --on-error quarantine",
+        )
+    rejected.append(document)
+    if len(rejected) > job.max_rejected:
+        raise DataError(
+            f"more than {job.max_rejected} bad documents, the last: {document.reason}",
+            file=job.folder / job.task.file,
+            place=document.place,
+            remedy="look at the source, or raise --max-rejected",
+        )
+
+
+def _finish_source(
+    source: str,
+    target: Path,
+    options: TokenizeOptions,
+    tokenizer: dict[str, Any],
+    parts: int,
+    max_rejected: int,
+) -> dict[str, Any]:
+    manifests = [read_json(target / f"{part_name(i)}.json", "run tokenize again") for i in range(parts)]
+    tokens = sum(manifest["tokens"] for manifest in manifests)
+    rejected = sum(manifest["rejected"] for manifest in manifests)
+    if rejected > max_rejected:
+        raise DataError(
+            f"{rejected} bad documents, more than {max_rejected}",
+            file=target,
+            remedy="look at the .rejected.jsonl files, or raise --max-rejected",
+        )
+    tail_tokens = tokens % options.row_length
+    tail = target / "tail.tokens"
+    write_whole(tail, _last_bytes(target, parts, tail_tokens * TOKEN_DTYPE.itemsize))
+    manifest = {
+        "source": source,
+        "row_length": options.row_length,
+        "vocab_size": options.vocab_size,
+        "eos_id": options.eos_id,
+        "tokenizer": tokenizer,
+        "rows": tokens // options.row_length,
+        "tokens": tokens,
+        "tail_tokens": tail_tokens,
+        "documents": sum(manifest["documents"] for manifest in manifests),
+        "characters": sum(manifest["characters"] for manifest in manifests),
+        "rejected": rejected,
+        "parts": [
+            {
+                "name": part_name(i),
+                "tokens": manifest["tokens"],
+                "digest": manifest["digest"],
+                "file": manifest["identity"]["task"]["file"],
+            }
+            for i, manifest in enumerate(manifests)
+        ],
+        "tool_version": TOOL_VERSION,
+    }
+    write_whole(target / SOURCE_MANIFEST, canonical_json(manifest))
+    return manifest
+
+
+def _last_bytes(target: Path, parts: int, count: int) -> bytes:
+    """The last `count` bytes of the concatenated parts."""
+    pieces: list[bytes] = []
+    for number in reversed(range(parts)):
+        if not count:
+            break
+        path = target / f"{part_name(number)}.tokens"
+        size = path.stat().st_size
+        take = min(size, count)
+        with path.open("rb") as stream:
+            stream.seek(size - take)
+            pieces.append(stream.read(take))
+        count -= take
+    return b"".join(reversed(pieces))

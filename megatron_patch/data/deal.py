@@ -1,0 +1,35 @@
+"""How a global batch is dealt to data-parallel ranks so that every rank runs the same number of micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def deal(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int = 1) -> int:
+    """Micro-batches that every rank runs for one global batch.
+
+    Args:
+        multiple_of: the result is rounded up to a multiple of it (the interleaved schedule wants the pipeline's size).
+    """
+    largest_share = -(-global_batch_size // data_parallel_size)
+    micro_batches = -(-largest_share // micro_batch_size)
+    return -(-micro_batches // multiple_of) * multiple_of
+
+
+def share_of(
+    batch: np.ndarray, data_parallel_rank: int, data_parallel_size: int, micro_batch_size: int, num_micro_batches: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A rank's part of a global batch: positions rank, rank + size, rank + 2 * size, ...
+
+    Args:
+        batch: int64 [n] row numbers, n at most the global batch size.
+
+    Returns:
+        int64 [num_micro_batches, micro_batch_size] row numbers, -1 where padded, and float32 weights of the same shape,
+        1 for rows and 0 for padding.
+    """
+    mine = batch[data_parallel_rank::data_parallel_size]
+    rows = np.full(num_micro_batches * micro_batch_size, -1, dtype=np.int64)
+    rows[: len(mine)] = mine
+    shape = (num_micro_batches, micro_batch_size)
+    return rows.reshape(shape), (rows >= 0).astype(np.float32).reshape(shape)

@@ -1,0 +1,123 @@
+"""A data-parallel rank's share of each global batch, read ahead by a thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_tools.format import TOKEN_DTYPE
+from megatron_patch.data.deal import share_of
+from megatron_patch.data.order import SampleOrder
+from megatron_patch.data.segments import Segments
+
+HELD_OUT_SEGMENT = -1
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """What one rank reads of one global batch."""
+
+    segment: int
+    """Number of the segment; `HELD_OUT_SEGMENT` for held-out rows."""
+    samples_consumed: int
+    """Samples consumed before this batch."""
+    rows: np.ndarray
+    """int64 [num_micro_batches, micro_batch_size] row numbers in the segment, -1 where padded."""
+    tokens: np.ndarray
+    """uint16 [num_micro_batches, micro_batch_size, row_length]; zeros where padded."""
+    weights: np.ndarray
+    """float32 [num_micro_batches, micro_batch_size]; 1 for rows, 0 for padding."""
+
+
+def _read_share(
+    read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, weights: np.ndarray, row_length: int
+) -> np.ndarray:
+    real = weights > 0
+    if real.all():
+        return read(rows.ravel()).reshape(*rows.shape, row_length)
+    tokens = np.zeros((*rows.shape, row_length), dtype=TOKEN_DTYPE)
+    tokens[real] = read(rows[real])
+    return tokens
+
+
+class Loader:
+    """Iterates over the global steps from a position on; each `next` is a `BatchShare`, read before it is asked for.
+
+    Ends (StopIteration) after the last batch of the last segment. An error of the reading thread is raised by `next`.
+    """
+
+    def __init__(
+        self,
+        segments: Segments,
+        order: SampleOrder,
+        *,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        samples_consumed: int,
+        prefetch: int = 2,
+    ) -> None:
+        """Starts reading at once.
+
+        Args:
+            num_micro_batches: see `deal`.
+            samples_consumed: the position; a multiple of the order's global batch size.
+            prefetch: batches kept ready.
+        """
+        self._segments, self._order = segments, order
+        self._deal = (data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
+        self._position = samples_consumed
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one thread: batches come in order
+        self._ready: deque[Future[BatchShare]] = deque()
+        for _ in range(prefetch):
+            self._read_ahead()
+
+    def __iter__(self) -> Iterator[BatchShare]:
+        return self
+
+    def __next__(self) -> BatchShare:
+        if not self._ready:
+            raise StopIteration
+        share = self._ready.popleft().result()
+        self._read_ahead()
+        return share
+
+    def close(self) -> None:
+        """Ends the reading thread; the loader gives nothing more."""
+        self._thread.shutdown(cancel_futures=True)
+        self._ready.clear()
+
+    def _read_ahead(self) -> None:
+        if self._position < self._order.total_steps * self._order.global_batch_size:
+            self._ready.append(self._thread.submit(self._share, self._position))
+            self._position += self._order.global_batch_size
+
+    def _share(self, samples_consumed: int) -> BatchShare:
+        segment, batch = self._order.batch(samples_consumed)
+        rows, weights = share_of(batch, *self._deal)
+        tokens = _read_share(lambda r: self._segments.read(segment, r), rows, weights, self._segments.row_length)
+        return BatchShare(segment, samples_consumed, rows, tokens, weights)
+
+
+def held_out_shares(
+    segments: Segments,
+    *,
+    num_rows: int,
+    global_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    micro_batch_size: int,
+    num_micro_batches: int,
+) -> Iterator[BatchShare]:
+    """The first `num_rows` held-out rows (or all there are), dealt like training batches, the last one padded."""
+    count = min(num_rows, segments.held_out_rows)
+    for start in range(0, count, global_batch_size):
+        batch = np.arange(start, min(start + global_batch_size, count))
+        rows, weights = share_of(batch, data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
+        tokens = _read_share(segments.read_held_out, rows, weights, segments.row_length)
+        yield BatchShare(HELD_OUT_SEGMENT, start, rows, tokens, weights)

@@ -1,0 +1,156 @@
+"""A data set's rows by segment and row number, refused at the start where it does not fit the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.format import (
+    HELD_OUT_NAME,
+    MANIFEST_NAME,
+    TOKEN_DTYPE,
+    DataError,
+    DatasetManifest,
+    SegmentManifest,
+    bin_size,
+    file_size,
+    read_index_rows,
+    segment_name,
+    sha256_file,
+)
+
+__all__ = ["DataError", "Segments", "open_segments"]
+
+
+def open_segments(folder: Path, *, row_length: int, vocab_size: int) -> Segments:
+    """Opens a data set without reading its rows.
+
+    Args:
+        folder: what `data_tools/build_amber.py` wrote (data_tools/format.py).
+        row_length: ids a row that the model wants: sequence length + 1.
+        vocab_size: the model's vocabulary.
+
+    Raises:
+        DataError: a file is missing, has the wrong size or disagrees with the manifest; rows of another length; ids
+            beyond the model's vocabulary.
+    """
+    manifest_path = folder / MANIFEST_NAME
+    manifest = DatasetManifest.read(manifest_path)
+    if manifest.row_length != row_length:
+        raise DataError(
+            f"rows of {manifest.row_length} ids, but a sequence length of {row_length - 1} needs {row_length}",
+            file=manifest_path,
+            place="row_length",
+            remedy=f"set the sequence length to {manifest.row_length - 1} or build with --row-length {row_length}",
+        )
+    if manifest.vocab_size > vocab_size:
+        raise DataError(
+            f"a vocabulary of {manifest.vocab_size}, but the model has {vocab_size}",
+            file=manifest_path,
+            place="vocab_size",
+            remedy=f"set the model's vocabulary to {manifest.vocab_size}",
+        )
+    if len(manifest.segments) != manifest.num_segments or manifest.rows_per_segment < 1:
+        raise DataError(
+            f"{len(manifest.segments)} segments of {manifest.rows_per_segment} rows, expected {manifest.num_segments}",
+            file=manifest_path,
+            place="segments",
+            remedy="merge the data set again with data_tools/build_amber.py merge",
+        )
+    for number, segment in enumerate(manifest.segments):
+        if segment.rows != manifest.rows_per_segment:
+            raise DataError(
+                f"{segment.rows} rows, expected {manifest.rows_per_segment}",
+                file=manifest_path,
+                place=f"segment {number}",
+                remedy="merge the data set again with data_tools/build_amber.py merge",
+            )
+        _check_segment(folder / segment_name(number), segment, manifest)
+    if manifest.held_out is not None:
+        _check_segment(folder / HELD_OUT_NAME, manifest.held_out, manifest)
+    if manifest.tokenizer is not None:
+        tokenizer = folder / manifest.tokenizer.file
+        file_size(tokenizer)
+        if sha256_file(tokenizer) != manifest.tokenizer.sha256:
+            raise DataError("not the tokenizer that made the data", file=tokenizer, remedy="copy the right one back")
+    return Segments(folder, manifest)
+
+
+def _check_segment(base: Path, segment: SegmentManifest, manifest: DatasetManifest) -> None:
+    if (segment.row_length, segment.vocab_size) != (manifest.row_length, manifest.vocab_size):
+        raise DataError(
+            f"row length {segment.row_length} and vocabulary {segment.vocab_size} differ from the data set's",
+            file=base.with_suffix(".json"),
+            remedy="build the segment again",
+        )
+    for suffix, size in (("bin", bin_size(segment.rows, segment.row_length)), ("src", segment.rows)):
+        path = base.with_suffix(f".{suffix}")
+        if (actual := file_size(path)) != size:
+            raise DataError(
+                f"{actual} bytes, but the manifest's {segment.rows} rows need {size}",
+                file=path,
+                place="size",
+                remedy="the file was cut short or replaced: build or fetch the segment again, then verify",
+            )
+    index = base.with_suffix(".idx")
+    file_size(index)
+    if (rows := read_index_rows(index, segment.row_length)) != segment.rows:
+        raise DataError(
+            f"speaks of {rows} rows, the manifest of {segment.rows}", file=index, remedy="build the segment again"
+        )
+
+
+class Segments:
+    """An opened data set.
+
+    Attributes:
+        folder: where it lies.
+        digest: names its content (digest of the manifest).
+        num_segments, rows_per_segment, held_out_rows, row_length, vocab_size: its shape.
+        tokenizer_path: the tokenizer that made it; None where the data set came without one.
+    """
+
+    def __init__(self, folder: Path, manifest: DatasetManifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.digest = manifest.digest
+        self.num_segments = manifest.num_segments
+        self.rows_per_segment = manifest.rows_per_segment
+        self.row_length = manifest.row_length
+        self.vocab_size = manifest.vocab_size
+        self.held_out_rows = manifest.held_out.rows if manifest.held_out else 0
+        self.tokenizer_path = folder / manifest.tokenizer.file if manifest.tokenizer else None
+        self._mapped: tuple[str, np.ndarray] | None = None
+
+    def read(self, segment: int, rows: np.ndarray) -> np.ndarray:
+        """Rows of a segment by number.
+
+        Args:
+            segment: 0 <= segment < num_segments.
+            rows: int64 [n], each in [0, rows_per_segment).
+
+        Returns:
+            uint16 [n, row_length].
+        """
+        return self._rows(segment_name(segment), self.rows_per_segment)[rows]
+
+    def read_held_out(self, rows: np.ndarray) -> np.ndarray:
+        """Held-out rows by number: uint16 [n, row_length]."""
+        return self._map(HELD_OUT_NAME, self.held_out_rows)[rows]
+
+    def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
+        """Source codes (positions in `data_tools.format.SOURCES`) of rows of a segment: uint8 [n]."""
+        path = self.folder / f"{segment_name(segment)}.src"
+        return np.memmap(path, dtype=np.uint8, mode="r", shape=(self.rows_per_segment,))[rows]
+
+    def _rows(self, name: str, rows: int) -> np.ndarray:
+        # One segment is mapped at a time: rows are read segment after segment.
+        if self._mapped is None or self._mapped[0] != name:
+            self._mapped = (name, self._map(name, rows))
+        return self._mapped[1]
+
+    def _map(self, name: str, rows: int) -> np.ndarray:
+        path = self.folder / f"{name}.bin"
+        mapped = np.memmap(path, dtype=TOKEN_DTYPE, mode="r", shape=(rows, self.row_length))
+        return mapped.view(np.ndarray)
