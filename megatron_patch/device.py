@@ -1,7 +1,7 @@
 """GPU, or CPU with gloo: the only room that knows which.
 
 Everything else asks this module for the device, the backend and the clock, so that the code for the cluster is the
-code under test. Import it before DeepSpeed: DeepSpeed chooses its accelerator when it is imported.
+code under test.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import torch
 _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
 
 HAS_GPU = torch.cuda.is_available()
-
-if not HAS_GPU:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def use(local_rank: int) -> torch.device:

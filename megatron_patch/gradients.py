@@ -47,7 +47,7 @@ def parameter_groups(
     """Split a rank's parameters; groups without parameters are left out."""
     groups: dict[tuple[Replication, bool], ParameterGroup] = {}
     for whole, parameter in parameters:
-        replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"  # type: ignore[assignment]
+        replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
         decays = decay_everything or whole.kind in ("matrix", "ffn")
         group = groups.setdefault((replication, decays), ParameterGroup(replication, decays))
         group.wholes.append(whole)

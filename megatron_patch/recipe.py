@@ -192,6 +192,10 @@ class Recipe(Section):
                 f"{m.num_layers} / {chunks} = {m.num_layers / chunks:g} nor, with embedding and loss counted as a "
                 f"layer each, {m.num_layers + 2} / {chunks} = {(m.num_layers + 2) / chunks:g} is whole"
             )
+        if self.pads_pipeline_split and (m.num_layers + 2) // chunks < 2:
+            raise ValueError(
+                f"model.num_layers {m.num_layers} over {chunks} chunks leaves the first one the embedding and no layer"
+            )
         if p.zero_stage == 2 and p.pipeline > 1:
             raise ValueError(
                 f"parallel.zero_stage 2 with parallel.pipeline {p.pipeline}: a pipeline accumulates gradients over "

@@ -66,7 +66,7 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
 
 
 def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> Topology:
-    """Join the process group (unless the caller has) and build Megatron's groups.
+    """Join the process group (unless the caller has) and build Megatron's groups, in place of earlier ones.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them.
     Raises RecipeError where the layout does not divide the world.
@@ -76,6 +76,8 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
     patches.apply()
     if not dist.is_initialized():
         device.init_process_group(timeout)
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
     ps.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -10,8 +10,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_patch import device  # before deepspeed: it picks DeepSpeed's accelerator
-
 import deepspeed
 import torch
 

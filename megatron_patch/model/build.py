@@ -72,21 +72,19 @@ def build(recipe: Recipe, device: torch.device) -> list[GPTModel]:
     config = transformer_config(recipe)
     ffn = SharedFFN() if recipe.model.shared_ffn else None
     virtual = recipe.parallel.virtual_pipeline
-    chunks = []
     with device:
-        for chunk in range(virtual) if virtual > 1 else [None]:
-            chunks.append(
-                GPTModel(
-                    config=config,
-                    transformer_layer_spec=block_spec(config, ffn, chunk),
-                    vocab_size=recipe.model.vocab_size,
-                    max_sequence_length=recipe.model.sequence_length,
-                    pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
-                    post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
-                    share_embeddings_and_output_weights=False,
-                    position_embedding_type="rope",
-                    rotary_base=recipe.model.rope_base,
-                    vp_stage=chunk,
-                )
+        return [
+            GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(config, ffn, chunk),
+                vocab_size=recipe.model.vocab_size,
+                max_sequence_length=recipe.model.sequence_length,
+                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                share_embeddings_and_output_weights=False,
+                position_embedding_type="rope",
+                rotary_base=recipe.model.rope_base,
+                vp_stage=chunk,
             )
-    return chunks
+            for chunk in (range(virtual) if virtual > 1 else [None])
+        ]

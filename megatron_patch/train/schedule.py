@@ -10,7 +10,8 @@ from megatron_patch.recipe import Optimizer
 def learning_rate(step: int, optimizer: Optimizer, total_steps: int) -> float:
     """LR of 0-based optimizer step: linear warm-up from LR(0)=0, cosine to the floor, floor after (paper section 3.3).
 
-    lr(t) = peak t / warmup for t < warmup, else floor + (peak - floor) (1 + cos(pi (t - warmup) / (decay - warmup))) / 2.
+    lr(t) = peak t / warmup for t < warmup, then
+    lr(t) = floor + (peak - floor) (1 + cos(pi (t - warmup) / (end - warmup))) / 2.
     """
     peak, floor, warmup = optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_steps
     end = optimizer.decay_steps or total_steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,18 +18,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_patch import device
+from megatron_patch.data.loader import BatchShare
 from megatron_patch.model.build import build
 from megatron_patch.model.initialise import initialise
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
 from megatron_patch.zero import ShardedOptimizer
-
-
-class Share(Protocol):
-    """What a rank takes of a global batch (megatron_patch.data.loader.BatchShare)."""
-
-    tokens: np.ndarray  # uint16 [micro-batches, micro-batch size, row length]
-    weights: np.ndarray  # float32 [micro-batches, micro-batch size]; 0 where a row only pads
 
 
 class StepResult(NamedTuple):
@@ -52,7 +46,7 @@ class Trainer:
         self.optimizer = ShardedOptimizer(self.chunks, recipe, topology, micro_batches)
         self._schedule = get_forward_backward_func()
 
-    def step(self, share: Share, learning_rate: float, request: float = 0.0) -> StepResult:
+    def step(self, share: BatchShare, learning_rate: float, request: float = 0.0) -> StepResult:
         """Train on this rank's share of one global batch.
 
         `request` travels with the loss in the step's one world-wide reduction, so that all ranks learn in the same
@@ -73,7 +67,7 @@ class Trainer:
         return StepResult(total_loss, norm_squared**0.5, requests, finite)
 
     @torch.no_grad()
-    def held_out_loss(self, shares: Iterable[Share], rows: int) -> float:
+    def held_out_loss(self, shares: Iterable[BatchShare], rows: int) -> float:
         """Mean loss in nats a token over `rows` held-out rows dealt to ranks as `shares`; equal on every rank."""
         tokens = rows * self.recipe.model.sequence_length
         total = torch.zeros((), device=device.current())
@@ -82,7 +76,7 @@ class Trainer:
         dist.all_reduce(total)
         return total.item()
 
-    def _run(self, share: Share, tokens: int, forward_only: bool) -> torch.Tensor:
+    def _run(self, share: BatchShare, tokens: int, forward_only: bool) -> torch.Tensor:
         """This rank's part of the loss (fp32 scalar; 0 unless last stage and first tensor rank)."""
         rows = device.upload(torch.from_numpy(share.tokens.astype(np.int64)))
         weights = device.upload(torch.from_numpy(share.weights))

@@ -1,0 +1,29 @@
+"""`python -m megatron_patch VERB ...`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
+# need torch and Megatron (seconds), some must start at once.
+VERBS = {
+    "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_patch", description="MobiLlama pre-training")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (_, text) in VERBS.items():
+        verbs.add_parser(verb, help=text, add_help=False)
+    known, rest = parser.parse_known_args(argv)
+    module = importlib.import_module(VERBS[known.verb][0])
+    sub = argparse.ArgumentParser(prog=f"python -m megatron_patch {known.verb}", description=VERBS[known.verb][1])
+    module.add_arguments(sub)
+    return module.main(sub.parse_args(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""One line a step that a human can read, the same as JSON lines, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from megatron_patch import counts, device
+from megatron_patch.recipe import Recipe
+
+
+class Log:
+    """Writes RUN/log.jsonl, standard output and event files. Only rank 0 makes one.
+
+    `tokens_per_second` is per job, over the wall time since the last logged step; MFU counts applied layers (causal,
+    no recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
+    """
+
+    def __init__(self, recipe: Recipe, world_size: int, total_steps: int) -> None:
+        self._recipe, self._total_steps = recipe, total_steps
+        self._tokens_a_step = recipe.batch.global_batch_size * recipe.model.sequence_length
+        self._flops_per_token = counts.flops_per_token(recipe.model)
+        peak = device.peak_flops()
+        self._peak = None if peak is None else peak * world_size
+        recipe.run_folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (recipe.run_folder / "log.jsonl").open("a", buffering=1)
+        self._events = _summary_writer(recipe.run_folder / "tensorboard") if recipe.run.tensorboard else None
+        self._last = time.perf_counter()
+        self._recent: deque[float] = deque(maxlen=50)
+
+    def step(self, step: int, loss: float, grad_norm: float, learning_rate: float, **extra: Any) -> None:
+        """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._recent.append(seconds)
+        rate = self._tokens_a_step / seconds
+        mfu = None if self._peak is None else rate * self._flops_per_token / self._peak
+        record = {
+            "step": step,
+            "samples": step * self._recipe.batch.global_batch_size,
+            "tokens": step * self._tokens_a_step,
+            "loss": _finite(loss),
+            "grad_norm": _finite(grad_norm),
+            "learning_rate": learning_rate,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": mfu,
+            "memory": device.peak_memory(),
+            "time": time.time(),
+            **extra,
+        }
+        self._write(record)
+        if step % self._recipe.run.log_interval == 0 or step == self._total_steps:
+            left = timedelta(seconds=round(sum(self._recent) / len(self._recent) * (self._total_steps - step)))
+            share = "" if mfu is None else f"  MFU {mfu:.1%}"
+            print(
+                f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  tokens {record['tokens']:,}"
+                f"  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {learning_rate:.2e}"
+                f"  {rate:,.0f} tokens/s{share}  ETA {left}",
+                flush=True,
+            )
+
+    def held_out(self, step: int, loss: float) -> None:
+        """Log a held-out loss (nats a token) after `step`; its time does not count as the next step's."""
+        self._write({"step": step, "held_out_loss": _finite(loss), "time": time.time()})
+        print(f"step {step}  held-out loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.1f}", flush=True)
+        self.skip_time()
+
+    def skip_time(self) -> None:
+        """Do not count the time since the last step (a save, an evaluation) as part of the next one."""
+        self._last = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """A line for humans about something that is not a step."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+        if self._events is not None:
+            for key, value in record.items():
+                if isinstance(value, float) and key != "time":
+                    self._events.add_scalar(key, value, record["step"])
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _summary_writer(folder: Path) -> Any:
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))

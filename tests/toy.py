@@ -1,0 +1,109 @@
+"""A toy model trained on seeded random rows, under any layout: what the tests of layouts and gradients share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_patch import topology
+from megatron_patch.data.deal import deal, share_of
+from megatron_patch.data.loader import BatchShare
+from megatron_patch.model.parameters import local_parameters, whole_tensors
+from megatron_patch.recipe import Recipe, load
+from megatron_patch.train.schedule import learning_rate
+from megatron_patch.train.step import Trainer
+
+TOY = [
+    "precision=fp32",
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=48",
+    "model.num_attention_heads=4",
+    "model.vocab_size=64",
+    "model.sequence_length=16",
+    "parallel.tensor=1",
+    "parallel.pipeline=1",
+    "batch.global_batch_size=8",
+    "batch.micro_batch_size=1",
+    "optimizer.learning_rate=3e-4",
+    "optimizer.min_learning_rate=3e-5",
+    "optimizer.warmup_steps=3",
+]
+
+
+def toy_recipe(*overrides: str) -> Recipe:
+    return load("recipes/demo.yaml", [*TOY, *overrides])
+
+
+def random_rows(recipe: Recipe, step: int) -> np.ndarray:
+    """The rows of a step's global batch: uint16 [global batch size, row length]."""
+    shape = (recipe.batch.global_batch_size, recipe.row_length)
+    return np.random.RandomState(1000 + step).randint(0, recipe.model.vocab_size, shape).astype(np.uint16)
+
+
+def toy_trainer(recipe: Recipe) -> Trainer:
+    """On a rank with a process group: groups, model and optimizer of the recipe's layout."""
+    place = topology.initialize(recipe.parallel)
+    multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
+    batch = recipe.batch
+    return Trainer(
+        recipe, place, deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
+    )
+
+
+def toy_share(trainer: Trainer, step: int) -> BatchShare:
+    """This rank's share of `random_rows(recipe, step)`, dealt as the loader deals."""
+    recipe, place = trainer.recipe, trainer.topology
+    batch = random_rows(recipe, step)
+    micro = recipe.batch.micro_batch_size
+    rows, weights = share_of(np.arange(len(batch)), place.data_rank, place.data_size, micro, trainer.micro_batches)
+    return BatchShare(0, step * len(batch), rows, np.where(weights[..., None] > 0, batch[rows], 0), weights)
+
+
+def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:
+    """On a rank: train `steps` steps; the results of each step and this rank's final parts of the weights by name."""
+    recipe = toy_recipe(*overrides)
+    trainer = toy_trainer(recipe)
+    results = []
+    replicas_equal = True
+    for step in range(steps):
+        results.append(trainer.step(toy_share(trainer, step), learning_rate(step, recipe.optimizer, steps)))
+        replicas_equal &= _replicas_equal(trainer)
+    parts = {whole.name: p.detach().clone() for whole, p in local_parameters(trainer.chunks, recipe.model)}
+    return {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "tensor_rank": trainer.topology.tensor_rank,
+        "replicas_equal": replicas_equal,
+        "parts": parts,
+    }
+
+
+def _replicas_equal(trainer: Trainer) -> bool:
+    """Whether the shared FFN is the same bits on every pipeline stage and data-parallel rank of my tensor rank."""
+    ours = [p for whole, p in local_parameters(trainer.chunks, trainer.recipe.model) if whole.kind == "ffn"]
+    if not ours:
+        return True
+    mine = torch.cat([p.detach().view(-1) for p in ours])
+    everyone = [torch.empty_like(mine) for _ in range(trainer.topology.world_size)]
+    torch.distributed.all_gather(everyone, mine)
+    ranks = range(trainer.topology.tensor_rank, trainer.topology.world_size, trainer.topology.tensor_size)
+    return all(torch.equal(everyone[rank], mine) for rank in ranks)
+
+
+def gather(answers: list[dict[str, Any]], recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Whole-model weights from the parts that `train_toy` returned on every rank."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for answer in answers:
+        for name, part in answer["parts"].items():
+            parts.setdefault(name, {})[answer["tensor_rank"]] = part
+    wholes = whole_tensors(recipe.model)
+    assert parts.keys() == wholes.keys()
+    gathered = {}
+    for name, by_rank in parts.items():
+        whole = wholes[name]
+        pieces = [by_rank[r].view(whole.part_shape(len(by_rank))) for r in sorted(by_rank)]
+        gathered[name] = pieces[0] if whole.cut is None else torch.cat(pieces, whole.cut)
+    return gathered
