@@ -28,7 +28,6 @@ from megatron_patch.recipe import Recipe
 
 INDEX_NAME = "index.json"
 MARKER_NAME = "COMPLETE"
-VERSION = 1
 
 What = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 Contents = Literal["full", "weights"]
@@ -112,7 +111,7 @@ class StoredTensor(_Json):
 class Index(_Json):
     """`index.json`."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     contents: Contents
     state: State
     recipe: Recipe
@@ -129,7 +128,7 @@ class StoredFile(_Json):
 class Marker(_Json):
     """`COMPLETE`: its presence says that the folder was finished, its digests that it still is what was written."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     files: dict[str, StoredFile]
     digest: str = Field(description="XXH3-128 of `files`: names the checkpoint's content.")
 
@@ -185,7 +184,7 @@ def read_index(folder: Path) -> Index:
         return Index.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CheckpointError(
-            path, f"not an index of version {VERSION} ({_first(error)})", "read it with the version that wrote it"
+            path, f"not an index of version 1 ({_first(error)})", "read it with the version that wrote it"
         ) from None
 
 

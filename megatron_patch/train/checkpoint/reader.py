@@ -5,7 +5,7 @@ Needs neither Megatron-Core nor a process group, so export and evaluation read c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from megatron_patch.train.checkpoint.format import (
     Index,
     Marker,
     State,
+    StoredTensor,
     What,
     check_file,
     read_index,
@@ -152,7 +153,7 @@ class Checkpoint:
 
     def _check_tensors(self) -> None:
         """Every element of every tensor of the recipe's model stands in the index exactly once."""
-        for problem in coverage_problems(self.index, self._wholes):
+        for problem in coverage_problems(self.index.tensors, self._wholes):
             raise CheckpointError(self.folder / INDEX_NAME, problem, "read it with the version that wrote it")
 
     def close(self) -> None:
@@ -168,13 +169,13 @@ class Checkpoint:
         self.close()
 
 
-def coverage_problems(index: Index, wholes: dict[str, Whole]) -> Iterator[str]:
-    """What keeps an index from holding every element of every whole tensor exactly once."""
-    if index.tensors.keys() != wholes.keys():
-        odd = sorted(index.tensors.keys() ^ wholes.keys())
+def coverage_problems(tensors: Mapping[str, StoredTensor], wholes: Mapping[str, Whole]) -> Iterator[str]:
+    """What keeps fragments from holding every element of every whole tensor exactly once."""
+    if tensors.keys() != wholes.keys():
+        odd = sorted(tensors.keys() ^ wholes.keys())
         yield f"tensors differ from those of the recipe's model: {', '.join(odd[:3])} ({len(odd)} in all)"
         return
-    for name, stored in index.tensors.items():
+    for name, stored in tensors.items():
         whole = wholes[name]
         if (stored.shape, stored.cut) != (whole.shape, whole.cut):
             yield f"{name}: shape {stored.shape} cut at {stored.cut}, the model's is {whole.shape} cut at {whole.cut}"
