@@ -1,0 +1,40 @@
+"""Fill the model and the optimizer of any layout from a checkpoint of any layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_patch.topology import Topology
+from megatron_patch.train.checkpoint.format import What
+from megatron_patch.train.checkpoint.plan import shard_ranges
+from megatron_patch.train.checkpoint.reader import Checkpoint
+from megatron_patch.zero import ShardedOptimizer
+
+
+@torch.no_grad()
+def restore(checkpoint: Checkpoint, optimizer: ShardedOptimizer, topology: Topology) -> None:
+    """Set weights, master weights and moments; bit-identical to what was saved, in whatever layout.
+
+    Each rank reads what its ZeRO shard holds; weights are the rounded master weights, as after every step, gathered
+    over the data-parallel group. Every rank must call it. Raises CheckpointError where the optimizer is not stored.
+    """
+    for i, group in enumerate(optimizer.groups):
+        flat, master = optimizer.zero.bit16_groups_flat[i], optimizer.master_shards[i]
+        moments = optimizer.moments(i)
+        moments["step"] = torch.tensor(float(checkpoint.state.optimizer_step), device=master.device)
+        moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+        targets: dict[What, torch.Tensor] = {
+            "master": master.detach(),
+            "exp_avg": moments["exp_avg"],
+            "exp_avg_sq": moments["exp_avg_sq"],
+        }
+        offsets = [p.storage_offset() - flat.storage_offset() for p in group.parameters]
+        lengths = [p.numel() for p in group.parameters]
+        for piece in shard_ranges(group.wholes, offsets, lengths, topology.data_rank, master.numel()):
+            for what, target in targets.items():
+                values = checkpoint.range_of_part(
+                    piece.whole.name, topology.tensor_rank, topology.tensor_size, piece.start, piece.stop, what
+                )
+                target[piece.low : piece.high].copy_(values)
+        dist.all_gather_into_tensor(flat.detach(), master.detach().to(flat.dtype), group=topology.data_group)

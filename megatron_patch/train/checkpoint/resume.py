@@ -1,0 +1,104 @@
+"""Go on from the newest good checkpoint of a run, in whatever layout the run now has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_patch.recipe import Recipe
+from megatron_patch.topology import Topology
+from megatron_patch.train.checkpoint.format import CheckpointError, State, check_file, read_marker
+from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
+from megatron_patch.train.checkpoint.restore import restore
+from megatron_patch.train.checkpoint.run_folder import RunFolder
+from megatron_patch.train.side_channel import SideChannel
+from megatron_patch.zero import ShardedOptimizer
+
+# Settings that change neither the rows nor what is computed from them, beyond the order of sums.
+_FREE = re.compile(
+    r"parallel\..+|batch\.micro_batch_size|recompute|data\.folder|data\.held_out_.+|checkpoint\..+|watchdog\..+|run\..+"
+)
+
+
+class ResumeRefused(CheckpointError):
+    """The run now has other data or another recipe than its checkpoint."""
+
+
+def resume(
+    recipe: Recipe,
+    data_digest: str,
+    accept_changes: bool,
+    optimizer: ShardedOptimizer,
+    topology: Topology,
+    channel: SideChannel,
+    note: Callable[[str], None],
+) -> State | None:
+    """Restore the newest good checkpoint of the run and return where it stands; None where the run has none yet.
+
+    Every rank must call it. `note` receives lines for people: what was unfinished, broken, fallen back to, changed.
+    Raises ResumeRefused where data or recipe changed and `accept_changes` is not set, CheckpointError where there
+    are checkpoints and none of them is good.
+    """
+    runs = RunFolder(recipe)
+    listed: list[str] | None = None
+    if topology.rank == 0:
+        for name in runs.sweep():
+            note(f"{runs.path / name}: was never finished; removed")
+        listed = [str(folder) for folder in runs.candidates()]
+    candidates = [Path(folder) for folder in channel.from_first(listed)]
+    if not candidates:
+        return None
+    broken: list[Path] = []
+    for folder in candidates:
+        problem = _verify(folder, topology, channel)
+        if problem is None:
+            break
+        note(f"{problem.splitlines()[0]}; falling back to the checkpoint before")
+        broken.append(folder)
+    else:
+        raise CheckpointError(
+            runs.path,
+            f"none of the {len(candidates)} checkpoints is good (see above)",
+            "see to the file system; to begin again at step 0, move the folder away",
+        )
+    with open_checkpoint(folder, verify=False) as checkpoint:
+        changes = _changes(checkpoint, recipe, data_digest, note)
+        if changes and not accept_changes:
+            raise ResumeRefused(
+                folder,
+                "the run was trained otherwise:\n" + "\n".join(f"    {line}" for line in changes),
+                "restore the settings, use another run.folder, or go on with --accept-changes (it is recorded)",
+            )
+        restore(checkpoint, optimizer, topology)
+        state = checkpoint.state
+    if topology.rank == 0:
+        for bad in broken:
+            runs.set_aside(bad)
+    note(f"resuming from {folder} at step {state.step}, {state.samples:,} samples")
+    return state.model_copy(update={"accepted_changes": [*state.accepted_changes, *changes]})
+
+
+def _verify(folder: Path, topology: Topology, channel: SideChannel) -> str | None:
+    """What is wrong with a checkpoint; the ranks share its files among them."""
+    try:
+        files = list(read_marker(folder).files.items())
+        for name, expected in files[topology.rank :: topology.world_size]:
+            check_file(folder, name, expected)
+        problem = None
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    return next((answer for answer in channel.gather(problem) if answer is not None), None)
+
+
+def _changes(checkpoint: Checkpoint, recipe: Recipe, data_digest: str, note: Callable[[str], None]) -> list[str]:
+    """Differences that training would not survive unnoticed; the harmless ones are noted."""
+    changes = []
+    for line in checkpoint.recipe.differences(recipe):
+        if _FREE.match(line.split(": ")[0]):
+            note(f"changed since the checkpoint: {line}")
+        else:
+            changes.append(line)
+    if checkpoint.data_digest != data_digest:
+        changes.append(f"data set: {checkpoint.data_digest} -> {data_digest}")
+    return changes

@@ -1,0 +1,210 @@
+"""Save while training goes on: the loop waits for the copy out of the device, a thread does the rest.
+
+Every rank writes its own fragments (plan.py). Rank 0 hears from all that theirs are on disk, writes the index and
+publishes the folder (write.py); then all ranks hear whether the checkpoint is durable.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from megatron_patch import device
+from megatron_patch.recipe import Recipe
+from megatron_patch.topology import Topology
+from megatron_patch.train.checkpoint.format import (
+    CheckpointError,
+    Contents,
+    Fragment,
+    Index,
+    State,
+    StoredFile,
+    What,
+    rank_file,
+    stored_whats,
+)
+from megatron_patch.train.checkpoint.plan import ShardRange, fragment, is_writer, shard_ranges
+from megatron_patch.train.checkpoint.write import finish, index_tensors, partial_folder, write_file
+from megatron_patch.train.side_channel import SideChannel
+from megatron_patch.zero import ShardedOptimizer
+
+_SLOWEST_WRITE = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is durable."""
+
+    folder: Path
+    state: State
+    contents: Contents
+    digest: str
+    bytes: int
+    stall: float  # seconds the loop stood still
+    seconds: float  # from the call to durable
+
+
+class HostCopy:
+    """Host memory for one rank's fragments, allocated once and filled anew for each save."""
+
+    def __init__(self, optimizer: ShardedOptimizer, topology: Topology) -> None:
+        self._optimizer, self._data_rank = optimizer, topology.data_rank
+        self._buffers: dict[tuple[int, What], torch.Tensor] = {}
+        self._pieces: list[tuple[int, ShardRange, Fragment]] = []
+        for i, group in enumerate(optimizer.groups):
+            if is_writer(group, topology):
+                flat = optimizer.zero.bit16_groups_flat[i]
+                offsets = [p.storage_offset() - flat.storage_offset() for p in group.parameters]
+                lengths = [p.numel() for p in group.parameters]
+                shard_length = flat.numel() // topology.data_size
+                for piece in shard_ranges(group.wholes, offsets, lengths, topology.data_rank, shard_length):
+                    self._pieces.append((i, piece, fragment(piece, topology.tensor_rank, topology.tensor_size)))
+
+    def fill(self, whats: tuple[What, ...]) -> dict[str, torch.Tensor]:
+        """Copy the shards out of the device; views of the copy, one a fragment, by safetensors key."""
+        for group in {i for i, _, _ in self._pieces}:
+            for what in whats:
+                source = self._shard(group, what)
+                if (group, what) not in self._buffers:
+                    self._buffers[group, what] = torch.empty(
+                        source.shape, dtype=source.dtype, pin_memory=device.HAS_GPU
+                    )
+                self._buffers[group, what].copy_(source)
+        return {
+            stored.key(what): self._buffers[group, what][piece.low : piece.high]
+            for group, piece, stored in self._pieces
+            for what in whats
+        }
+
+    def _shard(self, group: int, what: What) -> torch.Tensor:
+        master = self._optimizer.master_shards[group]
+        if what == "master":
+            return master.detach()
+        if what == "weight":
+            flat = self._optimizer.zero.bit16_groups_flat[group].detach()
+            return flat[self._data_rank * master.numel() : (self._data_rank + 1) * master.numel()]
+        moments = self._optimizer.moments(group)
+        return moments[what] if moments else torch.zeros_like(master)  # none before the first update
+
+
+class Saver:
+    """Writes a run's checkpoints, one at a time. Every rank makes one and calls it at the same steps."""
+
+    def __init__(self, recipe: Recipe, topology: Topology, optimizer: ShardedOptimizer) -> None:
+        self._recipe, self._topology, self._optimizer = recipe, topology, optimizer
+        self._copy = HostCopy(optimizer, topology)
+        self._channel = SideChannel(_SLOWEST_WRITE)
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+
+    @property
+    def optimizer_step(self) -> int:
+        """AdamW updates done."""
+        moments = self._optimizer.moments(0)
+        return int(moments["step"].item()) if moments else 0
+
+    def save(self, folder: Path, state: State, contents: Contents, durable: Callable[[Saved], None]) -> None:
+        """Begin to write `folder`; waits first until the save before is durable.
+
+        `durable` is called on rank 0, by the writing thread, once the marker is on disk. Raises CheckpointError where
+        the save before failed.
+        """
+        started = time.perf_counter()
+        self.wait()
+        tensors = self._copy.fill(stored_whats(contents, self._recipe.precision))
+        stall = time.perf_counter() - started
+        arguments = (folder, state, contents, tensors, durable, started, stall)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the save under way is durable. Raises CheckpointError where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises CheckpointError where the last save failed; waits for nothing."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(
+        self,
+        folder: Path,
+        state: State,
+        contents: Contents,
+        tensors: dict[str, torch.Tensor],
+        durable: Callable[[Saved], None],
+        started: float,
+        stall: float,
+    ) -> None:
+        try:
+            self._write(folder, state, contents, tensors, durable, started, stall)
+        except CheckpointError as error:
+            self._error = error
+        except Exception as error:
+            self._error = CheckpointError(folder, f"not written: {error}", "see the traceback of the rank it names")
+            self._error.__cause__ = error
+
+    def _write(
+        self,
+        folder: Path,
+        state: State,
+        contents: Contents,
+        tensors: dict[str, torch.Tensor],
+        durable: Callable[[Saved], None],
+        started: float,
+        stall: float,
+    ) -> None:
+        rank, beside = self._topology.rank, partial_folder(folder)
+        mine: StoredFile | None = None
+        problem: str | None = None
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                mine = write_file(beside / rank_file(rank), tensors)
+        except (CheckpointError, OSError) as error:
+            problem = f"rank {rank} on {platform.node()}: {error}"
+        answers = self._channel.gather({"file": mine and mine.model_dump(), "problem": problem})
+        problem = next((a["problem"] for a in answers if a["problem"]), None)
+        if rank == 0 and problem is None:
+            files = {rank_file(r): StoredFile(**a["file"]) for r, a in enumerate(answers) if a["file"]}
+            try:
+                index = Index(
+                    contents=contents,
+                    state=state,
+                    recipe=self._recipe,
+                    layout=f"{self._topology}, ZeRO-{self._recipe.parallel.zero_stage}",
+                    environment=environment(),
+                    tensors=index_tensors(beside, files, self._recipe, contents),
+                )
+                marker = finish(beside, folder, files, index)
+                size = sum(file.bytes for file in marker.files.values())
+                seconds = time.perf_counter() - started
+                durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
+            except (ValueError, OSError) as error:
+                problem = f"rank 0 on {platform.node()}: {error}"
+        problem = self._channel.from_first(problem)
+        if problem is not None:
+            if rank == 0:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise CheckpointError(folder, f"not written: {problem}", "the run resumes from the checkpoint before")
+
+
+def environment() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    packages = ("torch", "megatron-core", "deepspeed", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "device": device.name(),
+        **{name: metadata.version(name) for name in packages},
+    }
