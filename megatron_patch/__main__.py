@@ -9,6 +9,9 @@ import sys
 # Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
 # need torch and Megatron (seconds), some must start at once.
 VERBS = {
+    "plan": ("megatron_patch.plan", "what a recipe needs on a cluster: memory, time, bytes, storage"),
+    "check": ("megatron_patch.preflight", "find sick nodes (under srun or torchrun, one process a rank)"),
+    "status": ("megatron_patch.status", "how runs stand"),
     "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
 }
 

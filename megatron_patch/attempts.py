@@ -1,0 +1,132 @@
+"""Whether a run is started (again): the decisions of slurm/launch.sh before and after an attempt.
+
+    python -m megatron_patch.attempts begin RECIPE [key=value ...]    prints: go ATTEMPT FOLDER | complete|stop|give-up
+    python -m megatron_patch.attempts end FOLDER                      prints: again | complete | stop | give-up
+
+An attempt is one start of all ranks. Its record, RUN/environment/attempt_N.json, is written before the ranks start, so
+that an attempt that a dead node cut short counts too. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_patch import launch, recipe
+
+Decision = Literal["go", "again", "complete", "stop", "give-up"]
+
+STOP_NAME = "STOP"
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """RUN/status.json; empty where the run has none yet."""
+    try:
+        return json.loads((run / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def checkpoint_step(run: Path) -> int:
+    """Step of the newest finished checkpoint; 0 before the first."""
+    try:
+        name = (run / "checkpoints/latest").read_text().strip()
+    except FileNotFoundError:
+        return 0
+    digits = re.search(r"(\d+)$", name)
+    return int(digits.group()) if digits else 0
+
+
+def attempts(run: Path) -> list[dict[str, Any]]:
+    """Records of the run's attempts, oldest first."""
+    records = [json.loads(p.read_text()) for p in (run / "environment").glob("attempt_*.json")]
+    return sorted(records, key=lambda record: record["attempt"])
+
+
+def fruitless(run: Path, series: str) -> int:
+    """Attempts of one submission, up to the last, since a checkpoint was last added.
+
+    A `series` is a Slurm job with its requeues, or a chain; a new submission starts with a clean slate.
+    """
+    step, count = checkpoint_step(run), 0
+    for record in reversed(attempts(run)):
+        if record["series"] != series or record["checkpoint_step"] != step:
+            break
+        count += 1
+    return count
+
+
+def decide(run: Path, series: str, limit: int) -> tuple[Decision, str]:
+    """What becomes of a run between two attempts, and why. `limit` is the fruitless attempts after which it ends."""
+    status = read_status(run)
+    if status.get("state") == "completed":
+        return "complete", f"the run is complete at step {status.get('step')}"
+    if (run / STOP_NAME).exists():
+        return "stop", f"{run / STOP_NAME} exists; remove it and submit again to go on"
+    if (count := fruitless(run, series)) >= limit:
+        last = f"; the last one: {status['reason']}" if status.get("reason") else ""
+        return "give-up", f"{count} attempts without a new checkpoint after step {checkpoint_step(run)}{last}"
+    return "again", f"the run stands at checkpoint step {checkpoint_step(run)}"
+
+
+def begin(run: Path, settings: recipe.Recipe, series: str, limit: int, nodes: list[str]) -> tuple[Decision, str]:
+    """Decide, and record the attempt that starts."""
+    decision, why = decide(run, series, limit)
+    if decision != "again":
+        return decision, why
+    number = 1 + max((record["attempt"] for record in attempts(run)), default=0)
+    record = {
+        "attempt": number,
+        "series": series,
+        "started": time.time(),
+        "checkpoint_step": checkpoint_step(run),
+        **launch.snapshot(settings.model_dump(mode="json"), nodes),
+    }
+    launch.write_json(run / f"environment/attempt_{number}.json", record)
+    return "go", str(number)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_patch.attempts", description=__doc__)
+    phases = parser.add_subparsers(dest="phase", required=True)
+    first = phases.add_parser("begin")
+    first.add_argument("recipe", type=Path)
+    first.add_argument("overrides", nargs="*")
+    first.add_argument("--nodes", nargs="*", default=[])
+    last = phases.add_parser("end")
+    last.add_argument("run", type=Path)
+    for phase in (first, last):
+        phase.add_argument("--series", required=True)
+        phase.add_argument("--limit", type=int, required=True)
+    args = parser.parse_args(argv)
+    if args.phase == "begin":
+        try:
+            settings = recipe.load(args.recipe, args.overrides)
+        except recipe.RecipeError as error:
+            print(error, file=sys.stderr)
+            return 2
+        run = settings.run_folder.resolve()
+        decision, why = begin(run, settings, args.series, args.limit, args.nodes)
+        if decision == "go":
+            print(decision, why, run)
+            return 0
+    else:
+        run = args.run
+        decision, why = decide(run, args.series, args.limit)
+    if decision in ("stop", "give-up"):
+        launch.write_json(
+            run / "status.json",
+            {**read_status(run), "state": "stopped" if decision == "stop" else "failed", "reason": why},
+        )
+    print(decision)
+    print(why, file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
