@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,8 +21,20 @@ def initial_value(whole: Whole, seed: int, std: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def initialise(chunks: Sequence[torch.nn.Module], model: Model, seed: int, tensor_rank: int, tensor_size: int) -> None:
-    """Fill this rank's parameters in place."""
+def fill(
+    chunks: Sequence[torch.nn.Module],
+    model: Model,
+    value: Callable[[Whole], torch.Tensor],
+    tensor_rank: int,
+    tensor_size: int,
+) -> None:
+    """Set this rank's parameters in place to their parts of the whole tensors that `value` gives, one at a time."""
     for whole, parameter in local_parameters(chunks, model):
-        value = whole.part(initial_value(whole, seed, model.init_std), tensor_rank, tensor_size)
-        parameter.copy_(value.reshape(parameter.shape))
+        parameter.copy_(whole.part(value(whole), tensor_rank, tensor_size).reshape(parameter.shape))
+
+
+def initialise(
+    chunks: Sequence[torch.nn.Module], model: Model, seed: int, tensor_rank: int, tensor_size: int
+) -> None:
+    """Fill this rank's parameters with `initial_value`."""
+    fill(chunks, model, lambda whole: initial_value(whole, seed, model.init_std), tensor_rank, tensor_size)

@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> int:
         if is_first:
             print(f"stopped: {error}", file=sys.stderr)
         return 1
-    finally:
-        topology.destroy()
+    topology.destroy()
     return 0
 
 
