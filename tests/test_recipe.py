@@ -1,0 +1,85 @@
+"""Recipes: what the files say, what is refused and with which words."""
+
+import pytest
+
+from megatron_patch.recipe import RecipeError, load
+
+FILES = ["mobillama_05b", "mobillama_08b", "large_base", "baseline1", "baseline2", "demo"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_loads_and_survives_its_own_yaml(name, tmp_path):
+    recipe = load(f"recipes/{name}.yaml")
+    assert recipe.name == name
+    (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
+    assert load(tmp_path / "resolved.yaml") == recipe
+
+
+def test_the_05b_recipe_is_the_papers_table():
+    recipe = load("recipes/mobillama_05b.yaml")
+    model = recipe.model
+    assert (model.num_layers, model.hidden_size, model.ffn_hidden_size) == (22, 2048, 5632)
+    assert (model.num_attention_heads, model.vocab_size, model.sequence_length) == (32, 32000, 2048)
+    assert (recipe.batch.global_batch_size, recipe.batch.micro_batch_size) == (800, 5)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.min_learning_rate) == (3e-4, 3e-5)
+    assert model.norm_epsilon == 1e-5 and recipe.optimizer.decay_everything
+
+
+def test_overrides_and_alternatives():
+    assert load("recipes/demo.yaml", ["optimizer.learning_rate=3e-4"]).optimizer.learning_rate == 3e-4
+    released = load("recipes/mobillama_05b.yaml", ["use=released_batch,paper_epsilon", "batch.micro_batch_size=4"])
+    assert (released.batch.global_batch_size, released.batch.micro_batch_size) == (1280, 4)
+    assert released.model.norm_epsilon == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_layer=3"], "model.num_layer: unknown key; did you mean num_layers?"),
+        (["modle.num_layers=3"], "modle: unknown key; did you mean model?"),
+        (["batch.micro_batch_size=abc"], "batch.micro_batch_size: .*'abc'"),
+        (["batch.micro_batch_size"], "is not an override; write key.path=value"),
+        (["use=nonsense"], "no alternative 'nonsense'; the file names .*released_batch"),
+        (["model.hidden_size=2532"], "hidden_size 2532 / num_attention_heads 32 = 79.125"),
+        (["parallel.tensor=3"], "num_attention_heads 32 / parallel.tensor 3 = 10.6667"),
+        (["parallel.tensor=32", "model.ffn_hidden_size=5640"], "ffn_hidden_size 5640 / parallel.tensor 32 = 176.25"),
+        (["parallel.tensor=2", "model.vocab_size=32001"], "vocab_size 32001 / parallel.tensor 2 = 16000.5"),
+        (["parallel.pipeline=5"], "neither 22 / 5 = 4.4 nor, .*24 / 5 = 4.8 is whole"),
+        (["parallel.pipeline=24"], "leaves the first one the embedding and no layer"),
+        (["parallel.virtual_pipeline=2"], "needs parallel.pipeline above 1"),
+        (["parallel.pipeline=2", "parallel.zero_stage=2"], "zero_stage 2 with parallel.pipeline 2"),
+        (["parallel.zero_stage=3"], "parallel.zero_stage: .*1 or 2"),
+        (["parallel.sequence=true"], "parallel.sequence needs parallel.tensor above 1"),
+        (["batch.micro_batch_size=801"], "micro_batch_size 801 is larger than batch.global_batch_size 800"),
+        (["optimizer.min_learning_rate=1"], "min_learning_rate 1.0 is above learning_rate"),
+        (["optimizer.learning_rate=.nan"], "optimizer.learning_rate"),
+    ],
+)
+def test_refused_with_the_arithmetic(overrides, message):
+    with pytest.raises(RecipeError, match=message):
+        load("recipes/mobillama_05b.yaml", overrides)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load(tmp_path / "missing.yaml")
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(RecipeError, match="in a circle: a.yaml -> b.yaml -> a.yaml"):
+        load(tmp_path / "a.yaml")
+    (tmp_path / "twice.yaml").write_text("name: x\nname: y\n")
+    with pytest.raises(RecipeError, match="written twice: \\['name'\\]"):
+        load(tmp_path / "twice.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        load(tmp_path / "list.yaml")
+    (tmp_path / "short.yaml").write_text("name: x\n")
+    with pytest.raises(RecipeError, match="model: missing"):
+        load(tmp_path / "short.yaml")
+
+
+def test_differences_name_the_setting():
+    recipe = load("recipes/demo.yaml")
+    other = load("recipes/demo.yaml", ["optimizer.learning_rate=1e-3"])
+    assert recipe.differences(other) == ["optimizer.learning_rate: 0.003 -> 0.001"]
+    assert recipe.differences(recipe) == []
