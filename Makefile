@@ -22,6 +22,19 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/nat
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# The main job at laptop size: text -> tokenizer -> rows -> segments -> indexed binaries -> training -> summary.
+# Every stage continues where it was interrupted; `make clean` starts over.
+demo: env
+	$(BIN)/python -m data_tools.demo_corpus --output demo/raw
+	$(BIN)/python data_tools/build_amber.py tokenize --input demo/raw --output demo/rows \
+	    --tokenizer demo/raw/tokenizer.model --row-length 257
+	$(BIN)/python data_tools/build_amber.py mix --input demo/rows --output demo/segments \
+	    --num-segments 4 --held-out-per-source 32
+	$(BIN)/python data_tools/build_amber.py index --input demo/segments --output demo/data
+	$(BIN)/python data_tools/build_amber.py verify --input demo/data
+	$(DEMO_ENV) $(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_patch train recipes/demo.yaml
+	$(BIN)/python -m megatron_patch summary demo/run
+
 test: env
 	$(BIN)/python -m pytest tests --ignore=tests/cluster
 

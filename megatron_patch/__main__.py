@@ -12,6 +12,7 @@ VERBS = {
     "plan": ("megatron_patch.plan", "what a recipe needs on a cluster: memory, time, bytes, storage"),
     "check": ("megatron_patch.preflight", "find sick nodes (under srun or torchrun, one process a rank)"),
     "status": ("megatron_patch.status", "how runs stand"),
+    "summary": ("megatron_patch.summary", "what a finished run reached: table, loss curve, a sample of its text"),
     "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
 }
 
