@@ -31,6 +31,7 @@ def current() -> torch.device:
 
 def init_process_group(timeout: timedelta) -> None:
     """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that `flight_record` remembers
     backend = "nccl" if HAS_GPU else "gloo"
     if int(os.environ["WORLD_SIZE"]) == 1:
         torch.distributed.init_process_group(
@@ -38,6 +39,12 @@ def init_process_group(timeout: timedelta) -> None:
         )
     else:
         torch.distributed.init_process_group(backend, timeout=timeout, device_id=current() if HAS_GPU else None)
+
+
+def flight_record() -> bytes:
+    """The last collectives of this process and their state, as JSON: torch's flight recorder."""
+    c10d = torch._C._distributed_c10d
+    return c10d._dump_nccl_trace_json() if HAS_GPU else c10d._dump_fr_trace_json()
 
 
 def name() -> str:

@@ -1,0 +1,76 @@
+"""Requests to stop or to save, from a signal, the clock or the wall-time budget of any rank.
+
+A rank never acts on a request alone: its number travels with the loss in the step's one world-wide sum, so that all
+ranks read the same answer after the same step. Import this module first and call `hold`: until the first step a signal
+is only remembered. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+# The sum is fp32, exact below 2^24: two counts of ranks and two bits that rank 0 alone sets.
+_TERM, _USR1, _SAVE, _BUDGET = 1, 1 << 11, 1 << 22, 1 << 23
+MAX_RANKS = _USR1 - 1
+
+_NUMBERS = {signal.SIGTERM: _TERM, signal.SIGUSR1: _USR1}
+_received: set[int] = set()
+STARTED = time.monotonic()
+
+
+def hold() -> None:
+    """From now on SIGTERM and SIGUSR1 are remembered instead of ending the process; repeated ones do no harm."""
+    for number in _NUMBERS:
+        signal.signal(number, _remember)
+
+
+def _remember(number: int, _: FrameType | None) -> None:
+    _received.add(number)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after a step."""
+
+    stop: str | None  # the reason to stop, or None
+    save: bool  # a restart point is due by the clock
+
+
+class Requests:
+    """This rank's part of the number, and what the sum means."""
+
+    def __init__(self, rank: int, world_size: int, interval_minutes: float, wall_minutes: float) -> None:
+        """Minutes of 0 switch the clock or the budget off. ValueError above 2,047 ranks: the sum would not be exact."""
+        if world_size > MAX_RANKS:
+            raise ValueError(f"{world_size} ranks: requests of at most {MAX_RANKS} add up exactly in fp32")
+        self._first, self._world_size = rank == 0, world_size
+        self._interval, self._wall = 60 * interval_minutes, 60 * wall_minutes
+        self._last_save = time.monotonic()
+
+    def number(self) -> float:
+        """What this rank asks for now."""
+        asked = sum(_NUMBERS[signal.Signals(number)] for number in _received)
+        if self._first:
+            now = time.monotonic()
+            asked += _SAVE * bool(self._interval and now - self._last_save >= self._interval)
+            asked += _BUDGET * bool(self._wall and now - STARTED >= self._wall)
+        return float(asked)
+
+    def saved(self) -> None:
+        """A restart point was begun: the clock starts anew."""
+        self._last_save = time.monotonic()
+
+    def decide(self, total: float) -> Decision:
+        """What the sum over all ranks asks for."""
+        asked = int(total)
+        reasons = [
+            f"{name} on {count} of {self._world_size} ranks"
+            for name, count in (("SIGTERM", asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
+            if count
+        ]
+        if asked & _BUDGET:
+            reasons.append(f"run.wall_minutes {self._wall / 60:g} used up")
+        return Decision(stop=", ".join(reasons) or None, save=bool(asked & _SAVE))
