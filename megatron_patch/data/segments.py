@@ -132,17 +132,33 @@ class Segments:
 
         Returns:
             uint16 [n, row_length].
+
+        Raises:
+            DataError: an id beyond the data set's vocabulary: the file is damaged.
         """
-        return self._rows(segment_name(segment), self.rows_per_segment)[rows]
+        name = segment_name(segment)
+        return self._checked(name, rows, self._rows(name, self.rows_per_segment)[rows])
 
     def read_held_out(self, rows: np.ndarray) -> np.ndarray:
         """Held-out rows by number: uint16 [n, row_length]."""
-        return self._map(HELD_OUT_NAME, self.held_out_rows)[rows]
+        return self._checked(HELD_OUT_NAME, rows, self._map(HELD_OUT_NAME, self.held_out_rows)[rows])
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Source codes (positions in `data_tools.format.SOURCES`) of rows of a segment: uint8 [n]."""
         path = self.folder / f"{segment_name(segment)}.src"
         return np.memmap(path, dtype=np.uint8, mode="r", shape=(self.rows_per_segment,))[rows]
+
+    def _checked(self, name: str, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """`tokens` as read; an embedding look-up must never meet an id that it has no row for."""
+        if tokens.size and tokens.max() >= self.vocab_size:
+            i, j = np.unravel_index(tokens.argmax(), tokens.shape)
+            raise DataError(
+                f"id {tokens[i, j]} is beyond the vocabulary of {self.vocab_size}",
+                file=self.folder / f"{name}.bin",
+                place=f"row {rows[i]}, position {j}",
+                remedy="the file is damaged: run data_tools/build_amber.py verify and build the segment again",
+            )
+        return tokens
 
     def _rows(self, name: str, rows: int) -> np.ndarray:
         # One segment is mapped at a time: rows are read segment after segment.

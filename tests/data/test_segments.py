@@ -82,3 +82,14 @@ def test_a_data_set_for_another_model_is_refused(data_set) -> None:
     with pytest.raises(DataError, match="vocabulary of 64, but the model has 63"):
         open_segments(folder, row_length=ROW_LENGTH, vocab_size=63)
     open_segments(folder, row_length=ROW_LENGTH, vocab_size=100)  # a larger model is no harm
+
+
+def test_an_id_beyond_the_vocabulary_is_named_by_its_row(data_set) -> None:
+    folder, rows, _ = data_set
+    damaged = rows[1].copy()
+    damaged[3, 5] = 65000
+    (folder / "segment_001.bin").write_bytes(damaged.tobytes())
+    segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=VOCAB)
+    np.testing.assert_array_equal(segments.read(1, np.array([2, 4])), rows[1][[2, 4]])
+    with pytest.raises(DataError, match=r"segment_001.bin: row 3, position 5: id 65000 is beyond the vocabulary of 64"):
+        segments.read(1, np.array([2, 3]))
