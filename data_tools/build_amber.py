@@ -96,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(index)
     index.add_argument("--row-length", type=int, metavar="N", help="ids a row (2049, or what mix.json says)")
     index.add_argument("--vocab-size", type=int, metavar="N", help="ids are below it (the tokenizer's, or 32000)")
+    index.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads")
     _add_errors(index, "row")
     _add_segment(index)
 
@@ -177,15 +178,16 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from data_tools.index_segments import ErrorPolicy, index, plan_dataset
+    from data_tools.index_segments import index, plan_dataset
     from data_tools.segment_files import write_dataset_manifest
+    from data_tools.segment_reader import ErrorPolicy
 
     plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size)
     if arguments.command == "merge":
         _say_dataset(arguments.output, write_dataset_manifest(arguments.output, plan))
         return 0
     policy = ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
-    manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment)
+    manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment, arguments.threads)
     if manifest is not None:
         _say_dataset(arguments.output, manifest)
     return 0

@@ -25,6 +25,7 @@ PARQUET_SUFFIX = ".parquet"
 TEXT_FIELDS = ("text", "content")
 TASK_BYTES = 1 << 30
 """Plain JSONL files are cut into tasks of this many bytes; compressed files and Parquet are one task each."""
+DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 LEFT_OUT = "github"
 """RedPajama's github subset is tokenised by the authors' scripts but is not in the mix (paper, Table 2)."""
 
@@ -97,7 +98,7 @@ def read_documents(folder: Path, task: Task) -> Iterator[Document]:
     try:
         with open_decompressed(path) as stream:
             yield from _jsonl_documents(stream, task)
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except DECOMPRESSION_ERRORS as error:
         raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
 
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
-
-from data_tools.documents import open_decompressed
 from data_tools.durable import folder_lock, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
-    TOKEN_DTYPE,
+    ROW_LENGTH,
     VOCAB_SIZE,
     DataError,
     DatasetManifest,
@@ -27,9 +20,8 @@ from data_tools.format import (
     sha256_file,
     tokenizer_in,
 )
-from data_tools.mix import MIX_MANIFEST, list_segments
+from data_tools.jsonl_segments import MIX_MANIFEST, list_segments
 from data_tools.progress import Progress
-from data_tools.row_parser import parse_rows
 from data_tools.segment_files import (
     DatasetPlan,
     carry_tokenizer,
@@ -37,17 +29,7 @@ from data_tools.segment_files import (
     write_companions,
     write_dataset_manifest,
 )
-from data_tools.text_encoder import read_vocab_size
-
-BLOCK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class ErrorPolicy:
-    """What to do about a bad row: stop at the first, or set up to `max_rejected` of a segment aside."""
-
-    quarantine: bool = False
-    max_rejected: int = 100
+from data_tools.segment_reader import ErrorPolicy, SegmentReader
 
 
 def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -> DatasetPlan:
@@ -74,6 +56,8 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
         return plan
     record = None
     if (tokenizer := tokenizer_in(folder)) is not None:
+        from data_tools.text_encoder import read_vocab_size  # loads the tokenizers' libraries, 150 MB
+
         record = TokenizerRecord(tokenizer.name, sha256_file(tokenizer), read_vocab_size(tokenizer))
         if vocab_size is not None and vocab_size != record.vocab_size:
             raise DataError(
@@ -84,14 +68,14 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
         vocab_size = record.vocab_size
     return DatasetPlan(
         num_segments=len(list(list_segments(folder))),
-        row_length=row_length or 2049,
+        row_length=row_length or ROW_LENGTH,
         vocab_size=vocab_size or VOCAB_SIZE,
         tokenizer=record,
     )
 
 
 def index(
-    folder: Path, output: Path, plan: DatasetPlan, policy: ErrorPolicy, segments: range | None = None
+    folder: Path, output: Path, plan: DatasetPlan, policy: ErrorPolicy, segments: range | None = None, threads: int = 1
 ) -> DatasetManifest | None:
     """Indexes the segments under `folder` into `output`; with `segments`, only those, and no manifest of the whole.
 
@@ -110,22 +94,25 @@ def index(
         carry_tokenizer(folder, output)
         with Progress("index", sum(file_size(path) for path, _ in work), "B") as progress:
             for path, base in work:
-                index_segment(path, base, plan, policy)
+                index_segment(path, base, plan, policy, threads)
                 progress.advance(file_size(path))
         return write_dataset_manifest(output, plan) if segments is None else None
 
 
-def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy) -> None:
+def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy, threads: int = 1) -> None:
     """Turns one JSONL segment into the files of `base`; does nothing where an earlier run has finished it.
+
+    Args:
+        threads: how many blocks are parsed at once; with 1, everything runs on the calling thread.
 
     Raises:
         DataError: the first bad row, with line and column; too many bad rows; a file that cannot be decompressed; no
             rows at all; files made from other input.
     """
-    source = {"file": path.name, "bytes": file_size(path)}
+    source: dict[str, Any] = {"file": path.name, "bytes": file_size(path)}
     if finished_segment(base, plan, source) is not None:
         return
-    reader = _SegmentReader(path, plan, policy)
+    reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, threads)
     digest = new_digest()
     with write_beside(base.with_suffix(".bin")) as stream:
         for ids in reader.blocks():
@@ -137,8 +124,7 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
     rejected_path.unlink(missing_ok=True)
     if reader.rejected:
         write_whole(rejected_path, b"".join(reader.rejected))
-    source["xxh3_128"] = reader.digest.hexdigest()
-    source["lines"] = reader.lines
+    source |= {"xxh3_128": reader.digest.hexdigest(), "lines": reader.lines}
     _check_input_digest(path, source["xxh3_128"])
     write_companions(base, reader.codes, reader.rows, plan, len(reader.rejected), source, digest.hexdigest())
 
@@ -152,85 +138,3 @@ def _check_input_digest(path: Path, digest: Any) -> None:
             raise DataError(
                 f"its digest is {digest}, its manifest says {expected}", file=path, remedy="mix or fetch it again"
             )
-
-
-class _SegmentReader:
-    """Reads a JSONL segment block by block into arrays of ids.
-
-    Attributes:
-        rows, lines: good rows and lines so far.
-        codes: source codes so far, in blocks.
-        rejected: lines for the `.rejected.jsonl`.
-        digest: running XXH3-128 of the (decompressed) input.
-    """
-
-    def __init__(self, path: Path, plan: DatasetPlan, policy: ErrorPolicy) -> None:
-        self.path, self.plan, self.policy = path, plan, policy
-        self.rows = self.lines = 0
-        self.codes: list[bytes] = []
-        self.rejected: list[bytes] = []
-        self.digest = new_digest()
-
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The rows, uint16 [n, row_length] at a time."""
-        with open_decompressed(self.path) as stream:
-            for block in self._line_blocks(stream):
-                yield from self._parse(block)
-
-    def _line_blocks(self, stream: BinaryIO) -> Iterator[memoryview]:
-        """Blocks that end at the end of a line (or of the file)."""
-        rest = b""
-        while block := stream.read(BLOCK_BYTES):
-            self.digest.update(block)
-            end = block.rfind(b"\n") + 1
-            if end:
-                yield memoryview(rest + block[:end])
-                rest = block[end:]
-            else:
-                rest += block
-        if rest:
-            yield memoryview(rest)
-
-    def _parse(self, block: memoryview) -> Iterator[np.ndarray]:
-        at = 0
-        # The shortest row has one digit and one comma an id.
-        capacity = len(block) // (2 * self.plan.row_length) + 1
-        while at < len(block):
-            ids = np.empty((capacity, self.plan.row_length), dtype=TOKEN_DTYPE)
-            codes = np.empty(capacity, dtype=np.uint8)
-            parsed = parse_rows(block[at:], ids, codes, self.plan.vocab_size)
-            self.rows += parsed.rows
-            self.lines += parsed.lines
-            self.codes.append(codes[: parsed.rows].tobytes())
-            yield ids[: parsed.rows]
-            at += parsed.consumed
-            if parsed.column:
-                end = bytes(block[at:]).find(b"\n") + 1
-                stop = at + end if end else len(block)
-                self._reject(bytes(block[at:stop]), parsed.column, parsed.reason)
-                at = stop
-
-    def _reject(self, line: bytes, column: int, reason: str) -> None:
-        self.lines += 1
-        place = f"line {self.lines} column {column}"
-        if not self.policy.quarantine:
-            raise DataError(
-                reason,
-                file=self.path,
-                place=place,
-                remedy="mend or fetch the segment again, or set bad rows aside with --on-error quarantine",
-            )
-        if len(self.rejected) == self.policy.max_rejected:
-            raise DataError(
-                f"more than {self.policy.max_rejected} bad rows, the last: {reason}",
-                file=self.path,
-                place=place,
-                remedy="fetch the segment again, or raise --max-rejected",
-            )
-        line = line.removesuffix(b"\n")
-        try:
-            content = {"row": line.decode()}
-        except UnicodeDecodeError:
-            content = {"row_base64": base64.b64encode(line).decode()}
-        record = {"line": self.lines, "column": column, "reason": reason, **content}
-        self.rejected.append(json.dumps(record, ensure_ascii=False).encode() + b"\n")

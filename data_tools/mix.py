@@ -10,10 +10,7 @@ a run that was killed cuts every file back to the journal and goes on from there
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +31,7 @@ from data_tools.format import (
     read_json,
     segment_name,
 )
+from data_tools.jsonl_segments import MIX_MANIFEST, jsonl_lines, jsonl_name
 from data_tools.progress import Progress
 from data_tools.rows import MixedRows, open_sources
 from data_tools.segment_files import (
@@ -45,10 +43,8 @@ from data_tools.segment_files import (
     write_dataset_manifest,
 )
 
-MIX_MANIFEST = "mix.json"
 BLOCK_BYTES = 1 << 25
 JOURNAL_BYTES = 1 << 32
-JSONL_NAME = re.compile(r"train_(\d+)\.jsonl(\.gz|\.zst)?")
 
 
 @dataclass(frozen=True)
@@ -59,18 +55,6 @@ class MixOptions:
     direct: bool
     held_out_per_source: int
     seed: int
-
-
-def jsonl_name(segment: int) -> str:
-    return f"train_{segment:03d}.jsonl"
-
-
-def jsonl_lines(rows: np.ndarray, codes: np.ndarray) -> bytes:
-    """Amber's JSONL for uint16 [n, row_length] rows and their source codes."""
-    return b"".join(
-        f'{{"token_ids": {json.dumps(row)}, "source": "{SOURCES[code]}"}}\n'.encode()
-        for row, code in zip(rows.tolist(), codes.tolist(), strict=True)
-    )
 
 
 def mix(
@@ -314,28 +298,3 @@ def write_mix_manifest(output: Path, plan: DatasetPlan) -> dict[str, Any]:
     value = {**asdict(plan), "segments": [read_json(output / f"{name}.json", "mix again") for name in names]}
     write_whole(output / MIX_MANIFEST, canonical_json(value))
     return value
-
-
-def list_segments(folder: Path) -> Iterator[tuple[int, Path]]:
-    """The JSONL segments of a folder by number: `train_0`, `train_000`, plain, gz and zst.
-
-    Raises:
-        DataError: there is none, a number is twice there, or one is missing between others.
-    """
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if match := JSONL_NAME.fullmatch(path.name):
-            number = int(match[1])
-            if number in found:
-                raise DataError(f"is segment {number}, and so is {found[number].name}", file=path, remedy="remove one")
-            found[number] = path
-    if not found:
-        raise DataError("no train_000.jsonl, train_001.jsonl, ...", file=folder, remedy="--input names their folder")
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
-        raise DataError(
-            f"segments are missing: {', '.join(map(str, missing))}",
-            file=folder,
-            remedy="fetch or mix them, then run again",
-        )
-    yield from sorted(found.items())

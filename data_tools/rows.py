@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, file_size, read_json
-from data_tools.tokenize_source import SOURCE_MANIFEST
+
+SOURCE_MANIFEST = "source.json"
 
 
 class SourceRows:

@@ -33,9 +33,9 @@ from data_tools.format import (
     read_json,
 )
 from data_tools.progress import Progress
+from data_tools.rows import SOURCE_MANIFEST
 from data_tools.text_encoder import TextEncoder
 
-SOURCE_MANIFEST = "source.json"
 BATCH_CHARACTERS = 1 << 22
 SAMPLE_DOCUMENTS = 32
 SAMPLE_CHARACTERS = 1 << 16

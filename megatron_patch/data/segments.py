@@ -161,10 +161,12 @@ class Segments:
         return tokens
 
     def _rows(self, name: str, rows: int) -> np.ndarray:
-        # One segment is mapped at a time: rows are read segment after segment.
-        if self._mapped is None or self._mapped[0] != name:
-            self._mapped = (name, self._map(name, rows))
-        return self._mapped[1]
+        # One segment is mapped at a time: rows are read segment after segment. The local name keeps the right one when
+        # threads of several loaders read from different segments.
+        mapped = self._mapped
+        if mapped is None or mapped[0] != name:
+            mapped = self._mapped = (name, self._map(name, rows))
+        return mapped[1]
 
     def _map(self, name: str, rows: int) -> np.ndarray:
         path = self.folder / f"{name}.bin"
