@@ -6,6 +6,8 @@ import argparse
 import importlib
 import sys
 
+from megatron_patch.train import signals
+
 # Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
 # need torch and Megatron (seconds), some must start at once.
 VERBS = {
@@ -23,6 +25,8 @@ def main(argv: list[str]) -> int:
     for verb, (_, text) in VERBS.items():
         verbs.add_parser(verb, help=text, add_help=False)
     known, rest = parser.parse_known_args(argv)
+    if known.verb == "train":
+        signals.hold()  # before the seconds that the imports take
     module = importlib.import_module(VERBS[known.verb][0])
     sub = argparse.ArgumentParser(prog=f"python -m megatron_patch {known.verb}", description=VERBS[known.verb][1])
     module.add_arguments(sub)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ def init_process_group(timeout: timedelta) -> None:
 
 def flight_record() -> bytes:
     """The last collectives of this process and their state, as JSON: torch's flight recorder."""
-    c10d = torch._C._distributed_c10d
+    c10d: Any = torch._C._distributed_c10d
     return c10d._dump_nccl_trace_json() if HAS_GPU else c10d._dump_fr_trace_json()
 
 
@@ -61,6 +62,32 @@ def synchronized_time() -> float:
     if HAS_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+class Stopwatch:
+    """Time on the device between `start` and `stop`, taken without waiting for it."""
+
+    def __init__(self) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if HAS_GPU else []
+        self._times = [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def seconds(self) -> float:
+        """Call it when the device has passed `stop`, e.g. after a result of later work was read."""
+        if HAS_GPU:
+            return self._events[0].elapsed_time(self._events[1]) / 1000
+        return self._times[1] - self._times[0]
+
+    def _mark(self, which: int) -> None:
+        if HAS_GPU:
+            self._events[which].record()
+        else:
+            self._times[which] = time.perf_counter()
 
 
 def peak_memory() -> int | None:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from pathlib import Path
 
+from data_tools.durable import write_whole
 from megatron_patch import launch, recipe, topology
 from megatron_patch.data.deal import deal
 from megatron_patch.data.loader import Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.recipe import Recipe, RecipeError
-from megatron_patch.train.metrics import Log
+from megatron_patch.train.checkpoint import CheckpointError
+from megatron_patch.train.checkpoint.keeper import Keeper
+from megatron_patch.train.checkpoint.resume import ResumeRefused
+from megatron_patch.train.hang import HangWatch
+from megatron_patch.train.metrics import Log, note
 from megatron_patch.train.schedule import learning_rate
+from megatron_patch.train.signals import Requests
+from megatron_patch.train.status_file import StatusFile
 from megatron_patch.train.step import Trainer
+from megatron_patch.train.watchdog import LossWatch, SlowWatch
 
 
 class TrainingError(RuntimeError):
@@ -25,6 +34,11 @@ class TrainingError(RuntimeError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a file of recipes/")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. batch.micro_batch_size=4")
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the recipe or the data set is not the checkpoint's; recorded in the checkpoints after",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -46,17 +60,22 @@ def main(args: argparse.Namespace) -> int:
         if is_first:
             print(f"refused: {error}", file=sys.stderr)
         return 2
-    place = topology.initialize(resolved.parallel)
-    if is_first:
-        print(f"{resolved.to_yaml()}# {place}, {total_steps:,} steps of {data_size} data-parallel ranks", flush=True)
-        resolved.run_folder.mkdir(parents=True, exist_ok=True)
-        (resolved.run_folder / "recipe.yaml").write_text(resolved.to_yaml())
+    status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
+    status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
-        _train(resolved, place, segments, order, total_steps)
-    except TrainingError as error:
+        place = topology.initialize(resolved.parallel)
+        if is_first:
+            layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
+            print(f"{resolved.to_yaml()}# {layout}", flush=True)
+        _train(resolved, place, segments, order, total_steps, args.accept_changes, status)
+    except (TrainingError, CheckpointError) as error:
+        status.fail(str(error))
         if is_first:
             print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ResumeRefused) else 1
+    except BaseException as error:
+        status.fail(f"{type(error).__name__}: {error}")
+        raise
     topology.destroy()
     return 0
 
@@ -86,11 +105,29 @@ def _total_steps(resolved: Recipe, order: SampleOrder) -> int:
     return steps
 
 
-def _train(resolved: Recipe, place: topology.Topology, segments: Segments, order: SampleOrder, total: int) -> None:
+def _train(
+    resolved: Recipe,
+    place: topology.Topology,
+    segments: Segments,
+    order: SampleOrder,
+    total: int,
+    accept_changes: bool,
+    status: StatusFile,
+) -> None:
     batch = resolved.batch
     multiple = resolved.parallel.pipeline if resolved.parallel.virtual_pipeline > 1 else 1
     micro_batches = deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
+    requests = Requests(place.rank, place.world_size, resolved.checkpoint.interval_minutes, resolved.run.wall_minutes)
+    hang = HangWatch(resolved.watchdog.hang_minutes, resolved.run_folder, place.rank, place.world_size, status)
     trainer = Trainer(resolved, place, micro_batches)
+    keeper = Keeper(resolved, place, trainer.optimizer, order, status)
+    hang.beat("resume")
+    state = keeper.resume(segments.digest, accept_changes)
+    done = state.samples // batch.global_batch_size
+    if place.rank == 0:
+        write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
+    losses = LossWatch(resolved.watchdog, state.spike_window)
+    slow = SlowWatch(resolved.watchdog.slow_factor)
     held_out = list(
         held_out_shares(
             segments,
@@ -102,8 +139,7 @@ def _train(resolved: Recipe, place: topology.Topology, segments: Segments, order
             num_micro_batches=micro_batches,
         )
     )
-    log = Log(resolved, place.world_size, total) if place.rank == 0 else None
-    done = 0
+    log = Log(resolved, place.world_size, total, done) if place.rank == 0 else None
     loader = Loader(
         segments,
         order,
@@ -111,28 +147,69 @@ def _train(resolved: Recipe, place: topology.Topology, segments: Segments, order
         data_parallel_size=place.data_size,
         micro_batch_size=batch.micro_batch_size,
         num_micro_batches=micro_batches,
-        samples_consumed=done * batch.global_batch_size,
+        samples_consumed=state.samples,
     )
+    stop: str | None = None
     try:
-        while done < total:
+        while done < total and stop is None:
+            hang.beat(f"step {done + 1}")
+            trainer.stopwatch.start()
             share = next(loader)
             rate = learning_rate(done, resolved.optimizer, total)
-            result = trainer.step(share, rate)
+            result = trainer.step(share, rate, requests.number(), losses.accept)
+            if not result.applied or losses.action == "log":
+                segment, rows = order.batch(state.samples)
+                if log:
+                    log.remarkable(done + 1, losses.reason, result.applied, segment, rows.tolist())
+                if losses.action == "stop":
+                    hang.beat("saving the last good step")
+                    keeper.finish(state)
+                    raise TrainingError(
+                        f"step {done + 1}: {losses.reason}; the update was not made, the step before is saved. Its "
+                        f"batch is segment {segment}, rows {rows.tolist()}. Look at those rows (python "
+                        "data_tools/build_amber.py verify), or resume with watchdog.non_finite=skip watchdog.spike=skip"
+                    )
             done += 1
-            if not result.applied:
-                segment, rows = order.batch((done - 1) * batch.global_batch_size)
-                raise TrainingError(
-                    f"step {done}: loss {result.loss}, gradient norm {result.grad_norm}; the update was not applied. "
-                    f"Its batch is segment {segment}, rows {rows.tolist()}. Look at those rows "
-                    "(python data_tools/build_amber.py verify), or resume with watchdog.non_finite=skip"
-                )
+            state = state.model_copy(
+                update={
+                    "step": done,
+                    "samples": done * batch.global_batch_size,
+                    "tokens": state.tokens + batch.global_batch_size * resolved.model.sequence_length,
+                    "spike_window": losses.window,
+                }
+            )
             if log:
                 log.step(done, result.loss, result.grad_norm, rate)
-            if held_out and (done % resolved.data.held_out_interval == 0 or done == total):
+                status.progress(
+                    step=done,
+                    samples=state.samples,
+                    tokens=state.tokens,
+                    loss=result.loss,
+                    tokens_per_second=log.tokens_per_second,
+                    eta_seconds=log.eta_seconds,
+                )
+            if (verdict := slow.check(trainer.stopwatch.seconds())) is not None:
+                note(f"step {done}: rank {place.rank} on {platform.node()} {verdict}")
+            decision = requests.decide(result.request)
+            stop = decision.stop
+            hang.beat(f"save after step {done}")
+            if keeper.after_step(state, due=decision.save):
+                requests.saved()
+            if held_out and stop is None and (done % resolved.data.held_out_interval == 0 or done == total):
+                hang.beat(f"held-out loss after step {done}")
                 loss = trainer.held_out_loss(held_out, resolved.data.held_out_rows)
                 if log:
                     log.held_out(done, loss)
+        hang.beat("last save")
+        keeper.finish(state)
+        if done < total:
+            status.end("stopped", f"{stop}; a checkpoint of step {done} is durable", step=done)
+            if log:
+                note(f"stopped after step {done}: {stop}; start the same command again to go on")
+        else:
+            status.end("completed", f"all {total} steps are done", step=done)
     finally:
+        hang.close()
         loader.close()
         if log:
             log.close()

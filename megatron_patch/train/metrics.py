@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from data_tools.durable import write_whole
 from megatron_patch import counts, device
 from megatron_patch.recipe import Recipe
 
@@ -23,24 +24,30 @@ class Log:
     no recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
     """
 
-    def __init__(self, recipe: Recipe, world_size: int, total_steps: int) -> None:
+    def __init__(self, recipe: Recipe, world_size: int, total_steps: int, done: int) -> None:
+        """`done` is the step resumed from: what an attempt before logged beyond it is dropped, as it is done again."""
         self._recipe, self._total_steps = recipe, total_steps
         self._tokens_a_step = recipe.batch.global_batch_size * recipe.model.sequence_length
         self._flops_per_token = counts.flops_per_token(recipe.model)
         peak = device.peak_flops()
         self._peak = None if peak is None else peak * world_size
         recipe.run_folder.mkdir(parents=True, exist_ok=True)
-        self._lines = (recipe.run_folder / "log.jsonl").open("a", buffering=1)
+        lines = recipe.run_folder / "log.jsonl"
+        _keep_until(done, lines)
+        self._lines = lines.open("a", buffering=1)
         self._events = _summary_writer(recipe.run_folder / "tensorboard") if recipe.run.tensorboard else None
         self._last = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=50)
+        self.tokens_per_second: float | None = None
+        self.eta_seconds: float | None = None
 
     def step(self, step: int, loss: float, grad_norm: float, learning_rate: float, **extra: Any) -> None:
         """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._recent.append(seconds)
-        rate = self._tokens_a_step / seconds
+        rate = self.tokens_per_second = self._tokens_a_step / seconds
+        self.eta_seconds = sum(self._recent) / len(self._recent) * (self._total_steps - step)
         mfu = None if self._peak is None else rate * self._flops_per_token / self._peak
         record = {
             "step": step,
@@ -58,7 +65,7 @@ class Log:
         }
         self._write(record)
         if step % self._recipe.run.log_interval == 0 or step == self._total_steps:
-            left = timedelta(seconds=round(sum(self._recent) / len(self._recent) * (self._total_steps - step)))
+            left = timedelta(seconds=round(self.eta_seconds))
             share = "" if mfu is None else f"  MFU {mfu:.1%}"
             print(
                 f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  tokens {record['tokens']:,}"
@@ -77,9 +84,14 @@ class Log:
         """Do not count the time since the last step (a save, an evaluation) as part of the next one."""
         self._last = time.perf_counter()
 
-    def note(self, text: str) -> None:
-        """A line for humans about something that is not a step."""
-        print(text, file=sys.stderr, flush=True)
+    def remarkable(self, step: int, reason: str, applied: bool, segment: int, rows: list[int]) -> None:
+        """Log what the watchdog found about a step, with the row numbers of its batch in their segment."""
+        found = {"reason": reason, "applied": applied, "segment": segment, "rows": rows}
+        self._write({"step": step, "watchdog": found, "time": time.time()})
+        note(
+            f"step {step}: {reason}{'' if applied else '; the update was withheld'}. Its rows of segment {segment} "
+            "are in log.jsonl"
+        )
 
     def close(self) -> None:
         self._lines.close()
@@ -92,6 +104,23 @@ class Log:
             for key, value in record.items():
                 if isinstance(value, float) and key != "time":
                     self._events.add_scalar(key, value, record["step"])
+
+
+def note(text: str) -> None:
+    """A line for humans about something that is not a step."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _keep_until(step: int, lines: Path) -> None:
+    """Drop records of later steps, and a last line that a killed process left unfinished."""
+    if not lines.exists():
+        return
+    kept = [
+        line
+        for line in lines.read_text().splitlines(keepends=True)
+        if line.endswith("\n") and json.loads(line)["step"] <= step
+    ]
+    write_whole(lines, "".join(kept).encode())
 
 
 def _finite(value: float) -> float | None:

@@ -7,7 +7,8 @@ summed, so the result does not depend on how rows were dealt to ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -32,7 +33,11 @@ class StepResult(NamedTuple):
     loss: float  # nats a token, mean over the global batch
     grad_norm: float  # global norm before clipping
     request: float  # sum of the ranks' `request` arguments
-    applied: bool  # False where the update was withheld: loss or norm not finite
+    applied: bool  # False where `accept` withheld the update
+
+
+def _finite(loss: float, grad_norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 class Trainer:
@@ -45,26 +50,35 @@ class Trainer:
         initialise(self.chunks, recipe.model, recipe.seed, topology.tensor_rank, topology.tensor_size)
         self.optimizer = ShardedOptimizer(self.chunks, recipe, topology, micro_batches)
         self._schedule = get_forward_backward_func()
+        self.stopwatch = device.Stopwatch()  # stopped by `step` where this rank begins to wait for the others
 
-    def step(self, share: BatchShare, learning_rate: float, request: float = 0.0) -> StepResult:
+    def step(
+        self,
+        share: BatchShare,
+        learning_rate: float,
+        request: float = 0.0,
+        accept: Callable[[float, float], bool] = _finite,
+    ) -> StepResult:
         """Train on this rank's share of one global batch.
 
         `request` travels with the loss in the step's one world-wide reduction, so that all ranks learn in the same
-        step that any of them was asked to stop. Loss and norm are read before the update: a step that is not finite
-        leaves weights and moments as they were, on every rank.
+        step that any of them was asked to stop. `accept` sees loss and gradient norm before the update: where it
+        says no, weights and moments stay as they were, on every rank.
         """
         tokens_of_batch = self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
         self.optimizer.clear_gradients()
         loss = self._run(share, tokens_of_batch, forward_only=False)
+        self.stopwatch.stop()
         self.optimizer.reduce_gradients()
         sums = torch.stack([loss, self.optimizer.local_norm_squared(), loss.new_tensor(request)])
         dist.all_reduce(sums)
         total_loss, norm_squared, requests = sums.tolist()
-        finite = bool(np.isfinite(total_loss) and np.isfinite(norm_squared))
-        if finite:
+        norm = norm_squared**0.5
+        applied = accept(total_loss, norm)
+        if applied:
             clip = self.recipe.optimizer.clip_grad_norm / (sums[1].sqrt() + 1e-6)
             self.optimizer.step(learning_rate, clip.clamp(max=1.0))
-        return StepResult(total_loss, norm_squared**0.5, requests, finite)
+        return StepResult(total_loss, norm, requests, applied)
 
     @torch.no_grad()
     def held_out_loss(self, shares: Iterable[BatchShare], rows: int) -> float:
