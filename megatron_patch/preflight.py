@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code 0: every node is fit; 1: some are not (F/bad); 2: refused."""
+    """Exit code 0: every node is fit; 1 (of rank 0): some are not (F/bad); 2: refused."""
     launch.setup_environment()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     bad = (folder / "bad").read_text().splitlines()
     if rank == 0:
         print(*bad, f"{len((folder / 'good').read_text().split())} nodes are fit", sep="\n")
-    return 1 if bad else 0
+    return 1 if bad and rank == 0 else 0  # one voice is enough
 
 
 def hosts_of_ranks(folder: Path, world_size: int) -> list[str]:
