@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from site_folder import REPOSITORY, SHAPE, write_raw_rows
 from slurm_cluster import Cluster
 
 
@@ -15,6 +18,24 @@ def scratch() -> Path:
     if folder is None:
         pytest.fail("the cluster tests run inside namespaces of their own: start them with tests/cluster/run")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def data(scratch: Path) -> Path:
+    """A data set that the tiny recipe trains on."""
+    write_raw_rows(scratch / "raw")
+    build = [
+        sys.executable,
+        "data_tools/build_amber.py",
+        "index",
+        "--input",
+        scratch / "raw",
+        "--output",
+        scratch / "data",
+    ]
+    shape = ["--row-length", str(SEQUENCE_LENGTH + 1), "--vocab-size", str(VOCAB_SIZE)]
+    subprocess.run([*build, *shape], cwd=REPOSITORY, check=True)
+    return scratch / "data"
 
 
 @pytest.fixture(scope="module")

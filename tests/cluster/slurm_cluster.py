@@ -255,6 +255,14 @@ class Cluster:
         words = self.command("scontrol", "show", "job", "-o", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def hosts(self, number: int) -> list[str]:
+        """Nodes of a running job, in Slurm's order."""
+        return self.command("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()
+
+    def signal_rank(self, name: str, signal: str) -> None:
+        """Send a signal to every training process on a node."""
+        self.on_node(name, "pkill", f"-{signal}", "-f", "megatron_patch train")
+
     def wait_job(self, number: int, state: str, timeout: float) -> dict[str, str]:
         return wait_for(
             lambda: (job := self.job(number))["JobState"] == state and job, f"job {number} to be {state}", timeout

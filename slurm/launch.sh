@@ -1,0 +1,220 @@
+#!/usr/bin/env bash
+# One attempt of a job; every template calls this once. Runs on the first node of the allocation.
+#
+#     launch.sh train RECIPE [key=value ...]     check the nodes, train, put the job back until the run is complete
+#     launch.sh check RECIPE [key=value ...]     check the nodes only
+#     launch.sh index                            index the segment of this array task
+#     launch.sh evaluate RUN                     evaluate the milestone of this array task
+#
+# Exit status: 0 the run is complete, was put back, or was stopped on request; 1 it is given up; 2 it was refused.
+set -euo pipefail
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "slurm/launch.sh: not inside a Slurm job; submit a template with sbatch" >&2
+    exit 2
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=slurm/site.sh
+source slurm/site.sh
+site_environment
+
+attempt_job=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+series=${MOBILLAMA_CHAIN:-job-$SLURM_JOB_ID}    # slurm/chain.sh names a chain
+# These describe the batch script's own step and would be taken as options by every srun below.
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
+
+log() { printf '%(%F %T)T launch: %s\n' -1 "$*"; }
+
+# The other jobs of a chain have nothing left to do.
+end_chain() {
+    if [[ -n ${MOBILLAMA_CHAIN:-} ]]; then
+        scancel --state=PENDING --name="$SLURM_JOB_NAME" --user="$(id -un)"
+    fi
+}
+
+give_up() {
+    log "given up: $1"
+    end_chain
+    site_alert "job $SLURM_JOB_ID ($SLURM_JOB_NAME) is given up" "$1"
+    exit 1
+}
+
+# step OPTION... -- COMMAND...: a job step in the site's environment or container. Takes the place of the shell, so that
+# signals meant for srun reach it: call it in the background or in a substitution.
+step() {
+    local options=()
+    while [[ $1 != -- ]]; do
+        options+=("$1")
+        shift
+    done
+    shift
+    exec srun --cpu-bind=none "${SITE_SRUN_OPTIONS[@]}" "${options[@]}" "${SITE_WRAPPER[@]}" "$@"
+}
+
+# One process on this node, beside whatever runs.
+here() { step --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --overlap --quiet -- "$@"; }
+
+# The allocated nodes, those of a leaf switch next to each other: neighbouring ranks are few hops apart.
+hosts_by_switch() {
+    local allocated
+    allocated=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    {
+        scontrol show topology 2>/dev/null | sed -n 's/.*Level=0 .*Nodes=\([^ ]*\).*/\1/p' |
+            while read -r leaf; do scontrol show hostnames "$leaf"; done | grep -Fx "$allocated" || true
+        echo "$allocated"
+    } | awk '!seen[$0]++'
+}
+
+# write_hosts FOLDER NODES: FOLDER/hosts names the host of each rank, in the order of ranks.
+write_hosts() {
+    local node i
+    for node in $2; do
+        for ((i = 0; i < SITE_RANKS_PER_NODE; i++)); do echo "$node"; done
+    done >"$1/hosts"
+}
+
+# check FOLDER: leaves the fit nodes in FOLDER/good and the others, with reasons, in FOLDER/bad.
+check() {
+    local folder=$1 node first=0 rank seconds
+    local -A started=()
+    write_hosts "$folder" "$nodes"
+    MASTER_ADDR=${nodes%%[[:space:]]*}
+    WORLD_SIZE=$(wc -l <"$folder/hosts")
+    export MASTER_ADDR WORLD_SIZE LOCAL_WORLD_SIZE=$SITE_RANKS_PER_NODE
+    log "checking $(wc -w <<<"$nodes") nodes"
+    # A step a node: where srun cannot start one, it ends the whole step.
+    for node in $nodes; do
+        # shellcheck disable=SC2016  # every rank expands its own number
+        FIRST_RANK=$first step --nodes=1 --nodelist="$node" --ntasks="$SITE_RANKS_PER_NODE" --mem=0 --quiet \
+            --output="$folder/%N.log" -- \
+            bash -c 'export LOCAL_RANK=$SLURM_LOCALID RANK=$((FIRST_RANK + SLURM_LOCALID)); exec "$@"' rank \
+            python -m megatron_patch check "$recipe" "${overrides[@]}" --folder "$folder" \
+            "${SITE_PREFLIGHT_OPTIONS[@]}" &
+        started[$first]=$!
+        first=$((first + SITE_RANKS_PER_NODE))
+    done
+    # A rank that hangs keeps its step alive; the verdict does not wait for it.
+    for ((seconds = 0; seconds < 1800; seconds++)); do
+        if [[ -e $folder/verdict.json ]] && ((seconds < 1780)); then seconds=1780; fi
+        for first in "${!started[@]}"; do
+            kill -0 "${started[$first]}" 2>/dev/null && continue
+            unset "started[$first]"
+            for ((rank = first; rank < first + SITE_RANKS_PER_NODE; rank++)); do
+                [[ -e $folder/node.$rank.json ]] || echo '{"error": "ended before it answered"}' >"$folder/node.$rank.json"
+            done
+        done
+        if ((${#started[@]} == 0)); then break; fi
+        sleep 1
+    done
+    for first in "${!started[@]}"; do kill -KILL "${started[$first]}" || true; done
+    unset MASTER_ADDR WORLD_SIZE LOCAL_WORLD_SIZE
+    if [[ ! -e $folder/verdict.json ]]; then
+        : >"$folder/good"
+        echo "${nodes%%[[:space:]]*}: ended without a verdict on the others" >"$folder/bad"
+    fi
+    if [[ -s $folder/bad ]]; then
+        log "bad nodes:"$'\n'"$(cat "$folder/bad")"
+        site_alert "bad nodes found by job $SLURM_JOB_ID" "$(cat "$folder/bad")"
+    fi
+}
+
+verb=$1
+shift
+case $verb in
+index)
+    step --nodes=1 --ntasks=1 -- python data_tools/build_amber.py index --input "$SITE_RAW_DATA" \
+        --output "$SITE_DATA" --segment "$SLURM_ARRAY_TASK_ID" "$@"
+    exit
+    ;;
+evaluate)
+    step --nodes=1 --ntasks=1 -- python -m megatron_patch eval \
+        "$(printf '%s/checkpoints/ckpt_%03d' "$1" "$SLURM_ARRAY_TASK_ID")"
+    exit
+    ;;
+esac
+nodes=$(hosts_by_switch)
+recipe=$1
+shift
+overrides=("data.folder=$SITE_DATA" "run.folder=$SITE_RUNS/$(basename "$recipe" .yaml)" "$@")
+
+if [[ $verb == check ]]; then
+    folder=$SITE_LOGS/preflight/$attempt_job
+    mkdir -p "$folder"
+    check "$folder"
+    log "fit nodes: $(wc -l <"$folder/good") of $SLURM_JOB_NUM_NODES; details in $folder"
+    [[ ! -s $folder/bad ]]
+    exit
+fi
+
+# The early signal before the time limit, or a preemption: hold it while there are no ranks, then hand it on.
+asked_to_stop=
+trap 'asked_to_stop=yes' USR1 TERM
+
+# shellcheck disable=SC2086  # one word a node
+read -r decision attempt run < <(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
+    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes || echo refused)
+case $decision in
+go) ;;
+complete | stop)
+    end_chain
+    exit 0
+    ;;
+give-up) give_up "see the reason above and in status.json" ;;
+*) exit 2 ;;
+esac
+log "attempt $attempt of $run on $SLURM_JOB_NUM_NODES nodes"
+folder=$run/logs/attempt_$attempt
+mkdir -p "$folder/nccl"
+export NCCL_DEBUG_FILE=$folder/nccl/%h.%p.log
+export TORCH_FR_DUMP_TEMP_FILE=$folder/nccl/flight_recorder_
+
+if [[ $SITE_PREFLIGHT == yes ]]; then
+    check "$folder"
+else
+    echo "$nodes" >"$folder/good"
+fi
+num_good=$(wc -l <"$folder/good")
+num_wanted=$((SLURM_JOB_NUM_NODES - SITE_SPARE_NODES))
+num_least=$((num_wanted - SITE_MOST_BAD_NODES))
+num_used=$((num_good < num_wanted ? num_good : num_wanted))
+if ((num_used < num_least || num_used < 1)); then
+    give_up "only $num_good nodes are fit, an attempt needs $num_least (SITE_MOST_BAD_NODES, SITE_SPARE_NODES in site.sh)"
+fi
+used=$(head -n "$num_used" "$folder/good")
+
+log "training on $num_used nodes of $SITE_RANKS_PER_NODE ranks"
+write_hosts "$folder" "$used"
+# Until Python handles USR1 it must not end a rank; this script repeats it.
+SLURM_HOSTFILE=$folder/hosts MASTER_ADDR=${used%%[[:space:]]*} step --distribution=arbitrary \
+    --ntasks="$(wc -l <"$folder/hosts")" --mem=0 --label --unbuffered --kill-on-bad-exit=1 --wait=60 -- \
+    bash -c 'trap "" USR1; exec "$@"' rank python -m megatron_patch train "$recipe" "${overrides[@]}" &
+training=$!
+while kill -0 "$training" 2>/dev/null; do
+    [[ -e $run/STOP ]] && asked_to_stop=yes
+    if [[ -n ${MOBILLAMA_INTERRUPT:-} && ${SLURM_RESTART_COUNT:-0} == 0 && -s $run/log.jsonl ]]; then
+        log "asking for a checkpoint and a restart, as before a time limit"
+        asked_to_stop=yes
+    fi
+    if [[ -n $asked_to_stop ]]; then
+        kill -USR1 "$training" 2>/dev/null || true    # srun hands it to every rank; once more does no harm
+        sleep 5 &
+    else
+        sleep 2 &
+    fi
+    wait -n || true    # a trapped signal ends the wait at once
+done
+status=0
+wait "$training" || status=$?
+log "the ranks ended with status $status"
+
+decision=$(here python -m megatron_patch.attempts end "$run" --series "$series" --limit "$SITE_ATTEMPTS")
+case $decision in
+again)
+    if [[ -z ${MOBILLAMA_CHAIN:-} ]]; then
+        log "putting the job back in the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+complete | stop) end_chain ;;
+*) give_up "see the reason above and in $run/status.json" ;;
+esac

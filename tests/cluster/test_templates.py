@@ -1,0 +1,45 @@
+"""Every template is accepted as it stands, from any folder, and its nodes come in the order of the switches."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from site_folder import REPOSITORY
+from slurm_cluster import Cluster
+
+TEMPLATES = sorted(p.name for p in (REPOSITORY / "slurm").glob("*.sbatch"))
+
+
+def test_there_is_a_template_for_every_job() -> None:
+    assert TEMPLATES == [
+        "build_amber.sbatch",
+        "evaluate.sbatch",
+        "preflight.sbatch",
+        "pretrain_05b.sbatch",
+        "pretrain_08b.sbatch",
+        "pretrain_baseline1.sbatch",
+        "pretrain_baseline2.sbatch",
+        "pretrain_large_base.sbatch",
+        "smoke.sbatch",
+    ]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_slurm_accepts_the_template(cluster: Cluster, template: str) -> None:
+    answer = cluster.command("sbatch", "--test-only", REPOSITORY / "slurm" / template)
+    nodes = {"pretrain": 19, "preflight": 20, "smoke": 2}.get(template.split("_")[0].split(".")[0], 1)
+    assert "to start at" in answer
+    assert f"using {128 * 20 if nodes == 19 else 128 * nodes} processors" in answer or nodes == 1, answer
+
+
+def test_slurm_refuses_what_this_cluster_has_not(cluster: Cluster) -> None:
+    """The check above can fail."""
+    with pytest.raises(AssertionError, match="exit 1"):
+        cluster.command("sbatch", "--test-only", "--nodes=21", REPOSITORY / "slurm/pretrain_05b.sbatch")
+
+
+def test_scripts_pass_shellcheck() -> None:
+    scripts = [p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch")]
+    scripts += [REPOSITORY / "tests/cluster" / name for name in ("run", "install.sh")]
+    subprocess.run(["shellcheck", "-x", *scripts], cwd=REPOSITORY, check=True)

@@ -1,0 +1,146 @@
+"""The pretraining template to its end, disturbed in every way that a cluster knows.
+
+Each disturbed run must be complete, have every step once in its accepted history, and hold weights bit-equal to those
+of a run of the same layout that was left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from site_folder import Site
+from slurm_cluster import Cluster, wait_for
+
+STEPS = 400
+DISTURB_AT = 100
+
+
+@pytest.fixture(scope="module")
+def cluster(scratch: Path) -> Cluster:
+    """A partition that may take nodes from the other, and quick to notice a dead node."""
+    partitions = (
+        "PartitionName=train Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60",
+        "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2",
+    )
+    extra = ("PreemptType=preempt/partition_prio", "PreemptMode=REQUEUE")
+    with Cluster(scratch / "training", nodes=4, partitions=partitions, extra=extra) as running:
+        yield running
+
+
+@pytest.fixture
+def site(cluster: Cluster, scratch: Path, data: Path, request: pytest.FixtureRequest) -> Site:
+    return make_site(cluster, scratch / request.node.name, data)
+
+
+def make_site(cluster: Cluster, folder: Path, data: Path) -> Site:
+    edits = {"SITE_DATA=$SITE_REPOSITORY/data/amber ": f"SITE_DATA={data} ", "SITE_PREFLIGHT=yes": "SITE_PREFLIGHT=no"}
+    return Site(cluster, folder, STEPS, edits)
+
+
+def submit(site: Site, *options: str) -> int:
+    return site.submit("pretrain_05b.sbatch", "--nodes=2", *options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, scratch: Path, data: Path) -> Site:
+    site = make_site(cluster, scratch / "undisturbed", data)
+    site.finish(submit(site))
+    return site
+
+
+def test_a_run_left_alone_completes(undisturbed: Site) -> None:
+    assert undisturbed.status()["state"] == "completed"
+    history = undisturbed.accepted()
+    assert [step for step, *_ in history] == list(range(1, STEPS + 1))
+    assert len(undisturbed.steps()) == STEPS
+    assert history[-1][1] < history[0][1], "the loss fell"
+
+
+def check_like(site: Site, undisturbed: Site, attempts: int) -> None:
+    assert site.status()["state"] == "completed"
+    assert len(list((site.run_folder() / "environment").glob("attempt_*.json"))) == attempts
+    assert site.accepted() == undisturbed.accepted()
+    assert site.weights() == undisturbed.weights()
+
+
+def test_requeue_by_the_admin(site: Site, undisturbed: Site) -> None:
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    site.cluster.command("scontrol", "requeue", str(job))
+    site.finish(job)
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_time_limit(site: Site, undisturbed: Site) -> None:
+    """The early signal, sent by Slurm itself: the job checkpoints and puts itself back before the limit."""
+    # Slurm looks at time limits every 30 s, so the signal comes 0 to 30 s early.
+    job = submit(site, "--time=2", "--signal=B:USR1@75", "run.steps=400")
+    output = site.finish(job, timeout=600)
+    assert "putting the job back in the queue" in output
+    assert "SIGUSR1 on 2 of 2 ranks" in output
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_a_node_loses_power(site: Site, undisturbed: Site) -> None:
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    node = site.cluster.hosts(job)[1]
+    site.cluster.cut_power(node)
+    site.finish(job)
+    site.cluster.start_node(node)
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_a_node_is_drained(site: Site, undisturbed: Site) -> None:
+    """A draining node keeps its job; the next attempt goes elsewhere."""
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    drained = site.cluster.hosts(job)[0]
+    site.cluster.command("scontrol", "update", f"nodename={drained}", "state=drain", "reason=test")
+    site.cluster.command("scontrol", "requeue", str(job))
+    site.cluster.wait_job(job, "RUNNING", timeout=60)
+    assert drained not in site.cluster.hosts(job)
+    site.finish(job)
+    site.cluster.command("scontrol", "update", f"nodename={drained}", "state=resume")
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_the_controller_restarts(site: Site, undisturbed: Site) -> None:
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    site.cluster.kill_controller()
+    site.cluster.start_controller()
+    site.finish(job)
+    check_like(site, undisturbed, attempts=1)
+
+
+def test_preemption(site: Site, undisturbed: Site) -> None:
+    """A more urgent job takes the nodes; the run has its grace time to checkpoint, and comes back after it."""
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    hosts = ",".join(site.cluster.hosts(job))
+    urgent = ["--partition=urgent", f"--nodelist={hosts}", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    site.cluster.command("sbatch", "--nodes=2", *urgent)
+    site.finish(job)
+    assert "SIGTERM on" in site.output(job)
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_a_rank_is_killed(site: Site, undisturbed: Site) -> None:
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    site.cluster.signal_rank(site.cluster.hosts(job)[1], "KILL")
+    site.finish(job)
+    check_like(site, undisturbed, attempts=2)
+
+
+def test_a_rank_hangs(site: Site, undisturbed: Site) -> None:
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    site.cluster.signal_rank(site.cluster.hosts(job)[1], "STOP")
+    site.finish(job)
+    check_like(site, undisturbed, attempts=2)
+    assert (site.run_folder() / "stacks/rank_00000.previous.txt").exists() or list(
+        (site.run_folder() / "stacks").glob("rank_00000*")
+    )
