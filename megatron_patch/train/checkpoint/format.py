@@ -154,12 +154,13 @@ def read_marker(folder: Path) -> Marker:
     """Raises CheckpointError where the checkpoint was never finished or the marker is damaged."""
     path = folder / MARKER_NAME
     try:
-        marker = Marker.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        marker = Marker.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(path, "missing: this is no finished checkpoint", _BROKEN) from None
     except ValidationError as error:
         raise CheckpointError(path, f"damaged ({_first(error)})", _BROKEN) from None
-    if marker.digest != _digest_of(marker.files) or INDEX_NAME not in marker.files:
+    if content != to_json(Marker.of(marker.files)) or INDEX_NAME not in marker.files:
         raise CheckpointError(path, "damaged (its content does not match its digest)", _BROKEN)
     return marker
 

@@ -1,0 +1,87 @@
+"""Killed with -9 at random moments, a run ends as if it had never been disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.compare import assert_bit_equal, history, newest
+from tests.toy import TOY
+from tests.train.conftest import RANKS, STEPS, run_settings
+from tests.train.job import Job
+
+
+def last_step(run: Path) -> int:
+    """Last step in the log, 0 before the first; a last line may be half written."""
+    try:
+        lines = (run / "log.jsonl").read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    return max((json.loads(line)["step"] for line in lines), default=0)
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=[pytest.mark.soak])], ids=lambda kills: f"{kills} kills")
+def test_killed_at_random_moments(data_folder: Path, undisturbed: Path, tmp_path: Path, kills: int) -> None:
+    dice = random.Random(kills)
+    run, log = tmp_path / "run", tmp_path / "log"
+    settings = run_settings(data_folder, run)
+    resumed_from = set()
+    for kill in range(kills):
+        job = Job(RANKS, settings, log)
+        if kill % 5 == 0:  # somewhere between fork and first step
+            time.sleep(dice.uniform(0, 0.7))
+        else:
+            goal = min(newest(run).step + dice.randint(1, 9) if (run / "checkpoints/latest").exists() else 4, STEPS - 3)
+            job.wait_for(lambda goal=goal: last_step(run) >= goal)
+            time.sleep(dice.uniform(0, 0.05))
+        assert any(p.exitcode is None for p in job.ranks), "the job was over before the kill"
+        job.signal(signal.SIGKILL, None if kill % 2 else [dice.randrange(RANKS)])
+        assert -signal.SIGKILL in job.wait()
+        if (run / "checkpoints/latest").exists():
+            resumed_from.add(newest(run).step)
+    Job(RANKS, settings, log).run()
+    assert len(resumed_from) > 3, "the kills fell on one place only"
+    assert_bit_equal(newest(run), newest(undisturbed))
+    assert list(history(run)) == list(range(1, STEPS + 1)), "a step is missing from, or twice in, the accepted history"
+    assert history(run) == history(undisturbed)
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
+
+
+def test_a_rank_killed_under_torchrun_ends_the_job_and_the_next_one_goes_on(
+    data_folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    overrides = [*TOY, "data.held_out_rows=8", *run_settings(data_folder, run)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    command += ["-m", "megatron_patch", "train", "recipes/demo.yaml", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        try:
+            deadline = time.monotonic() + 120
+            while last_step(run) < 20:
+                assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.01)
+            workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            os.kill(int(workers[2]), signal.SIGKILL)
+            killed = time.monotonic()
+            assert job.wait(60) != 0
+            assert time.monotonic() - killed < 60
+        finally:
+            job.kill()
+            job.wait()
+        assert json.loads((run / "status.json").read_text())["state"] == "failed"
+        before = newest(run).step
+        assert 0 < before < STEPS
+        subprocess.run(command, stdout=output, stderr=output, env=environment, check=True, timeout=180)
+    assert f"resuming from {run}/checkpoints/step_{before:08d}" in (tmp_path / "log").read_text()
+    assert_bit_equal(newest(run), newest(undisturbed))
+    assert history(run) == history(undisturbed)
