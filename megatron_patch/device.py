@@ -18,6 +18,9 @@ _PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, 
 
 HAS_GPU = torch.cuda.is_available()
 
+if not HAS_GPU:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it had to guess
+
 
 def use(local_rank: int) -> torch.device:
     """Bind this process to its GPU (or to the CPU) and return the device."""

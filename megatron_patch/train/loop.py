@@ -95,7 +95,7 @@ def _open_data(resolved: Recipe) -> Segments:
 
 def _total_steps(resolved: Recipe, order: SampleOrder) -> int:
     steps = resolved.run.steps or order.total_steps
-    if order.total_steps == 0 or steps > order.total_steps:
+    if steps > order.total_steps:
         raise DataError(
             f"holds {order.total_steps:,} steps of {resolved.batch.global_batch_size} rows "
             f"({order.steps_per_segment:,} a segment), the recipe asks for {steps:,}",

@@ -1,0 +1,102 @@
+"""The command: bad input is refused before the first step; a rank that dies ends the job."""
+
+import argparse
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.format import TokenizerRecord, segment_name, sha256_file
+from data_tools.segment_files import DatasetPlan, write_dataset_manifest
+from megatron_patch.train import loop
+from tests.data.conftest import write_rows
+from tests.ranks import run_ranks
+from tests.toy import TOY
+
+ROW_LENGTH, VOCAB, ROWS, SEGMENTS = 17, 64, 100, 2
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "tokenizer.json").write_text("{}")
+    record = TokenizerRecord("tokenizer.json", sha256_file(folder / "tokenizer.json"), VOCAB)
+    plan = DatasetPlan(SEGMENTS, ROW_LENGTH, VOCAB, record, has_held_out=True)
+    random = np.random.RandomState(0)
+    for name in [*(segment_name(k) for k in range(SEGMENTS)), "held_out"]:
+        rows = random.randint(0, VOCAB, (ROWS, ROW_LENGTH)).astype("<u2")
+        write_rows(folder / name, rows, np.zeros(ROWS, np.uint8), plan)
+    write_dataset_manifest(folder, plan)
+    return folder
+
+
+def run_main(overrides: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of `train recipes/demo.yaml OVERRIDES` on this rank."""
+    errors = io.StringIO()
+    with redirect_stderr(errors):
+        code = loop.main(
+            argparse.Namespace(recipe=Path("recipes/demo.yaml"), overrides=overrides, accept_changes=False)
+        )
+    return code, errors.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.folder=nowhere"], r"nowhere/manifest.json"),
+        (["data.folder=null"], "data.folder: not set"),
+        (["model.sequence_length=32"], r"manifest.json: row_length: rows of 17 ids, .* needs 33"),
+        (["model.vocab_size=32"], r"manifest.json: vocab_size: a vocabulary of 64, but the model has 32"),
+        (["batch.global_batch_size=101"], r"100 rows a segment are fewer than one global batch of 101"),
+        (["run.steps=1000"], r"holds 24 steps of 8 rows \(12 a segment\), the recipe asks for 1,000"),
+        (["data.held_out_rows=101"], r"100 held-out rows, the recipe scores 101"),
+        (["parallel.tensor=2"], r"1 ranks / \(parallel.tensor 2 x parallel.pipeline 1\) = 0.5"),
+        (["model.typo=1"], "model.typo: unknown key"),
+    ],
+)
+def test_refused_before_the_first_step(data_folder, tmp_path, overrides, message):
+    settings = [*TOY, f"data.folder={data_folder}", f"run.folder={tmp_path / 'run'}", "run.steps=4", *overrides]
+    code, errors = run_ranks(1, run_main, settings)[0]
+    assert code == 2
+    assert re.search(message, errors), errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_rank_that_dies_ends_the_job_with_its_error_shown(data_folder, tmp_path):
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "megatron_patch", "train", "recipes/demo.yaml", *TOY, "parallel.pipeline=2"),
+        *(f"data.folder={data_folder}", f"run.folder={tmp_path / 'run'}", "run.steps=null", "data.held_out_interval=0"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    assert job.stdout is not None
+    try:
+        output = []
+        for line in job.stdout:
+            output.append(line)
+            if line.startswith("step "):
+                break
+        else:
+            pytest.fail("".join(output))
+        victim = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[1])
+        os.kill(victim, signal.SIGKILL)
+        died = time.monotonic()
+        output.append(job.communicate(timeout=60)[0])
+        assert time.monotonic() - died < 60
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert re.search(rf"pid[: ]+{victim}", "".join(output)) and "SIGKILL" in "".join(output)
