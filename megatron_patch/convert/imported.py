@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    from megatron_patch.train.checkpoint import write_weights
+    from megatron_patch.train.checkpoint.write import write_weights
 
     source = ImportedModel(args.folder, recipe_of(args.folder, args.recipe))
     write_weights(source, args.checkpoint)

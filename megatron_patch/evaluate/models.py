@@ -1,0 +1,217 @@
+"""Opens what is to be evaluated: one of our checkpoints, a run's milestones, a Hugging Face folder or a hub name."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from data_tools.format import tokenizer_in
+from data_tools.text_encoder import EOS_TEXT, read_tokenizer_json
+from megatron_patch import device, launch, topology
+from megatron_patch.convert.export import tokenizer_of
+from megatron_patch.convert.hf_folder import HfFolder
+from megatron_patch.convert.imported import ImportedModel, recipe_of
+from megatron_patch.convert.source import WeightsSource
+from megatron_patch.evaluate.data import EvaluationError
+from megatron_patch.evaluate.language_model import CausalLM
+from megatron_patch.model.build import build
+from megatron_patch.model.parameters import local_parameters
+from megatron_patch.recipe import Parallel
+from megatron_patch.train.checkpoint.format import MARKER_NAME
+from megatron_patch.train.checkpoint.reader import open_checkpoint
+
+Precision = Literal["auto", "bf16", "fp32"]
+_DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run.
+
+    Attributes:
+        precision: auto: as the weights are stored.
+        batch_size: rows a batch; None: as many as fit.
+        empty_context: what stands before a text without context: EOS as in training, or BOS.
+        tokenizer: file that stands in for the model's own.
+        trust_remote_code: run modelling code of a Hugging Face folder.
+        recipe: read a Hugging Face folder into our model under this recipe, as `import` would; the authors' published
+            folders load in no other way (their configuration misstates the KV heads).
+    """
+
+    precision: Precision = "auto"
+    batch_size: int | None = None
+    empty_context: Literal["eos", "bos"] = "eos"
+    tokenizer: Path | None = None
+    trust_remote_code: bool = False
+    recipe: Path | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate.
+
+    Attributes:
+        name: for tables and result folders.
+        digest: of its weights.
+        step, tokens: where in training it stands; None for a Hugging Face model.
+        open: loads it.
+    """
+
+    name: str
+    digest: str
+    step: int | None
+    tokens: int | None
+    open: Callable[[Settings], CausalLM]
+
+
+def find(model: str) -> list[Candidate]:
+    """What a command-line argument names, in order of training.
+
+    Raises:
+        EvaluationError: nothing to evaluate there, or a hub name that cannot be fetched.
+        CheckpointError, ConvertError: damaged weights.
+    """
+    path = Path(model)
+    if (path / MARKER_NAME).is_file():
+        return [_checkpoint(path)]
+    if (path / "config.json").is_file():
+        return [_hugging_face(path, path.resolve().name)]
+    if path.is_dir():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        milestones = sorted(p for p in folder.glob("ckpt_*") if (p / MARKER_NAME).is_file())
+        if milestones:
+            return [_checkpoint(p) for p in milestones]
+        raise EvaluationError(f"{path}: no checkpoint, milestone (ckpt_*) or config.json in it; name a model")
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", model):
+        raise EvaluationError(f"{model}: no such folder, and not a hub name like MBZUAI/MobiLlama-05B[@revision]")
+    name, _, revision = model.partition("@")
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            f"{model}: no such folder, and the hub cannot be reached or has no such model "
+            f"({str(error).splitlines()[0]}); fetch it where there is a network and name its folder"
+        ) from None
+    return [_hugging_face(folder, model.replace("/", "--"))]
+
+
+def _checkpoint(folder: Path) -> Candidate:
+    with open_checkpoint(folder) as checkpoint:
+        run = checkpoint.recipe.name
+        digest, step, tokens = checkpoint.digest, checkpoint.step, checkpoint.tokens
+
+    def load(settings: Settings) -> CausalLM:
+        with open_checkpoint(folder, verify=False) as checkpoint:
+            return our_model(checkpoint, settings)
+
+    return Candidate(f"{run}--{folder.resolve().name}", digest, step, tokens, load)
+
+
+def _hugging_face(folder: Path, name: str) -> Candidate:
+    def load(settings: Settings) -> CausalLM:
+        if settings.recipe is None:
+            return hugging_face_model(folder, settings)
+        own = replace(settings, tokenizer=settings.tokenizer or tokenizer_in(folder))
+        return our_model(ImportedModel(folder, recipe_of(folder, settings.recipe)), own)
+
+    return Candidate(name, HfFolder(folder).digest, None, None, load)
+
+
+def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
+    """The Megatron model of a checkpoint, whole on every rank; the ranks share the requests.
+
+    Raises:
+        ConvertError, DataError: no tokenizer.
+    """
+    recipe = source.recipe
+    tokenizer = OurTokenizer(settings.tokenizer or tokenizer_of(recipe))
+    precision = recipe.precision if settings.precision == "auto" else settings.precision
+    recipe = recipe.model_copy(update={"parallel": Parallel(), "recompute": "none", "precision": precision})
+    launch.setup_environment()
+    topology.initialize(recipe.parallel)
+    (model,) = build(recipe, device.current())
+    with torch.no_grad():
+        for whole, parameter in local_parameters([model], recipe.model):
+            parameter.copy_(source.tensor(whole.name).reshape(parameter.shape))
+    model.eval()
+    return CausalLM(
+        lambda tokens: model(tokens, None, None),
+        tokenizer,
+        max_length=recipe.model.sequence_length,
+        eos_id=tokenizer.eos_id,
+        empty_context_id=tokenizer.eos_id if settings.empty_context == "eos" else tokenizer.bos_id,
+        device=device.current(),
+        batch_size=settings.batch_size,
+    )
+
+
+def hugging_face_model(folder: Path, settings: Settings) -> CausalLM:
+    """A `transformers` causal model, whole on every rank.
+
+    Raises:
+        EvaluationError: transformers cannot load it, or its tokenizer has no EOS or BOS where one is needed.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=_DTYPES[settings.precision], trust_remote_code=settings.trust_remote_code
+        )
+        tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise EvaluationError(f"{folder}: transformers cannot load it ({error})") from error
+    launch.setup_environment()
+    device.use(int(os.environ["LOCAL_RANK"]))
+    if int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        device.init_process_group(timedelta(minutes=10))
+    model.to(device.current()).eval()
+    empty = tokenizer.raw.eos_token_id if settings.empty_context == "eos" else tokenizer.raw.bos_token_id
+    if empty is None:
+        raise EvaluationError(f"{folder}: its tokenizer has no {settings.empty_context.upper()}; use --empty-context")
+    return CausalLM(
+        lambda tokens: model(input_ids=tokens, use_cache=False).logits,
+        tokenizer,
+        max_length=config.max_position_embeddings,
+        eos_id=tokenizer.raw.eos_token_id,
+        empty_context_id=empty,
+        device=device.current(),
+        batch_size=settings.batch_size,
+    )
+
+
+class OurTokenizer:
+    """The training data's tokenizer file; encodes without BOS and EOS."""
+
+    def __init__(self, file: Path) -> None:
+        self._raw = RawTokenizer.from_str(read_tokenizer_json(file))
+        self.eos_id = self._raw.token_to_id(EOS_TEXT)
+        self.bos_id = self._raw.token_to_id("<s>")
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._raw.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._raw.decode(ids))
+
+
+class HfTokenizer:
+    """A `transformers` tokenizer; encodes without special tokens, whatever its configuration adds."""
+
+    def __init__(self, raw: PreTrainedTokenizerBase) -> None:
+        self.raw = raw
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.raw.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.raw.decode(ids))

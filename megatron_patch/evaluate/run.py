@@ -1,0 +1,192 @@
+"""Runs the suite on one model, task by task; what is finished is never repeated.
+
+OUTPUT/MODEL--DIGEST/tasks/hellaswag.json    one finished task, with everything its numbers depend on
+OUTPUT/MODEL--DIGEST/scores.json             the model, its scores so far, versions and shots
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch.distributed as dist
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+
+from data_tools.durable import write_whole
+from data_tools.format import canonical_json, new_digest
+from megatron_patch.evaluate.data import data_digests, loader
+from megatron_patch.evaluate.language_model import CausalLM
+from megatron_patch.evaluate.models import Candidate, Settings
+from megatron_patch.evaluate.scores import TaskResult, average, scores
+from megatron_patch.evaluate.suite import BY_NAME, Benchmark, Task
+
+TASKS_FOLDER = Path(__file__).with_name("tasks")
+SCORES_NAME = "scores.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run and with which data."""
+
+    benchmarks: tuple[Benchmark, ...]
+    data: Path
+    limit: int | None = None
+    """Documents a task; for trials, since the scores are no longer the benchmark's."""
+
+
+def result_folder(output: Path, candidate: Candidate) -> Path:
+    return output / f"{candidate.name}--{candidate.digest[:12]}"
+
+
+def run(candidate: Candidate, settings: Settings, plan: Plan, output: Path) -> Path:
+    """Evaluates one model and returns its folder. The model is loaded only if a task is left to do.
+
+    Under torchrun or srun every rank calls this; rank 0 writes.
+
+    Raises:
+        EvaluationError: a data set is missing or damaged (before any task runs), or the model cannot be loaded.
+    """
+    folder = result_folder(output, candidate)
+    todo = []
+    for benchmark in plan.benchmarks:
+        for task in benchmark.all_tasks:
+            load = loader(plan.data, task.data)
+            key = _key(candidate, settings, plan, benchmark, task)
+            if _finished(folder, task, key) is None:
+                todo.append((benchmark, task, load, key))
+    if todo:
+        # At lower levels it explains its own options for each of the 75 tasks.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        model = candidate.open(settings)
+        manager = TaskManager(include_path=str(TASKS_FOLDER))
+        for number, (benchmark, task, load, key) in enumerate(todo, 1):
+            started = time.perf_counter()
+            report = _evaluate(model, bind(manager, benchmark, task, load), plan.limit)
+            if _is_first():
+                result = _task_result(report, task)
+                record = {"key": key, "result": asdict(result), "seconds": time.perf_counter() - started}
+                record["version"] = report["versions"][task.name]
+                record["prompts_digest"] = _prompts_digest(report["samples"][task.name])
+                (folder / "tasks").mkdir(parents=True, exist_ok=True)
+                write_whole(_task_file(folder, task), canonical_json(record))
+                print(f"{candidate.name}: {task.name} done ({number}/{len(todo)})", file=sys.stderr)
+    if _is_first():
+        _write_scores(folder, candidate, settings, plan)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def bind(manager: TaskManager, benchmark: Benchmark, task: Task, load: Callable[..., Any]) -> Any:
+    """The harness's task with the benchmark's shots and its data read by `load` instead of from the hub.
+
+    Settings of a registered task can be replaced only where a group names it, so a group of one is made for it.
+    """
+    settings = {"task": task.name, "custom_dataset": load, "num_fewshot": benchmark.shots}
+    bound = manager.load([{"group": f"{task.name}_local", "task": [settings]}])["tasks"][task.name]
+    bound.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # as the harness's own command does
+    return bound
+
+
+def _evaluate(model: CausalLM, task: Any, limit: int | None) -> dict[str, Any]:
+    """Not `simple_evaluate`, which spends two seconds a task on a survey of the machine."""
+    tasks = {"tasks": {task.task_name: task}, "groups": {}, "group_map": {}}
+    return evaluate(model, tasks, limit=limit, log_samples=True) or {}  # the samples are for the digest of the prompts
+
+
+def _task_result(report: dict[str, Any], task: Task) -> TaskResult:
+    values = {k.split(",")[0]: v for k, v in report["results"][task.name].items() if k.endswith(",none")}
+    return TaskResult(
+        metrics={k: float(v) for k, v in values.items() if not k.endswith("_stderr")},
+        stderr={k.removesuffix("_stderr"): v for k, v in values.items() if k.endswith("_stderr") and v != "N/A"},
+        documents=report["n-samples"][task.name]["effective"],
+    )
+
+
+def _prompts_digest(samples: list[dict[str, Any]]) -> str:
+    """XXH3-128 of every context and continuation, shots included: equal digests, equal questions."""
+    digest = new_digest()
+    for sample in samples:
+        digest.update(canonical_json(sample["arguments"]))
+    return str(digest.hexdigest())
+
+
+def _key(candidate: Candidate, settings: Settings, plan: Plan, benchmark: Benchmark, task: Task) -> dict[str, Any]:
+    """Everything a task's numbers depend on; a finished task counts only under the same key."""
+    return {
+        "model": candidate.digest,
+        "lm_eval": lm_eval.__version__,
+        "shots": benchmark.shots,
+        "limit": plan.limit,
+        "precision": settings.precision,
+        "empty_context": settings.empty_context,
+        "data": data_digests(plan.data, task.data),
+    }
+
+
+def _task_file(folder: Path, task: Task) -> Path:
+    return folder / "tasks" / f"{task.name}.json"
+
+
+def _finished(folder: Path, task: Task, key: dict[str, Any]) -> TaskResult | None:
+    file = _task_file(folder, task)
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_bytes())
+    return TaskResult(**record["result"]) if record["key"] == key else None
+
+
+def _write_scores(folder: Path, candidate: Candidate, settings: Settings, plan: Plan) -> None:
+    results = {}
+    records = {}
+    for benchmark in BY_NAME.values():
+        for task in benchmark.all_tasks:
+            result = _finished(folder, task, _key(candidate, settings, plan, benchmark, task))
+            if result is not None:
+                results[task.name] = result
+                records[task.name] = json.loads(_task_file(folder, task).read_bytes())
+    found = scores(results)
+    averages = {
+        "average": average(found, with_crows_pairs=True),
+        "average_without_crows_pairs": average(found, with_crows_pairs=False),
+    }
+    content = {
+        "model": candidate.name,
+        "digest": candidate.digest,
+        "step": candidate.step,
+        "tokens": candidate.tokens,
+        "settings": {"precision": settings.precision, "empty_context": settings.empty_context, "limit": plan.limit},
+        "lm_eval": lm_eval.__version__,
+        "scores": {name: asdict(score) for name, score in found.items()},
+        **{name: asdict(score) if score else None for name, score in averages.items()},
+        "tasks": {
+            name: {
+                "shots": r["key"]["shots"],
+                "documents": r["result"]["documents"],
+                "version": r["version"],
+                "prompts_digest": r["prompts_digest"],
+            }
+            for name, r in records.items()
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / SCORES_NAME, canonical_json(content))
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def read_scores(output: Path) -> list[dict[str, Any]]:
+    """Every model's `scores.json` under a folder of results, in order of training, then by name."""
+    found: Sequence[dict[str, Any]] = [json.loads(f.read_bytes()) for f in output.glob(f"*/{SCORES_NAME}")]
+    return sorted(found, key=lambda s: (s["tokens"] is None, s["tokens"] or 0, s["model"]))
