@@ -141,6 +141,9 @@ class Recipe(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         description="selective: the FFN's activations are recomputed in backward; full: every layer's."
     )
+    kernels: Literal["auto", "reference", "compiled", "triton"] = Field(
+        "auto", description="auto: what is fastest on this device (megatron_patch/kernels/choice.py)."
+    )
     model: Model
     parallel: Parallel
     batch: Batch

@@ -1,4 +1,4 @@
-"""Causal core attention that never forms an s x s matrix of scores or masks."""
+"""Causal self-attention that never forms an s x s matrix of scores or masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_patch.kernels.rotary import split_and_rotate
 
 try:
     from flash_attn import flash_attn_func
@@ -36,3 +39,18 @@ class CoreAttention(torch.nn.Module):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+class SelfAttention(MegatronSelfAttention):
+    """Megatron's self-attention with the split of QKV and the rotary embedding as one kernel (kernels/rotary.py).
+
+    `rotary_pos_emb` is a RotaryTable's [2, s, d/2]. Input and output [s, b, h].
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: None, *, rotary_pos_emb: torch.Tensor, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        packed, _ = self.linear_qkv(hidden_states)
+        heads = self.num_attention_heads_per_partition
+        query, key, value = split_and_rotate(packed, rotary_pos_emb, heads)
+        return self.linear_proj(self.core_attention(query, key, value, None))

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_patch.kernels import choice
+from megatron_patch.model.gpt import MobiLlama
 from megatron_patch.model.spec import SharedFFN, block_spec
 from megatron_patch.recipe import Recipe
 
@@ -64,17 +65,19 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
     )
 
 
-def build(recipe: Recipe, device: torch.device) -> list[GPTModel]:
+def build(recipe: Recipe, device: torch.device) -> list[MobiLlama]:
     """The model chunks of this rank (one, or one per virtual stage), parameters not yet filled.
 
-    Needs `topology.initialize`. On the meta device nothing is allocated.
+    Needs `topology.initialize`. On the meta device nothing is allocated. Decides which kernels this process runs.
     """
+    if device.type != "meta":
+        choice.choose(recipe.kernels, device)
     config = transformer_config(recipe)
     ffn = SharedFFN() if recipe.model.shared_ffn else None
     virtual = recipe.parallel.virtual_pipeline
     with device:
         return [
-            GPTModel(
+            MobiLlama(
                 config=config,
                 transformer_layer_spec=block_spec(config, ffn, chunk),
                 vocab_size=recipe.model.vocab_size,
@@ -82,7 +85,6 @@ def build(recipe: Recipe, device: torch.device) -> list[GPTModel]:
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
                 share_embeddings_and_output_weights=False,
-                position_embedding_type="rope",
                 rotary_base=recipe.model.rope_base,
                 vp_stage=chunk,
             )

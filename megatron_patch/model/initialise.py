@@ -33,8 +33,6 @@ def fill(
         parameter.copy_(whole.part(value(whole), tensor_rank, tensor_size).reshape(parameter.shape))
 
 
-def initialise(
-    chunks: Sequence[torch.nn.Module], model: Model, seed: int, tensor_rank: int, tensor_size: int
-) -> None:
+def initialise(chunks: Sequence[torch.nn.Module], model: Model, seed: int, tensor_rank: int, tensor_size: int) -> None:
     """Fill this rank's parameters with `initial_value`."""
     fill(chunks, model, lambda whole: initial_value(whole, seed, model.init_std), tensor_rank, tensor_size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_patch.kernels.norm import add_rms_norm, rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), statistics in fp32 (Zhang and Sennrich 2019).
@@ -20,4 +22,8 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(hidden_size, dtype=config.params_dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + residual, the norm of that sum)."""
+        return add_rms_norm(x, residual, self.weight, self.eps)

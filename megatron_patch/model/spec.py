@@ -6,12 +6,12 @@ per layer while the FFN is shared, as in the released modelling code.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.random import checkpoint
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -19,8 +19,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_patch.model.attention import CoreAttention
+from megatron_patch.kernels.swiglu import swiglu
+from megatron_patch.model.attention import CoreAttention, SelfAttention
 from megatron_patch.model.norm import RMSNorm
+
+
+class FFN(MLP):
+    """The SwiGLU FFN: fc1 gives gate and up in one GEMM, fc2 takes their product. Input and output [s, b, h]."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        packed, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(swiglu(packed))
 
 
 class SharedFFN:
@@ -31,29 +40,36 @@ class SharedFFN:
     """
 
     def __init__(self) -> None:
-        self._ffn: MLP | None = None
+        self._ffn: FFN | None = None
 
-    def get(self, config: TransformerConfig, tensor_group: torch.distributed.ProcessGroup) -> MLP:
+    def get(self, config: TransformerConfig, tensor_group: torch.distributed.ProcessGroup) -> FFN:
         if self._ffn is None:
-            self._ffn = MLP(config, _FFN_SUBMODULES, ffn_hidden_size=config.ffn_hidden_size, tp_group=tensor_group)
+            self._ffn = FFN(config, _FFN_SUBMODULES, ffn_hidden_size=config.ffn_hidden_size, tp_group=tensor_group)
         return self._ffn
 
 
-class SharedFFNLayer(TransformerLayer):
+class DecoderLayer(TransformerLayer):
+    """A decoder layer whose residual sum and second norm are one kernel (kernels/norm.py).
+
+    Megatron's own forward also serves cross-attention, biases, dropout and inference, none of which MobiLlama has.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, *_: Any, rotary_pos_emb: torch.Tensor, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        """Hidden states [s, b, h] to the same; the None is Megatron's cross-attention context."""
+        attended, _ = self.self_attention(self.input_layernorm(hidden_states), None, rotary_pos_emb=rotary_pos_emb)
+        hidden_states, normed = self.pre_mlp_layernorm.after_adding(attended, hidden_states)
+        output, _ = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
+        return hidden_states + output, None
+
+
+class SharedFFNLayer(DecoderLayer):
     """A decoder layer that takes its FFN from a holder instead of building one (paper Figure 2)."""
 
     def __init__(self, config: TransformerConfig, *args: Any, ffn: SharedFFN, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.mlp = ffn.get(config, self.tp_group)
-
-
-def residual_add(training: bool, fused: bool) -> Callable[..., torch.Tensor]:
-    """What mcore calls bias-dropout-add, for a model that has neither bias nor dropout."""
-    return _add
-
-
-def _add(output_with_bias: tuple[torch.Tensor, None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
-    return residual + output_with_bias[0]
 
 
 _FFN_SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -70,16 +86,12 @@ _ATTENTION = ModuleSpec(
 def layer_spec(ffn: SharedFFN | None) -> ModuleSpec:
     """Spec of a decoder layer: with the holder's FFN, or with an FFN of its own where `ffn` is None."""
     submodules = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
-        self_attention=_ATTENTION,
-        self_attn_bda=residual_add,
-        pre_mlp_layernorm=RMSNorm,
-        mlp_bda=residual_add,
+        input_layernorm=RMSNorm, self_attention=_ATTENTION, pre_mlp_layernorm=RMSNorm
     )
     if ffn is not None:
         return ModuleSpec(module=SharedFFNLayer, params={"ffn": ffn}, submodules=submodules)
-    submodules.mlp = ModuleSpec(module=MLP, submodules=_FFN_SUBMODULES)
-    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+    submodules.mlp = ModuleSpec(module=FFN, submodules=_FFN_SUBMODULES)
+    return ModuleSpec(module=DecoderLayer, submodules=submodules)
 
 
 def block_spec(config: TransformerConfig, ffn: SharedFFN | None, chunk: int | None) -> TransformerBlockSubmodules:

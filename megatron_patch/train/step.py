@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_patch import device
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.model.build import build
+from megatron_patch.model.gpt import MobiLlama
 from megatron_patch.model.initialise import initialise
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
@@ -114,18 +114,16 @@ def _micro_batches(rows: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[
 
 
 def _forward_step(
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: GPTModel, tokens: int
-) -> tuple[torch.Tensor, partial]:
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: MobiLlama, tokens: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
     rows, weights = next(batches)
-    labels = rows[:, 1:].contiguous() if model.post_process else None
-    output = model(rows[:, :-1] if model.pre_process else None, None, None, labels=labels)
-    return output, partial(_weighted_loss, weights=weights, tokens=tokens)
+    inputs, labels = rows[:, :-1], rows[:, 1:]
+    coefficients = (weights / tokens)[:, None].expand(labels.shape)
+    output = model(inputs if model.pre_process else None, None, None, labels=labels, loss_mask=coefficients)
+    return output, _as_loss
 
 
-def _weighted_loss(
-    losses: torch.Tensor, weights: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From losses [b, s] to (loss to differentiate, tokens counted by mcore: none, loss to log)."""
-    loss = (losses.float().sum(dim=1) * weights).sum() / tokens
-    # The schedule scales what it differentiates in place; what is logged must be a copy.
+def _as_loss(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the model's loss to (loss to differentiate, tokens counted by mcore: none, loss to log)."""
+    # The schedule may scale what it differentiates in place; what is logged must be a copy.
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), loss.detach().clone()

@@ -1,0 +1,103 @@
+"""Does an implementation of a kernel give its reference's numbers on this device? Asked once, at start.
+
+Small shapes with odd sizes: a second or two for the Triton kernels, which are compiled once and cached on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_patch.kernels import choice, loss, norm, rotary, swiglu
+from megatron_patch.kernels.choice import Implementation, Kernel
+from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
+
+# Relative to the norm of the reference's answer, both rounded to bf16 (2^-9 each).
+_TOLERANCE = 1e-2
+
+
+def difference(kernel: Kernel, wish: Implementation, device: torch.device) -> str | None:
+    """None where `wish` runs and agrees with the reference, else what is wrong."""
+    answers: dict[Implementation, list[torch.Tensor]] = {}
+    before = choice.chosen(kernel)
+    try:
+        for implementation in ("reference", wish):
+            choice._chosen[kernel] = implementation
+            answers[implementation] = [t.float() for t in _CASES[kernel](device)]
+    except Exception as error:  # whatever a compiler may raise: its first line is the reason
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    finally:
+        choice._chosen[kernel] = before
+    for i, (expected, got) in enumerate(zip(answers["reference"], answers[wish], strict=True)):
+        off = ((got - expected).norm() / expected.norm()).item()
+        if not off < _TOLERANCE:
+            return f"answer {i} is off by {off:.1e} of its norm"
+    return None
+
+
+def weight_gradient_difference(device: torch.device) -> str | None:
+    """None where the weight-gradient GEMM adds in fp32 and is right on this device, else what is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(96, width, generator=generator).to(device, torch.bfloat16) for width in (48, 80))
+    start = torch.randn(80, 48, generator=generator).to(device)
+    main_grad = start.clone()
+    try:
+        wgrad_gemm_accum_fp32(x, dy, main_grad)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    expected = start.double() + dy.double().t() @ x.double()
+    off = ((main_grad.double() - expected).norm() / expected.norm()).item()
+    return None if off < 1e-5 else f"off by {off:.1e} of its norm: it does not add in fp32"
+
+
+def _loss(device: torch.device) -> Iterator[torch.Tensor]:
+    (logits,) = _random(device, (7, 1003))
+    labels = torch.tensor([0, 5, 1002, 17, 3000, 999, 1], device=device)
+    maximum, exponentials, label_logit = loss.row_statistics(logits, labels, 0)
+    yield from (maximum, exponentials, label_logit)
+    coefficients = torch.linspace(0.1, 0.7, 7, device=device)
+    loss.to_logits_gradient_(logits, labels, 0, maximum + exponentials.log(), coefficients)
+    yield logits
+
+
+def _swiglu(device: torch.device) -> Iterator[torch.Tensor]:
+    return _answer_and_gradients(swiglu.swiglu, _random(device, (7, 2 * 2501)))
+
+
+def _norm(device: torch.device) -> Iterator[torch.Tensor]:
+    x, residual, weight = _random(device, (300, 1201), (300, 1201), (1201,))
+    yield from _answer_and_gradients(lambda x, w: norm.rms_norm(x, w, 1e-5), [x, weight])
+    yield from _answer_and_gradients(lambda x, r, w: norm.add_rms_norm(x, r, w, 1e-5), [x, residual, weight])
+
+
+def _rotary(device: torch.device) -> Iterator[torch.Tensor]:
+    angles = torch.arange(9.0)[:, None] * torch.linspace(1.0, 0.01, 20)
+    table = torch.stack([angles.cos(), angles.sin()]).to(device)
+    return _answer_and_gradients(
+        lambda packed: rotary.split_and_rotate(packed, table, 3), _random(device, (9, 2, 3 * 3 * 40))
+    )
+
+
+_CASES: dict[Kernel, Callable[[torch.device], Iterator[torch.Tensor]]] = {
+    "loss": _loss,
+    "swiglu": _swiglu,
+    "norm": _norm,
+    "rotary": _rotary,
+}
+
+
+def _random(device: torch.device, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes]
+
+
+def _answer_and_gradients(function: Callable[..., Any], inputs: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    answers = function(*leaves)
+    answers = answers if isinstance(answers, tuple) else (answers,)
+    upstream = _random(inputs[0].device, *[tuple(t.shape) for t in answers])
+    torch.autograd.backward(answers, upstream)
+    yield from (t.detach() for t in answers)
+    yield from (leaf.grad for leaf in leaves if leaf.grad is not None)

@@ -1,0 +1,89 @@
+"""Which implementation of each kernel this process runs: the one place that decides.
+
+Every kernel has a plain-torch reference, the same reference compiled by torch.compile, and a Triton version. A recipe
+says `kernels: auto` (the table below on a GPU, the reference on a CPU) or names one implementation for all of them.
+The choice is made once, before the model is built, and checked by numbers (kernels/check.py): a kernel that does not
+compile or does not agree with its reference on this device is never used silently.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+Implementation = Literal["reference", "compiled", "triton"]
+Kernel = Literal["loss", "swiglu", "norm", "rotary"]
+
+ON_GPU: dict[Kernel, Implementation] = {"loss": "triton", "swiglu": "triton", "norm": "triton", "rotary": "triton"}
+
+_chosen: dict[Kernel, Implementation] = dict.fromkeys(ON_GPU, "reference")
+
+
+class KernelError(RuntimeError):
+    """An implementation that was asked for cannot run here: names the kernel, the reason and the remedy."""
+
+
+def chosen(kernel: Kernel) -> Implementation:
+    return _chosen[kernel]
+
+
+def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> dict[Kernel, Implementation]:
+    """Decide for this process and return the decision.
+
+    Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, with a warning
+    that gives the reason. Raises KernelError where an implementation that was named cannot run.
+    """
+    from megatron_patch.kernels import check
+
+    wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
+    for kernel in ON_GPU:
+        _chosen[kernel] = "reference"
+    if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
+        return dict(_chosen)
+    accepted: dict[Kernel, Implementation] = {}
+    for kernel, wish in wishes.items():
+        reason = _unavailable(wish, device) or check.difference(kernel, wish, device)
+        if reason is None:
+            accepted[kernel] = wish
+        elif wanted == "auto":
+            warnings.warn(f"kernel {kernel}: {wish} is not used, the compiled reference is: {reason}", stacklevel=2)
+            accepted[kernel] = "compiled"
+        else:
+            raise KernelError(f"kernel {kernel}: {wish} cannot run here: {reason}; use kernels=auto or =reference")
+    _chosen.update(accepted)
+    return dict(_chosen)
+
+
+def implementation(kernel: Kernel, reference: Callable[..., Any], triton: str) -> Callable[..., Any]:
+    """The chosen one of a kernel's three: the reference, the same compiled, or `module:name` of this package.
+
+    Triton modules are imported when first called for: Triton is absent from installations for the CPU.
+    """
+    if _chosen[kernel] == "triton":
+        return _named(triton)
+    return _compiled(reference) if _chosen[kernel] == "compiled" else reference
+
+
+@functools.cache
+def _named(place: str) -> Callable[..., Any]:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"megatron_patch.kernels.{module}"), name)
+
+
+_compiled = functools.cache(torch.compile)
+
+
+def _unavailable(wish: Implementation, device: torch.device) -> str | None:
+    if wish == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install triton, in the version that torch pins)"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton needs a GPU, or TRITON_INTERPRET=1 to be interpreted"
+    return None

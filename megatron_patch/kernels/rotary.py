@@ -1,0 +1,34 @@
+"""Rotary embedding (Su et al. 2021, arXiv 2104.09864) fused with the split of the packed QKV projection.
+
+Heads lie in the packed projection as Megatron lays them: q, k, v of head 0, of head 1, ... Dimension i turns with
+dimension i + d/2 (the "half" pairing of LLaMA), by the angle position x base^(-2i/d).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_patch.kernels import choice
+
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> Heads:
+    """Queries and keys turned by their position, and values: three [s, b, heads, d] from packed [s, b, heads * 3d].
+
+    table [2, s, d/2]: cosines and sines in fp32; the turn is computed in fp32 and rounded once.
+    """
+    run = choice.implementation("rotary", reference_split_and_rotate, "triton_rotary:split_and_rotate")
+    return run(packed, table, heads)
+
+
+def reference_split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> Heads:
+    s, b, width = packed.shape
+    query, key, value = packed.view(s, b, heads, width // heads).chunk(3, dim=-1)
+    cosine, sine = table[:, :, None, None, :]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+
+    return turned(query), turned(key), value

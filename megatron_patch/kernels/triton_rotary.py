@@ -1,0 +1,98 @@
+# mypy: disallow-untyped-defs=False - the arguments of a Triton kernel are pointers and scalars without a Python type
+"""Triton kernel of kernels/rotary.py: one program a token, all its heads as a [heads, d/2] tile.
+
+Backward is the same kernel with the copies turned round and the angles negated: the gradients of q, k and v are turned
+back straight into the gradient of the packed projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+class SplitAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, packed: torch.Tensor, table: torch.Tensor, heads: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        s, b, width = packed.shape
+        packed = packed.contiguous()
+        parts = tuple(packed.new_empty((s, b, heads, width // heads // 3)) for _ in range(3))
+        _launch(packed, parts, table, backward=False)
+        ctx.save_for_backward(table)
+        ctx.shape = packed.shape
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *d_parts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (table,) = ctx.saved_tensors
+        d_packed = d_parts[0].new_empty(ctx.shape)
+        _launch(d_packed, tuple(d.contiguous() for d in d_parts), table, backward=True)
+        return d_packed, None, None
+
+
+def split_and_rotate(
+    packed: torch.Tensor, table: torch.Tensor, heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return SplitAndRotate.apply(packed, table, heads)
+
+
+def _launch(packed: torch.Tensor, parts: tuple[torch.Tensor, ...], table: torch.Tensor, backward: bool) -> None:
+    s, b, heads, d = parts[0].shape
+    _turn[(s * b,)](
+        packed,
+        *parts,
+        table.contiguous(),
+        s,
+        b,
+        heads,
+        d // 2,
+        BACKWARD=backward,
+        HEADS=triton.next_power_of_2(heads),
+        HALF=triton.next_power_of_2(d // 2),
+    )
+
+
+@triton.jit
+def _turn(
+    packed,
+    query,
+    key,
+    value,
+    table,
+    positions,
+    batch,
+    heads,
+    half,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    position = token // batch
+    head = tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (lane < half)
+    cosine = tl.load(table + position * half + lane, mask=lane < half, other=0.0)
+    sine = tl.load(table + (positions + position) * half + lane, mask=lane < half, other=0.0)
+    if BACKWARD:
+        sine = -sine
+    in_part = (token * heads + head) * 2 * half + lane
+    in_packed = (token * heads + head) * 6 * half + lane
+    for which in tl.static_range(3):
+        part = query if which == 0 else (key if which == 1 else value)
+        whole = packed + in_packed + which * 2 * half
+        source = part + in_part if BACKWARD else whole
+        target = whole if BACKWARD else part + in_part
+        first = tl.load(source, mask=inside, other=0.0)
+        second = tl.load(source + half, mask=inside, other=0.0)
+        if which < 2:
+            wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
+            first = (wide_first * cosine - wide_second * sine).to(packed.dtype.element_ty)
+            second = (wide_second * cosine + wide_first * sine).to(packed.dtype.element_ty)
+        tl.store(target, first, mask=inside)
+        tl.store(target + half, second, mask=inside)
