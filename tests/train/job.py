@@ -114,9 +114,9 @@ class Job:
 def _rank(
     rank: int, world_size: int, store: Path, log: Path, before: Callable[[int], None], args: argparse.Namespace
 ) -> None:
-    with log.open("a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output = log.open("a", buffering=1)  # pytest has put its own objects there
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
