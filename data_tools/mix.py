@@ -9,6 +9,7 @@ a run that was killed cuts every file back to the journal and goes on from there
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import asdict, dataclass
@@ -134,8 +135,12 @@ class _Mixer:
         if not self.options.direct:
             bases = {k: self.output / jsonl_name(k).removesuffix(".jsonl") for k in wanted}
         todo = [k for k in wanted if not self._finished(bases[k], k)]
-        if not todo:
-            return
+        if todo:
+            self._build(todo, bases)
+        for path in (self.journal, partial_path(self.journal)):
+            path.unlink(missing_ok=True)
+
+    def _build(self, todo: list[int], bases: dict[int, Path]) -> None:
         suffix = ".bin" if self.options.direct else ".jsonl"
         paths = {k: bases[k].with_suffix(suffix) for k in todo}
         for path in paths.values():
@@ -147,11 +152,11 @@ class _Mixer:
             self._deal(outputs, done)
         finally:
             for out in outputs:
-                out.stream.close()
+                with contextlib.suppress(OSError):  # a full disk, told already; after the journal nothing is buffered
+                    out.stream.close()
         for out in outputs:
             publish(out.path)
             self._finish(bases[out.segment], out)
-        self.journal.unlink(missing_ok=True)
 
     def _source(self, segment: int) -> dict[str, Any]:
         return {**self.identity, "segment": segment}

@@ -29,8 +29,8 @@ AMBER_AVX512 inline __m512i ids_ending_at(const Table& table, __m128i ends, __m1
   const __m512i spread = _mm512_set_epi32(0x0F0F0F0F, 0x0E0E0E0E, 0x0D0D0D0D, 0x0C0C0C0C, 0x0B0B0B0B, 0x0A0A0A0A,
                                           0x09090909, 0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404,
                                           0x03030303, 0x02020202, 0x01010101, 0x00000000);
-  const __m512i slot_ends = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(ends), spread);
-  const __m512i slot_sizes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(sizes), spread);
+  const __m512i slot_ends = _mm512_permutexvar_epi8(spread, _mm512_castsi128_si512(ends));
+  const __m512i slot_sizes = _mm512_permutexvar_epi8(spread, _mm512_castsi128_si512(sizes));
   const __m512i places = _mm512_add_epi8(slot_ends, _mm512_set1_epi32(0x3F3E3D3C));  // 64 - 4, ..., 64 - 1
   const __mmask64 used = _mm512_cmpge_epu8_mask(slot_sizes, _mm512_set1_epi32(0x01020304));
   const __m512i digits = _mm512_maskz_permutex2var_epi8(used, table.before, places, table.current);
@@ -53,10 +53,9 @@ AMBER_AVX512 const std::uint8_t* ids_avx512(const std::uint8_t* text, std::size_
       3, 2, 1, 0);
   const __m512i zero = _mm512_set1_epi8('0');
   const __m128i two = _mm_set1_epi8(2);
-  const __m512i limit = _mm512_set1_epi32(static_cast<int>(vocab_size));
   Table table{_mm512_setzero_si512(), _mm512_setzero_si512()};
   Separators separators;
-  __mmask16 too_high = 0;
+  __m512i highest = _mm512_setzero_si512();
   std::size_t count = 0;
   // Where the separator before the block's first id begins, seen from the block; the array begins like an id after ", ".
   __m128i last_end = _mm_set1_epi8(-2);
@@ -81,13 +80,13 @@ AMBER_AVX512 const std::uint8_t* ids_avx512(const std::uint8_t* text, std::size_
     const __m128i first_ends = _mm512_castsi512_si128(compressed);
     const __m128i first_sizes = _mm_sub_epi8(_mm_sub_epi8(first_ends, _mm_alignr_epi8(first_ends, last_end, 15)), two);
     const __m512i first = ids_ending_at(table, first_ends, first_sizes);
-    too_high |= _mm512_mask_cmpge_epu32_mask(static_cast<__mmask16>(_bzhi_u32(0xFFFF, found)), first, limit);
+    highest = _mm512_mask_max_epu32(highest, static_cast<__mmask16>(_bzhi_u32(0xFFFF, found)), highest, first);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids + count), _mm512_cvtepi32_epi16(first));
     if (found > 16) {
       const __m128i more_ends = _mm512_extracti32x4_epi32(compressed, 1);
       const __m128i more_sizes = _mm_sub_epi8(_mm_sub_epi8(more_ends, _mm_alignr_epi8(more_ends, first_ends, 15)), two);
       const __m512i more = ids_ending_at(table, more_ends, more_sizes);
-      too_high |= _mm512_mask_cmpge_epu32_mask(static_cast<__mmask16>(_bzhi_u32(0xFFFF, found - 16)), more, limit);
+      highest = _mm512_mask_max_epu32(highest, static_cast<__mmask16>(_bzhi_u32(0xFFFF, found - 16)), highest, more);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(ids + count + 16), _mm512_cvtepi32_epi16(more));
     }
     count += found;
@@ -98,7 +97,7 @@ AMBER_AVX512 const std::uint8_t* ids_avx512(const std::uint8_t* text, std::size_
     table.before = table.current;
     last_end = _mm_set1_epi8(static_cast<char>(-1 - static_cast<int>(_lzcnt_u64(ends))));
   }
-  return *text == ']' && count == row_length && too_high == 0 ? text : nullptr;
+  return *text == ']' && count == row_length && _mm512_reduce_max_epu32(highest) < vocab_size ? text : nullptr;
 }
 
 }  // namespace amber
