@@ -1,0 +1,110 @@
+"""Every bit flip, truncation and loss in a checkpoint is found before the first step, with the file's name."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
+from tests.train.job import Job, write_data_set
+
+DAMAGES = 600
+
+
+def settings(data_folder: Path, run: Path, steps: int) -> list[str]:
+    return [
+        f"data.folder={data_folder}",
+        f"run.folder={run}",
+        f"run.steps={steps}",
+        "precision=bf16",
+        "parallel.tensor=2",
+        "batch.micro_batch_size=8",
+        "optimizer.decay_steps=20",
+        "checkpoint.interval_steps=2",
+        "data.held_out_interval=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set, and a run with checkpoints of steps 2 and 4."""
+    root = tmp_path_factory.mktemp("corruption")
+    data_folder = write_data_set(root / "data")
+    Job(2, settings(data_folder, root / "run", 4), root / "log").run()
+    return data_folder, root / "run"
+
+
+def flip_bit(dice: random.Random, content: bytes) -> bytes:
+    place = dice.randrange(len(content))
+    return content[:place] + bytes([content[place] ^ 1 << dice.randrange(8)]) + content[place + 1 :]
+
+
+def truncate(dice: random.Random, content: bytes) -> bytes:
+    return content[: dice.randrange(len(content))]
+
+
+def lengthen(dice: random.Random, content: bytes) -> bytes:
+    return content + dice.randbytes(dice.randint(1, 100))
+
+
+def blank(dice: random.Random, content: bytes) -> bytes:
+    """A block of zeros, as a disk leaves for what never reached it; at least one byte changes."""
+    start = dice.randrange(len(content))
+    end = start + dice.randint(1, 4096)
+    blanked = content[:start] + bytes(len(content[start:end])) + content[end:]
+    return blanked if blanked != content else flip_bit(dice, content)
+
+
+def test_every_damage_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000004"
+    shutil.copytree(made[1] / "checkpoints" / folder.name, folder)
+    open_checkpoint(folder).close()
+    files = sorted(folder.iterdir())
+    assert [p.name for p in files] == ["COMPLETE", "index.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+    kinds: list[Callable[[random.Random, bytes], bytes]] = [flip_bit, truncate, lengthen, blank]
+    for seed in range(DAMAGES):
+        dice = random.Random(seed)
+        path, kind = files[seed % len(files)], kinds[seed // len(files) % len(kinds)]
+        whole = path.read_bytes()
+        path.write_bytes(kind(dice, whole))
+        with pytest.raises(CheckpointError, match=path.name):
+            open_checkpoint(folder)
+        path.write_bytes(whole)
+    for path in files:
+        path.rename(tmp_path / "away")
+        with pytest.raises(CheckpointError, match=path.name):
+            open_checkpoint(folder)
+        (tmp_path / "away").rename(path)
+    files[2].rename(tmp_path / "away")
+    files[3].rename(files[2])
+    (tmp_path / "away").rename(files[3])
+    with pytest.raises(CheckpointError, match="rank_00000"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["COMPLETE", "index.json", "rank_00001.safetensors"])
+def test_the_run_falls_back_and_names_the_file(made: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    data_folder, run = made[0], tmp_path / "run"
+    shutil.copytree(made[1], run)
+    path = run / "checkpoints/step_00000004" / name
+    path.write_bytes(flip_bit(random.Random(name), path.read_bytes()))
+    said = Job(2, settings(data_folder, run, 5), tmp_path / "log").run()
+    assert f"{path}: damaged" in said and "falling back to the checkpoint before" in said
+    assert "step_00000002 at step 2" in said
+    assert (run / "checkpoints/step_00000004.broken" / name).exists()
+    open_checkpoint(run / "checkpoints/step_00000004").close()
+
+
+def test_without_a_good_one_the_run_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data_folder, run = made[0], tmp_path / "run"
+    shutil.copytree(made[1], run)
+    for path in (run / "checkpoints").glob("step_*/index.json"):
+        path.write_bytes(path.read_bytes()[:-1])
+    job = Job(2, settings(data_folder, run, 5), tmp_path / "log")
+    assert all(job.wait())
+    assert "none of the 2 checkpoints is good" in job.log.read_text()
+    assert len(list((run / "checkpoints").glob("step_????????"))) == 2
