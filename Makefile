@@ -16,9 +16,13 @@ help:
 
 env: $(VENV)/ready
 
-# The marker is made last: an interrupted installation is done again.
-$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/native/*)
+# Markers are made last: an interrupted installation is done again.
+$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/csrc/*)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -35,13 +39,13 @@ demo: env
 	$(DEMO_ENV) $(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_patch train recipes/demo.yaml
 	$(BIN)/python -m megatron_patch summary demo/run
 
-test: env
+test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster
 
-soak: env
+soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak
 
-lint: env
+lint: $(VENV)/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

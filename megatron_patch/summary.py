@@ -1,4 +1,4 @@
-"""`python -m megatron_patch summary RUN`: what a finished run reached, in one screen, a curve and a sample of its text."""
+"""`python -m megatron_patch summary RUN`: what a finished run reached: a table, a curve and a sample of its text."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
 
 matplotlib.use("Agg")  # a file is drawn, no window is opened
 from matplotlib import pyplot as plt
+from matplotlib.ticker import EngFormatter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +153,7 @@ def _draw(history: History, path: Path, unigram: float | None) -> None:
     if unigram is not None:
         axes.axhline(unigram, color="gray", linestyle="--", label="unigram model, held-out")
     axes.set(xlabel="tokens", ylabel="nats/token")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
