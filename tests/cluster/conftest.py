@@ -24,17 +24,8 @@ def scratch() -> Path:
 def data(scratch: Path) -> Path:
     """A data set that the tiny recipe trains on."""
     write_raw_rows(scratch / "raw")
-    build = [
-        sys.executable,
-        "data_tools/build_amber.py",
-        "index",
-        "--input",
-        scratch / "raw",
-        "--output",
-        scratch / "data",
-    ]
-    shape = ["--row-length", str(SEQUENCE_LENGTH + 1), "--vocab-size", str(VOCAB_SIZE)]
-    subprocess.run([*build, *shape], cwd=REPOSITORY, check=True)
+    build = [sys.executable, "data_tools/build_amber.py", "index", *SHAPE]
+    subprocess.run([*build, "--input", scratch / "raw", "--output", scratch / "data"], cwd=REPOSITORY, check=True)
     return scratch / "data"
 
 

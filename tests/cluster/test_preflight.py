@@ -20,7 +20,9 @@ def test_planted_bad_nodes_are_found_and_named(cluster: Cluster, scratch: Path) 
     runs.mkdir()
     cluster.on_node(read_only, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs))
     alerts = scratch / "alerts"
-    site.edit("    local subject=$1 text=$2\n", f'    local subject=$1 text=$2\n    echo "$subject: $text" >>{alerts}\n')
+    site.edit(
+        "    local subject=$1 text=$2\n", f'    local subject=$1 text=$2\n    echo "$subject: $text" >>{alerts}\n'
+    )
 
     job = site.submit("preflight.sbatch")
     output = site.finish(job, timeout=500, expected="FAILED")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from site_folder import Site
-from slurm_cluster import Cluster, wait_for
+from slurm_cluster import Cluster
 
 STEPS = 400
 DISTURB_AT = 100
@@ -57,9 +57,9 @@ def test_a_run_left_alone_completes(undisturbed: Site) -> None:
     assert history[-1][1] < history[0][1], "the loss fell"
 
 
-def check_like(site: Site, undisturbed: Site, attempts: int) -> None:
-    assert site.status()["state"] == "completed"
-    assert len(list((site.run_folder() / "environment").glob("attempt_*.json"))) == attempts
+def check_like(site: Site, undisturbed: Site, output: str, attempts: int) -> None:
+    assert site.status()["state"] == "completed", output
+    assert len(list((site.run_folder() / "environment").glob("attempt_*.json"))) == attempts, output
     assert site.accepted() == undisturbed.accepted()
     assert site.weights() == undisturbed.weights()
 
@@ -68,8 +68,8 @@ def test_requeue_by_the_admin(site: Site, undisturbed: Site) -> None:
     job = submit(site)
     site.wait_for_step(job, DISTURB_AT)
     site.cluster.command("scontrol", "requeue", str(job))
-    site.finish(job)
-    check_like(site, undisturbed, attempts=2)
+    output = site.finish(job)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_time_limit(site: Site, undisturbed: Site) -> None:
@@ -79,7 +79,7 @@ def test_time_limit(site: Site, undisturbed: Site) -> None:
     output = site.finish(job, timeout=600)
     assert "putting the job back in the queue" in output
     assert "SIGUSR1 on 2 of 2 ranks" in output
-    check_like(site, undisturbed, attempts=2)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_a_node_loses_power(site: Site, undisturbed: Site) -> None:
@@ -87,9 +87,9 @@ def test_a_node_loses_power(site: Site, undisturbed: Site) -> None:
     site.wait_for_step(job, DISTURB_AT)
     node = site.cluster.hosts(job)[1]
     site.cluster.cut_power(node)
-    site.finish(job)
+    output = site.finish(job)
     site.cluster.start_node(node)
-    check_like(site, undisturbed, attempts=2)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_a_node_is_drained(site: Site, undisturbed: Site) -> None:
@@ -101,9 +101,9 @@ def test_a_node_is_drained(site: Site, undisturbed: Site) -> None:
     site.cluster.command("scontrol", "requeue", str(job))
     site.cluster.wait_job(job, "RUNNING", timeout=60)
     assert drained not in site.cluster.hosts(job)
-    site.finish(job)
+    output = site.finish(job)
     site.cluster.command("scontrol", "update", f"nodename={drained}", "state=resume")
-    check_like(site, undisturbed, attempts=2)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_the_controller_restarts(site: Site, undisturbed: Site) -> None:
@@ -111,8 +111,8 @@ def test_the_controller_restarts(site: Site, undisturbed: Site) -> None:
     site.wait_for_step(job, DISTURB_AT)
     site.cluster.kill_controller()
     site.cluster.start_controller()
-    site.finish(job)
-    check_like(site, undisturbed, attempts=1)
+    output = site.finish(job)
+    check_like(site, undisturbed, output, attempts=1)
 
 
 def test_preemption(site: Site, undisturbed: Site) -> None:
@@ -122,25 +122,25 @@ def test_preemption(site: Site, undisturbed: Site) -> None:
     hosts = ",".join(site.cluster.hosts(job))
     urgent = ["--partition=urgent", f"--nodelist={hosts}", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
     site.cluster.command("sbatch", "--nodes=2", *urgent)
-    site.finish(job)
-    assert "SIGTERM on" in site.output(job)
-    check_like(site, undisturbed, attempts=2)
+    output = site.finish(job)
+    assert "SIGTERM on" in output
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_a_rank_is_killed(site: Site, undisturbed: Site) -> None:
     job = submit(site)
     site.wait_for_step(job, DISTURB_AT)
     site.cluster.signal_rank(site.cluster.hosts(job)[1], "KILL")
-    site.finish(job)
-    check_like(site, undisturbed, attempts=2)
+    output = site.finish(job)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_a_rank_hangs(site: Site, undisturbed: Site) -> None:
     job = submit(site)
     site.wait_for_step(job, DISTURB_AT)
     site.cluster.signal_rank(site.cluster.hosts(job)[1], "STOP")
-    site.finish(job)
-    check_like(site, undisturbed, attempts=2)
+    output = site.finish(job)
+    check_like(site, undisturbed, output, attempts=2)
     assert (site.run_folder() / "stacks/rank_00000.previous.txt").exists() or list(
         (site.run_folder() / "stacks").glob("rank_00000*")
     )
