@@ -1,9 +1,12 @@
 """Import what ranks need once, in the parent they are forked from; one thread a process, as OpenMP survives no fork."""
 
+import os
 import warnings
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which DeepSpeed does
 torch.set_num_threads(1)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False - the arguments of a Triton kernel are pointers and scalars without a Python type
+# The arguments of a Triton kernel are pointers and scalars without a Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Triton kernels of kernels/loss.py: one program a row, fp32 arithmetic, columns in blocks."""
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _block(columns: int) -> int:
 
 @triton.jit
 def _row_statistics(
-    logits, labels, maximum, exponentials, label_logit, first_label, columns, stride, BLOCK: tl.constexpr
+    logits, labels, maximum, exponentials, label_logit, first_label, columns: tl.constexpr, stride, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
@@ -77,7 +78,9 @@ def _row_statistics(
 
 
 @triton.jit
-def _to_logits_gradient(logits, labels, log_sum, coefficients, first_label, columns, stride, BLOCK: tl.constexpr):
+def _to_logits_gradient(
+    logits, labels, log_sum, coefficients, first_label, columns: tl.constexpr, stride, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     base = logits + row * stride
     lanes = tl.arange(0, BLOCK)

@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False - the arguments of a Triton kernel are pointers and scalars without a Python type
+# The arguments of a Triton kernel are pointers and scalars without a Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Triton kernels of kernels/norm.py: a row is held whole in registers.
 
 Backward: each program takes every n-th row and keeps its part of the weight's gradient in fp32 registers; the parts
@@ -119,7 +120,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _forward(x, residual, total, weight, out, scale, width, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _forward(x, residual, total, weight, out, scale, width: tl.constexpr, eps, ADDS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -136,7 +137,9 @@ def _forward(x, residual, total, weight, out, scale, width, eps, ADDS: tl.conste
 
 
 @triton.jit
-def _backward(x, weight, scale, d_out, d_total, d_x, d_weight, rows, width, ADDS: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(
+    x, weight, scale, d_out, d_total, d_x, d_weight, rows, width: tl.constexpr, ADDS: tl.constexpr, BLOCK: tl.constexpr
+):
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < width

@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False - the arguments of a Triton kernel are pointers and scalars without a Python type
+# The arguments of a Triton kernel are pointers and scalars without a Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Triton kernel of kernels/rotary.py: one program a token, all its heads as a [heads, d/2] tile.
 
 Backward is the same kernel with the copies turned round and the angles negated: the gradients of q, k and v are turned
@@ -21,11 +22,11 @@ class SplitAndRotate(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         s, b, width = packed.shape
         packed = packed.contiguous()
-        parts = tuple(packed.new_empty((s, b, heads, width // heads // 3)) for _ in range(3))
-        _launch(packed, parts, table, backward=False)
+        query, key, value = (packed.new_empty((s, b, heads, width // heads // 3)) for _ in range(3))
+        _launch(packed, (query, key, value), table, backward=False)
         ctx.save_for_backward(table)
         ctx.shape = packed.shape
-        return parts
+        return query, key, value
 
     @staticmethod
     def backward(ctx: Any, *d_parts: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -66,8 +67,8 @@ def _turn(
     table,
     positions,
     batch,
-    heads,
-    half,
+    heads: tl.constexpr,
+    half: tl.constexpr,
     BACKWARD: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,

@@ -1,4 +1,5 @@
-# mypy: disallow-untyped-defs=False - the arguments of a Triton kernel are pointers and scalars without a Python type
+# The arguments of a Triton kernel are pointers and scalars without a Python type.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 """Triton kernels of kernels/swiglu.py: one program a row, one read and one write of each element either way."""
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _block(width: int) -> int:
 
 
 @triton.jit
-def _forward(packed, out, width, BLOCK: tl.constexpr):
+def _forward(packed, out, width: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, width, BLOCK):
@@ -53,7 +54,7 @@ def _forward(packed, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(packed, d_out, d_packed, width, BLOCK: tl.constexpr):
+def _backward(packed, d_out, d_packed, width: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, width, BLOCK):
