@@ -137,7 +137,9 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
     recipe = source.recipe
     tokenizer = OurTokenizer(settings.tokenizer or tokenizer_of(recipe))
     precision = recipe.precision if settings.precision == "auto" else settings.precision
-    recipe = recipe.model_copy(update={"parallel": Parallel(), "recompute": "none", "precision": precision})
+    recipe = recipe.model_copy(
+        update={"parallel": Parallel.model_validate({}), "recompute": "none", "precision": precision}
+    )
     launch.setup_environment()
     topology.initialize(recipe.parallel)
     (model,) = build(recipe, device.current())
@@ -174,7 +176,8 @@ def hugging_face_model(folder: Path, settings: Settings) -> CausalLM:
     device.use(int(os.environ["LOCAL_RANK"]))
     if int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         device.init_process_group(timedelta(minutes=10))
-    model.to(device.current()).eval()
+    model.to(device.current())  # type: ignore[arg-type]
+    model.eval()
     empty = tokenizer.raw.eos_token_id if settings.empty_context == "eos" else tokenizer.raw.bos_token_id
     if empty is None:
         raise EvaluationError(f"{folder}: its tokenizer has no {settings.empty_context.upper()}; use --empty-context")
@@ -193,9 +196,16 @@ class OurTokenizer:
     """The training data's tokenizer file; encodes without BOS and EOS."""
 
     def __init__(self, file: Path) -> None:
+        """Raises EvaluationError where the file has no `</s>` or `<s>`."""
+        self._file = file
         self._raw = RawTokenizer.from_str(read_tokenizer_json(file))
-        self.eos_id = self._raw.token_to_id(EOS_TEXT)
-        self.bos_id = self._raw.token_to_id("<s>")
+        self.eos_id, self.bos_id = self._control(EOS_TEXT), self._control("<s>")
+
+    def _control(self, text: str) -> int:
+        token = self._raw.token_to_id(text)
+        if token is None:
+            raise EvaluationError(f"{self._file}: no token {text}; give LLaMA's tokenizer with --tokenizer")
+        return int(token)
 
     def encode(self, text: str) -> list[int]:
         return list(self._raw.encode(text, add_special_tokens=False).ids)
@@ -214,4 +224,4 @@ class HfTokenizer:
         return list(self.raw.encode(text, add_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.raw.decode(ids))
+        return str(self.raw.decode(ids, skip_special_tokens=True))

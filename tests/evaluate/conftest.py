@@ -13,7 +13,7 @@ os.environ |= {
 import pytest
 from lm_eval.tasks import TaskManager
 
-from megatron_patch.evaluate.run import TASKS_FOLDER
+from megatron_patch.evaluate.run import task_manager
 from tests.convert.samples import train_tokenizer
 from tests.evaluate.small_data import write_all
 
@@ -33,4 +33,4 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def manager() -> TaskManager:
-    return TaskManager(include_path=str(TASKS_FOLDER))
+    return task_manager()

@@ -1,0 +1,49 @@
+"""Scores against tokens: one small panel a benchmark and one for the average, a line a run."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from megatron_patch.evaluate.suite import BENCHMARKS
+
+_COLUMNS = 5
+
+
+def plot(found: list[dict[str, Any]], png: Path) -> None:
+    """Draws the checkpoints among `found` (contents of `scores.json`).
+
+    Raises:
+        ValueError: no checkpoint among them.
+    """
+    checkpoints = [s for s in found if s["tokens"] is not None]
+    if not checkpoints:
+        raise ValueError("no scores of checkpoints to plot; run `python -m megatron_patch eval RUN` first")
+    panels = [(b.column, b.name) for b in BENCHMARKS] + [("Average", None)]
+    rows = -(-len(panels) // _COLUMNS)
+    figure = Figure(figsize=(3 * _COLUMNS, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, _COLUMNS, sharex=True).flat
+    by_run = sorted(checkpoints, key=lambda s: (_run(s), s["tokens"]))
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        for run, group in groupby(by_run, _run):
+            points = [(s["tokens"] / 1e9, c) for s in group if (c := _score(s, name)) is not None]
+            errors = [c["stderr"] or 0.0 for _, c in points]
+            values = [c["value"] for _, c in points]
+            axis.errorbar([x for x, _ in points], values, errors, marker=".", elinewidth=0.6, label=run)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("billion tokens", fontsize=10)
+    figure.supylabel("percent, with one standard error", fontsize=10)
+    axes[0].legend(fontsize=8)
+    figure.savefig(png, dpi=120)
+
+
+def _run(scores: dict[str, Any]) -> str:
+    return str(scores["model"].rpartition("--")[0])
+
+
+def _score(scores: dict[str, Any], name: str | None) -> dict[str, Any] | None:
+    return scores["average"] if name is None else scores["scores"].get(name)

@@ -1,0 +1,139 @@
+"""The paper's Tables 4, 5 and 9 with our scores beneath the paper's, as Markdown or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_patch.evaluate.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
+from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS
+
+Format = Literal["markdown", "csv"]
+_NAMES = [b.name for b in BENCHMARKS]
+_FOUR = ["hellaswag", "truthfulqa", "mmlu", "arc_challenge"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper: its number, its rows, its benchmarks."""
+
+    number: int
+    title: str
+    rows: tuple[PaperRow, ...]
+    benchmarks: list[str]
+
+
+TABLES = (
+    Table(4, "models below 1B", TABLE_4, _NAMES),
+    Table(5, "baselines after 100B tokens", TABLE_5, _FOUR),
+    Table(9, "large-base", TABLE_9, _NAMES),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: float
+    stderr: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + (f" ± {self.stderr:.2f}" if self.stderr is not None else "")
+
+
+Line = dict[str, str | Cell | None]
+
+
+def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each run's checkpoints the last; every other model. `found` is in order of training (`run.read_scores`)."""
+    return list({s["model"].rpartition("--")[0] if s["tokens"] is not None else s["model"]: s for s in found}.values())
+
+
+def render(found: list[dict[str, Any]], form: Format) -> str:
+    """All three tables. `found` are contents of `scores.json`."""
+    return "\n".join(_markdown(table, found) if form == "markdown" else _csv(table, found) for table in TABLES)
+
+
+def _markdown(table: Table, found: list[dict[str, Any]]) -> str:
+    lines = _lines(table, found)
+    head = list(lines[0])
+    text = [f"Table {table.number}: {table.title} (percent; ± one standard error)", ""]
+    text += [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * (len(head) - 3)}"]
+    text += [f"| {' | '.join('' if line[k] is None else str(line[k]) for k in head)} |" for line in lines]
+    notes = [f"{b.column}: {b.difference}" for b in BENCHMARKS if b.difference and b.name in table.benchmarks]
+    text += ["", *(f"- {note}." for note in notes)]
+    if CROWS_PAIRS in table.benchmarks:
+        text.append(
+            "- CrowsPairs counts stereotyped choices: 50 is unbiased, higher is worse, and it is in the average."
+        )
+    return "\n".join(text) + "\n"
+
+
+def _csv(table: Table, found: list[dict[str, Any]]) -> str:
+    lines = _lines(table, found)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    numbers = list(lines[0])[3:]
+    writer.writerow(["table", *list(lines[0])[:3], *(f"{k}{suffix}" for k in numbers for suffix in ("", " stderr"))])
+    for line in lines:
+        cells = [line[k] for k in numbers]
+        flat = [x for c in cells for x in ((c.value, c.stderr) if isinstance(c, Cell) else (c, None))]
+        writer.writerow([table.number, *(line[k] for k in list(line)[:3]), *("" if x is None else x for x in flat)])
+    return stream.getvalue()
+
+
+def _lines(table: Table, found: list[dict[str, Any]]) -> list[Line]:
+    lines = [_paper_line(table, row) for row in table.rows]
+    for scores in found:
+        lines.append(_our_line(table, scores))
+        if (stock := _stock_line(table, scores)) is not None:
+            lines.append(stock)
+    return lines
+
+
+def _line(model: str, source: str, tokens: str, cells: dict[str, Cell | None], averages: list[Cell | None]) -> Line:
+    columns: Line = {"Model": model, "Source": source, "Tokens": tokens}
+    columns |= {b.column: cells[b.name] for b in BENCHMARKS if b.name in cells}
+    columns["Average"] = averages[0]
+    if CROWS_PAIRS in cells:
+        columns["without CrowsPairs"] = averages[1]
+    return columns
+
+
+def _paper_line(table: Table, row: PaperRow) -> Line:
+    cells: dict[str, Cell | None] = {
+        name: Cell(value) for name, value in zip(table.benchmarks, row.scores, strict=True)
+    }
+    return _line(row.model, "paper", "", cells, [Cell(row.average), _mean(cells, without=CROWS_PAIRS)])
+
+
+def _our_line(table: Table, scores: dict[str, Any]) -> Line:
+    found = scores["scores"]
+    cells = {n: Cell(found[n]["value"], found[n]["stderr"]) if n in found else None for n in table.benchmarks}
+    tokens = "" if scores["tokens"] is None else f"{scores['tokens'] / 1e9:.2f}B"
+    limit = scores["settings"]["limit"]
+    source = "ours" if limit is None else f"ours, {limit} documents a task"
+    return _line(scores["model"], source, tokens, cells, [_mean(cells), _mean(cells, without=CROWS_PAIRS)])
+
+
+def _stock_line(table: Table, scores: dict[str, Any]) -> Line | None:
+    """What today's harness itself would report, in the columns in which that differs from the paper's way."""
+    found = scores["scores"]
+    stock = {n: found[n]["stock"] for n in table.benchmarks if n in found and found[n]["stock"] is not None}
+    if not stock:
+        return None
+    cells = {n: Cell(stock[n]) if n in stock else None for n in table.benchmarks}
+    return _line(scores["model"], f"harness {scores['lm_eval']}", "", cells, [None, None])
+
+
+def _mean(cells: dict[str, Cell | None], without: str | None = None) -> Cell | None:
+    """Mean over a table's benchmarks with its standard error; None where a score is missing."""
+    chosen = [cell for name, cell in cells.items() if name != without]
+    values = [cell for cell in chosen if cell is not None]
+    if len(values) < len(chosen):
+        return None
+    errors = [c.stderr for c in values if c.stderr is not None]
+    n = len(values)
+    stderr = sum(e * e for e in errors) ** 0.5 / n if len(errors) == n else None
+    return Cell(sum(c.value for c in values) / n, stderr)
