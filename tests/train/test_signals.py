@@ -1,0 +1,166 @@
+"""SIGTERM and SIGUSR1, to one rank or to all, in every phase: all ranks stop together with a durable checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.train import loop
+from megatron_patch.train.checkpoint import save
+from megatron_patch.train.signals import Requests
+from megatron_patch.train.step import Trainer
+from tests.checkpoint.compare import assert_bit_equal, history, newest
+from tests.train.conftest import RANKS, run_settings
+from tests.train.job import Job
+
+Plant = Callable[[Callable[[], None]], None]
+
+
+def at_start_up(send: Callable[[], None]) -> None:
+    send()
+
+
+def in_warm_up(send: Callable[[], None]) -> None:
+    real = Trainer.step
+
+    def step(self: Trainer, *args, **kwargs):
+        if args[1] > 0:  # the second step: LR(0) is 0, the warm-up has three
+            send()
+        return real(self, *args, **kwargs)
+
+    Trainer.step = step
+
+
+def in_resume(send: Callable[[], None]) -> None:
+    real = loop.Keeper.resume
+
+    def resume(self, *args):
+        send()
+        return real(self, *args)
+
+    loop.Keeper.resume = resume
+
+
+def in_evaluation(send: Callable[[], None]) -> None:
+    real = Trainer._run
+
+    def run(self: Trainer, share, tokens: int, forward_only: bool):
+        answer = real(self, share, tokens, forward_only)
+        if forward_only:
+            send()
+        return answer
+
+    Trainer._run = run
+
+
+def in_a_save(send: Callable[[], None]) -> None:
+    real = save.write_file
+
+    def write_file(path, tensors):
+        send()
+        stored = real(path, tensors)
+        send()  # a second signal does no harm
+        return stored
+
+    save.write_file = write_file
+
+
+PHASES = [at_start_up, in_resume, in_warm_up, in_evaluation, in_a_save]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize("victims", [[2], list(range(RANKS))], ids=["one rank", "all ranks"])
+@pytest.mark.parametrize("plant", PHASES, ids=lambda phase: phase.__name__)
+def test_it_stops_with_a_durable_checkpoint(
+    data_folder: Path, undisturbed: Path, tmp_path: Path, plant: Plant, victims: list[int], number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    settings = run_settings(data_folder, run, "data.held_out_interval=5")
+
+    def before(rank: int) -> None:
+        if rank in victims:
+            plant(lambda: os.kill(os.getpid(), number))
+
+    Job(RANKS, settings, tmp_path / "log", before).run()
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped"
+    asked = re.match(rf"{number.name} on (\d) of {RANKS} ranks", status["reason"])
+    assert asked is not None
+    # Writing threads signal when they please, so one rank may be a step ahead of another.
+    assert int(asked[1]) == len(victims) or (plant is in_a_save and int(asked[1]) < len(victims))
+    with newest(run) as checkpoint:
+        assert checkpoint.step == status["step"] == len(history(run)) < 10
+    if plant in (in_evaluation, in_a_save) and number == signal.SIGUSR1:
+        Job(RANKS, run_settings(data_folder, run), tmp_path / "log").run()
+        assert_bit_equal(newest(run), newest(undisturbed))
+        assert history(run) == history(undisturbed)
+
+
+def test_a_signal_from_outside_while_it_trains(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(RANKS, run_settings(data_folder, run), tmp_path / "log")
+    job.wait_for(lambda: (run / "log.jsonl").exists() and "step" in (run / "log.jsonl").read_text())
+    for _ in range(3):
+        job.signal(signal.SIGTERM, [1])
+    job.run()
+    assert "SIGTERM on 1 of 4 ranks" in json.loads((run / "status.json").read_text())["reason"]
+    assert newest(run).step == len(history(run))
+
+
+def test_the_wall_time_budget_stops_a_run(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = time.monotonic()
+    # The clock runs from the import of the module, which the test process did long ago.
+    Job(RANKS, run_settings(data_folder, run, "run.wall_minutes=0.001"), tmp_path / "log").run()
+    assert time.monotonic() - started < 60
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("stopped", 1)
+    assert "run.wall_minutes 0.001 used up" in status["reason"]
+    assert newest(run).step == 1
+
+
+def test_the_clock_asks_for_restart_points(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    clock = [
+        "checkpoint.interval_steps=0",
+        "checkpoint.interval_minutes=0.005",
+        "run.steps=30",
+        "checkpoint.keep=99",
+    ]
+    Job(RANKS, run_settings(data_folder, run, *clock), tmp_path / "log").run()
+    points = sorted(int(p.name[5:]) for p in (run / "checkpoints").glob("step_*"))
+    assert len(points) > 2 and points[-1] == 30
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    times = {record["step"]: record["time"] for record in records}
+    for earlier, later in itertools.pairwise(points[:-1]):
+        assert times[later] - times[earlier] >= 0.3
+
+
+@pytest.mark.parametrize("world_size", [1, 4, 160, 2047])
+def test_the_sum_of_requests_says_who_asked(monkeypatch: pytest.MonkeyPatch, world_size: int) -> None:
+    quiet = Requests(1, world_size, 0, 0)
+    due = Requests(0, world_size, 1e-9, 1e-9)
+    monkeypatch.setattr("megatron_patch.train.signals._received", set())
+    assert quiet.decide(quiet.number() * world_size) == quiet.decide(0)
+    assert quiet.decide(0).stop is None and not quiet.decide(0).save
+    assert due.decide(due.number()).save and "wall_minutes" in str(due.decide(due.number()).stop)
+    monkeypatch.setattr("megatron_patch.train.signals._received", {signal.SIGTERM, signal.SIGUSR1})
+    total = due.number() + quiet.number() * (world_size - 1)
+    assert total < 2**24, "fp32 adds up exactly below"
+    decision = due.decide(total)
+    assert decision.save
+    for name in ("SIGTERM", "SIGUSR1"):
+        assert f"{name} on {world_size} of {world_size} ranks" in str(decision.stop)
+
+
+def test_more_ranks_than_add_up_are_refused() -> None:
+    with pytest.raises(ValueError, match="2048 ranks"):
+        Requests(0, 2048, 0, 0)

@@ -1,0 +1,231 @@
+"""Steps that went wrong and ranks that stand still, with what the recipe says about them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.recipe import load
+from megatron_patch.train.hang import EXIT_CODE
+from megatron_patch.train.step import Trainer
+from megatron_patch.train.watchdog import LossWatch, SlowWatch
+from tests.checkpoint.compare import history, newest
+from tests.toy import TOY
+from tests.train.conftest import run_settings
+from tests.train.job import Job
+
+
+def policy(**changes: object):
+    return load("recipes/demo.yaml", TOY).watchdog.model_copy(
+        update={"spike_window": 8, "spike_zscore": 4.0, **changes}
+    )
+
+
+def noisy(count: int) -> list[float]:
+    return [3.0 + 0.1 * math.sin(i) for i in range(count)]
+
+
+def test_a_spike_is_found_once_the_window_is_full() -> None:
+    watch = LossWatch(policy(spike="skip"))
+    for loss in noisy(8):
+        assert watch.accept(loss, 1.0)
+    assert watch.accept(2.0, 1.0), "a fall is no spike"
+    watch = LossWatch(policy(spike="skip"), noisy(8))
+    assert not watch.accept(4.0, 1.0)
+    assert watch.action == "skip" and "above the mean" in watch.reason
+    assert watch.window == noisy(8), "a loss that was not trained on is not what the next one is compared with"
+    assert watch.accept(3.0, 1.0) and watch.action == "go on"
+
+
+@pytest.mark.parametrize(
+    ("spike", "accepted", "action"), [("ignore", 1, "go on"), ("log", 1, "log"), ("stop", 0, "stop")]
+)
+def test_policies_of_a_spike(spike: str, accepted: int, action: str) -> None:
+    watch = LossWatch(policy(spike=spike), noisy(8))
+    assert (watch.accept(4.0, 1.0), watch.action) == (bool(accepted), action)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (3.0, math.nan), (3.0, math.inf)])
+def test_what_is_not_finite_is_never_applied(loss: float, norm: float) -> None:
+    for non_finite in ("stop", "skip"):
+        watch = LossWatch(policy(non_finite=non_finite))
+        assert not watch.accept(loss, norm)
+        assert watch.action == non_finite and watch.window == []
+
+
+def test_a_slow_step_is_measured_against_the_median() -> None:
+    watch = SlowWatch(3)
+    assert [watch.check(1.0) for _ in range(20)] == [None] * 20
+    assert "3.5 times the median of 1.00 s" in str(watch.check(3.5))
+    assert watch.check(2.9) is None
+    assert SlowWatch(0).check(1e9) is None
+
+
+def poison(*steps: int) -> Callable[[int], None]:
+    """The gradients of these 1-based steps are NaN on rank 1."""
+
+    def before(rank: int) -> None:
+        calls = iter(range(1, 10**6))
+        real = Trainer._run
+
+        def run(self: Trainer, share, tokens: int, forward_only: bool):
+            answer = real(self, share, tokens, forward_only)
+            if not forward_only and next(calls) in steps and rank == 1:
+                self.optimizer.buffers[0].flat.fill_(math.nan)
+            return answer
+
+        Trainer._run = run
+
+    return before
+
+
+def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
+    """Two data-parallel ranks, twelve steps."""
+    alone = ["parallel.tensor=1", "parallel.pipeline=1", "run.steps=12", "data.held_out_interval=0"]
+    return run_settings(data_folder, run, *alone, "checkpoint.interval_steps=100", *overrides)
+
+
+def test_stop_leaves_the_step_before_and_names_the_rows(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(2, settings(data_folder, run), tmp_path / "log", poison(6))
+    assert job.wait() == [1, 1]
+    status = json.loads((run / "status.json").read_text())
+    assert (
+        status["state"] == "failed" and "step 6: loss" in status["reason"] and "segment 0, rows [" in status["reason"]
+    )
+    assert newest(run).step == 5
+    said = Job(2, settings(data_folder, run, "watchdog.non_finite=skip"), tmp_path / "log", poison(1)).run()
+    assert "resuming from" in said
+    assert newest(run).state.optimizer_step == 11 and newest(run).step == 12 and newest(run).samples == 96
+
+
+def test_skip_goes_on_and_records_the_rows(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    Job(2, settings(data_folder, run, "watchdog.non_finite=skip"), tmp_path / "log", poison(3, 7)).run()
+    with newest(run) as checkpoint:
+        assert (checkpoint.step, checkpoint.samples, checkpoint.state.optimizer_step) == (12, 96, 10)
+        assert all(checkpoint.tensor(name).isfinite().all() for name in checkpoint.names())
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    found = [(r["step"], r["watchdog"]) for r in records if "watchdog" in r]
+    assert [step for step, _ in found] == [3, 7]
+    assert all(not f["applied"] and f["segment"] == 0 and len(f["rows"]) == 8 for _, f in found)
+    assert len(history(run)) == 12
+
+
+def test_the_window_goes_on_after_a_resume(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    watch = ["watchdog.spike=skip", "watchdog.spike_window=8", "optimizer.decay_steps=12"]
+    Job(2, settings(data_folder, run, *watch, "run.steps=9"), tmp_path / "log").run()
+    losses = [loss for _, loss, _ in history(run).values()]
+    assert newest(run).state.spike_window == losses[-8:]
+    Job(2, settings(data_folder, run, *watch), tmp_path / "log").run()
+    losses = [loss for _, loss, _ in history(run).values()]
+    assert newest(run).state.spike_window == losses[-8:]
+
+
+def test_a_slow_rank_is_named(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        calls = iter(range(1, 10**6))
+        real = Trainer._run
+
+        def run(self: Trainer, *args, **kwargs):
+            if rank == 1 and next(calls) == 25:
+                time.sleep(1.0)
+            return real(self, *args, **kwargs)
+
+        Trainer._run = run
+
+    run = tmp_path / "run"
+    said = Job(2, settings(data_folder, run, "run.steps=30", "watchdog.slow_factor=8"), tmp_path / "log", before).run()
+    named = [line for line in said.splitlines() if "times the median" in line and line.startswith("step 25:")]
+    assert len(named) == 1 and "rank 1 on " in named[0]
+
+
+def stands_still(rank: int) -> None:
+    """Rank 1 never comes back from its fourth step's forward pass."""
+    if rank == 1:
+        calls = iter(range(1, 10**6))
+        real = Trainer._run
+
+        def run(self: Trainer, *args, **kwargs):
+            if next(calls) == 4:
+                wait_for_ever()
+            return real(self, *args, **kwargs)
+
+        Trainer._run = run
+
+
+def wait_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def is_stopped(rank: int) -> None:
+    """Rank 1's whole process is stopped in its fourth step: no thread of it can say anything."""
+    if rank == 1:
+        calls = iter(range(1, 10**6))
+        real = Trainer._run
+
+        def run(self: Trainer, *args, **kwargs):
+            if next(calls) == 4:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return real(self, *args, **kwargs)
+
+        Trainer._run = run
+
+
+@pytest.mark.parametrize("plant", [stands_still, is_stopped], ids=lambda plant: plant.__name__)
+def test_a_hang_ends_the_job_with_every_stack(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plant: Callable[[int], None]
+) -> None:
+    monkeypatch.setattr("megatron_patch.train.hang._GRACE", 2.0)
+    run = tmp_path / "run"
+    overrides = settings(data_folder, run, "watchdog.hang_minutes=0.05", "run.steps=12")
+    job = Job(2, overrides, tmp_path / "log", plant)
+    started = time.monotonic()
+    codes = job.wait()
+    assert EXIT_CODE in codes
+    assert time.monotonic() - started < 40
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and "hang: no progress for 3 s in step 4" in status["reason"]
+    waiting = (run / "stacks/rank_00000.txt").read_text()
+    assert waiting.startswith("rank 0 on ") and "step 4" in waiting.splitlines()[0]
+    assert "gradients.py" in waiting, "rank 0 waits in the reduction of gradients"
+    collectives = json.loads((run / "stacks/rank_00000.collectives.json").read_text())
+    assert any("reduce" in entry["profiling_name"] for entry in collectives["entries"])
+    if plant is stands_still:
+        assert "wait_for_ever" in (run / "stacks/rank_00001.txt").read_text()
+    else:
+        assert "none from ranks [1]" in status["reason"]
+
+
+def holds_the_lock(rank: int) -> None:
+    """The fourth step blocks in C code that keeps the interpreter's lock, so that no Python thread runs."""
+    calls = iter(range(1, 10**6))
+    real = Trainer._run
+
+    def run(self: Trainer, *args, **kwargs):
+        if next(calls) == 4:
+            ctypes.PyDLL(None).sleep(1000)
+        return real(self, *args, **kwargs)
+
+    Trainer._run = run
+
+
+def test_a_rank_that_holds_the_interpreters_lock_is_seen_too(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_patch.train.hang._GRACE", 1.0)
+    run = tmp_path / "run"
+    job = Job(1, settings(data_folder, run, "watchdog.hang_minutes=0.05"), tmp_path / "log", holds_the_lock)
+    assert job.wait(60) == [1]
+    stack = (run / "stacks/rank_00000.locked.txt").read_text()
+    assert "Timeout" in stack and "test_watchdog.py" in stack
