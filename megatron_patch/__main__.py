@@ -15,6 +15,10 @@ VERBS = {
     "check": ("megatron_patch.preflight", "find sick nodes (under srun or torchrun, one process a rank)"),
     "status": ("megatron_patch.status", "how runs stand"),
     "summary": ("megatron_patch.summary", "what a finished run reached: table, loss curve, a sample of its text"),
+    "export": ("megatron_patch.convert.export", "a checkpoint as a Hugging Face folder"),
+    "import": ("megatron_patch.convert.imported", "a Hugging Face folder as a checkpoint"),
+    "eval": ("megatron_patch.evaluate.command", "score models on the paper's nine benchmarks; print its tables"),
+    "report": ("megatron_patch.report.command", "a run as one HTML file; models side by side with the paper's"),
     "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
 }
 

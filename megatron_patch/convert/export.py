@@ -262,9 +262,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Exit code 2: refused, with the remedy."""
     from megatron_patch.train.checkpoint.reader import open_checkpoint
 
-    with open_checkpoint(args.checkpoint) as checkpoint:
-        export(checkpoint, args.folder, args.form, args.tokenizer or tokenizer_of(checkpoint.recipe))
+    try:
+        with open_checkpoint(args.checkpoint) as checkpoint:
+            export(checkpoint, args.folder, args.form, args.tokenizer or tokenizer_of(checkpoint.recipe))
+    except ValueError as error:  # ConvertError, CheckpointError, DataError
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
     print(f"{args.folder}: written ({args.form})", file=sys.stderr)
     return 0

@@ -145,9 +145,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Exit code 2: refused, with the remedy."""
     from megatron_patch.train.checkpoint.write import write_weights
 
-    source = ImportedModel(args.folder, recipe_of(args.folder, args.recipe))
-    write_weights(source, args.checkpoint)
+    try:
+        source = ImportedModel(args.folder, recipe_of(args.folder, args.recipe))
+        write_weights(source, args.checkpoint)
+    except ValueError as error:  # ConvertError, CheckpointError, RecipeError
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
     print(f"{args.checkpoint}: written from {args.folder} ({source.form})", file=sys.stderr)
     return 0

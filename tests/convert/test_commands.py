@@ -1,0 +1,42 @@
+"""`export` and `import` as they are typed, through a real checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_patch.__main__ import main
+from megatron_patch.train.checkpoint.reader import open_checkpoint
+from megatron_patch.train.checkpoint.write import write_weights
+from tests.convert.samples import RECIPES, MemoryWeights
+
+
+@pytest.mark.parametrize("form", ["expanded", "shared"])
+def test_checkpoint_to_folder_and_back(
+    form: str, weights: MemoryWeights, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_weights(weights, tmp_path / "one")
+    folder = str(tmp_path / "hf")
+    assert main(["export", str(tmp_path / "one"), folder, "--form", form, "--tokenizer", str(tokenizer)]) == 0
+    assert main(["import", folder, str(tmp_path / "two")]) == 0
+    with open_checkpoint(tmp_path / "one") as one, open_checkpoint(tmp_path / "two") as two:
+        assert two.recipe == one.recipe
+        assert (two.step, two.samples, two.tokens, two.data_digest) == (2133, 1706400, 3494707200, "da7a")
+        assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one.names())
+    again = str(tmp_path / "again")
+    assert main(["export", str(tmp_path / "two"), again, "--form", form, "--tokenizer", str(tokenizer)]) == 0
+    first, second = (load_file(Path(f) / "model.safetensors") for f in (folder, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    assert main(["export", str(tmp_path / "one"), folder, "--form", form, "--tokenizer", str(tokenizer)]) == 2
+    assert "exists; choose a new folder" in capsys.readouterr().err
+    recipe = ["--recipe", str(RECIPES / "mobillama_05b.yaml")]
+    assert main(["import", str(tmp_path / "one"), str(tmp_path / "three"), *recipe]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    next((tmp_path / "one").glob("*.safetensors")).unlink()
+    assert main(["export", str(tmp_path / "one"), again, "--form", form]) == 2
+    assert "missing" in capsys.readouterr().err
