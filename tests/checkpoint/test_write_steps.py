@@ -1,4 +1,4 @@
-"""A rank is killed before each write step of a checkpoint in turn; the run goes on from this one or the last, always."""
+"""A rank is killed before each write step of a checkpoint in turn; the run goes on from this one or from the last."""
 
 from __future__ import annotations
 

@@ -1,0 +1,153 @@
+"""Which checkpoints there are and which are kept; what a resume refuses."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_patch.recipe import load
+from megatron_patch.train.cadence import Cadence
+from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
+from tests.checkpoint.compare import history, newest
+from tests.train.job import Job, write_data_set
+
+
+def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
+    return [
+        f"data.folder={data_folder}",
+        f"run.folder={run}",
+        "run.steps=30",
+        "batch.micro_batch_size=8",
+        "optimizer.decay_steps=60",
+        "checkpoint.interval_steps=4",
+        "checkpoint.keep=2",
+        "data.held_out_interval=0",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def finished(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty steps of 8 rows over segments of 200 rows, a milestone every 10, every second one full."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    milestones = ["checkpoint.milestone_steps=10", "checkpoint.full_milestone_every=2"]
+    Job(1, settings(data_folder, run, *milestones), run.with_suffix(".log")).run()
+    return run
+
+
+def names(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_the_last_restart_points_and_every_milestone_are_kept(finished: Path) -> None:
+    assert names(finished) == [
+        "checkpoints.csv",
+        "ckpt_000",
+        "ckpt_001",
+        "ckpt_002",
+        "latest",
+        "step_00000028",
+        "step_00000030",
+    ]
+    with open_checkpoint(finished / "checkpoints/ckpt_000") as milestone:
+        assert not milestone.is_full
+        assert (milestone.step, milestone.samples, milestone.tokens) == (10, 80, 80 * 16)
+        with pytest.raises(CheckpointError, match="weights alone"):
+            milestone.tensor("ffn.linear_fc1.weight", "exp_avg")
+    with open_checkpoint(finished / "checkpoints/ckpt_001") as milestone:
+        assert milestone.is_full
+
+
+def test_the_table_of_milestones(finished: Path) -> None:
+    with (finished / "checkpoints/checkpoints.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(r["name"], r["step"], r["samples"], r["tokens"], r["segments"], r["contents"]) for r in rows] == [
+        ("ckpt_000", "10", "80", "1280", "0-0", "weights"),
+        ("ckpt_001", "20", "160", "2560", "0-0", "full"),
+        ("ckpt_002", "30", "240", "3840", "0-1", "weights"),
+    ]
+    for row in rows:
+        with open_checkpoint(finished / "checkpoints" / row["name"]) as milestone:
+            assert row["digest"] == milestone.digest
+
+
+def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: Path, tmp_path: Path) -> None:
+    """With both restart points broken the full milestone of step 20 is what the run goes on from."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("step_00000028", "step_00000030"):
+        (run / "checkpoints" / name / "rank_00000.safetensors").unlink()
+    said = Job(1, settings(data_folder, run, "checkpoint.milestone_steps=10"), tmp_path / "log").run()
+    assert "ckpt_001 at step 20" in said
+    assert history(run) == history(finished)
+    with (run / "checkpoints/checkpoints.csv").open() as stream:
+        assert [row["step"] for row in csv.DictReader(stream)] == ["10", "20", "30"]
+    assert names(run)[-2:] == ["step_00000030", "step_00000030.broken"]
+
+
+def test_a_finished_run_started_again_changes_nothing(finished: Path, data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    Job(1, settings(data_folder, run, "checkpoint.milestone_steps=10"), tmp_path / "log").run()
+    assert names(run) == names(finished) and history(run) == history(finished)
+    assert newest(run).digest == newest(finished).digest
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate: 0.0003 -> 0.001"),
+        ("seed=5", "seed: 11111 -> 5"),
+        ("data.order_seed=7", "data.order_seed: 11111 -> 7"),
+        ("model.norm_epsilon=1e-6", "model.norm_epsilon: 1e-05 -> 1e-06"),
+    ],
+)
+def test_another_recipe_is_refused(
+    finished: Path, data_folder: Path, tmp_path: Path, override: str, shown: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    job = Job(1, settings(data_folder, run, override), tmp_path / "log")
+    assert job.wait() == [2]
+    assert shown in job.log.read_text() and "--accept-changes" in job.log.read_text()
+    assert names(run) == names(finished) and history(run) == history(finished)
+
+
+def test_another_data_set_is_refused_unless_accepted_and_that_is_recorded(
+    finished: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    other = write_data_set(tmp_path / "other", seed=1)
+    job = Job(1, settings(other, run, "run.steps=32"), tmp_path / "log")
+    assert job.wait() == [2]
+    with newest(finished) as checkpoint:
+        assert f"data set: {checkpoint.data_digest} -> " in job.log.read_text()
+    Job(1, settings(other, run, "run.steps=32"), tmp_path / "log", accept_changes=True).run()
+    with newest(run) as checkpoint:
+        assert checkpoint.step == 32
+        assert [change[:9] for change in checkpoint.state.accepted_changes] == ["data set:"]
+    moved = tmp_path / "moved"
+    shutil.copytree(other, moved)
+    said = Job(1, settings(moved, run, "run.steps=33"), tmp_path / "log").run()
+    assert "changed since the checkpoint: data.folder" in said, "the content counts, not the path"
+
+
+def test_cadence() -> None:
+    policy = load("recipes/mobillama_05b.yaml").checkpoint
+    paper = load("recipes/mobillama_05b.yaml", ["use=paper_milestones"]).checkpoint
+    ours = Cadence(policy, steps_per_segment=2133)
+    due = [step for step in range(1, 767_881) if ours.milestone(step)]
+    assert (due[0], due[-1], len(due)) == (2133, 767_880, 360)
+    assert ours.milestone(767_880) == (359, "full")
+    assert [ours.milestone(2133 * k)[1] for k in (1, 35, 36, 37)] == ["weights", "weights", "full", "weights"]  # type: ignore[index]
+    assert Cadence(paper, 2133).milestone(2000) == (0, "weights")
+    assert not any(ours.restart_point_due(step) for step in range(1, 100)), "by the clock alone"
