@@ -12,6 +12,8 @@ if __package__ in (None, ""):  # run as a file: the folder of this file must not
 
 from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError, DatasetManifest
 
+AMBER = Path(__file__).with_name("amber.yaml")
+
 
 def _segments(text: str) -> range:
     """`7` or `0-35`."""
@@ -26,7 +28,11 @@ def _segments(text: str) -> range:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    help_text: str,
+    example: str,
+    needs_input: bool = True,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
@@ -35,7 +41,8 @@ def _command(
         epilog=f"example:\n  python data_tools/build_amber.py {name} {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", type=Path, required=True, metavar="FOLDER")
+    if needs_input:
+        parser.add_argument("--input", type=Path, required=True, metavar="FOLDER")
     return parser
 
 
@@ -112,8 +119,36 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = _command(commands, "verify", "recompute a data set's digests, ids and counts", "--input indexed")
     verify.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments")
+    _add_fetch_and_run(commands)
     _command(commands, "stats", "show a data set's totals per source against the paper's Table 2", "--input indexed")
     return parser
+
+
+def _add_fetch_and_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fetch = _command(
+        commands,
+        "fetch",
+        "bring the published segments and their tokenizer, from a machine with internet",
+        "--output amber --segment 0-359",
+        needs_input=False,
+    )
+    _add_output(fetch)
+    fetch.add_argument("--config", type=Path, default=AMBER, metavar="YAML", help="names the address (amber.yaml)")
+    fetch.add_argument("--input", metavar="ADDRESS", help="another address; segment k is ADDRESS/train_{k:03d}.jsonl")
+    fetch.add_argument("--tokenizer", metavar="ADDRESS", help="another address of tokenizer.json or tokenizer.model")
+    fetch.add_argument("--checksums", type=Path, metavar="FILE", help="sha256sum's output for the files")
+    fetch.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments (all 360)")
+
+    run_parser = _command(
+        commands,
+        "run",
+        "do everything, raw text to verified binaries, as one YAML file says",
+        "--config data_tools/amber.yaml --input raw --output amber",
+    )
+    _add_output(run_parser)
+    run_parser.add_argument("--config", type=Path, default=AMBER, metavar="YAML", help="the build (amber.yaml)")
+    run_parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    _add_errors(run_parser, "document or row")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -133,6 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.command in ("index", "merge"):
         return _index(arguments)
+    if arguments.command in ("fetch", "run"):
+        return _fetch_or_run(arguments)
     from data_tools.verify import stats_table, verify
 
     if arguments.command == "stats":
@@ -190,6 +227,35 @@ def _index(arguments: argparse.Namespace) -> int:
     manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment, arguments.threads)
     if manifest is not None:
         _say_dataset(arguments.output, manifest)
+    return 0
+
+
+def _fetch_or_run(arguments: argparse.Namespace) -> int:
+    from data_tools.build_config import read_config
+
+    config = read_config(arguments.config)
+    if arguments.command == "run":
+        from data_tools.run_all import run_all
+
+        manifest = run_all(
+            config,
+            arguments.input,
+            arguments.output,
+            workers=arguments.workers,
+            on_error=arguments.on_error,
+            max_rejected=arguments.max_rejected,
+        )
+        _say_dataset(arguments.output / "indexed", manifest)
+        return 0
+    from data_tools.fetch import fetch_segments, read_checksums
+
+    published = config.published
+    address = arguments.input or (published and published.address)
+    if not address:
+        raise DataError("no address", file=arguments.config, place="published", remedy="give one with --input")
+    tokenizer = arguments.tokenizer or (published.tokenizer if published and not arguments.input else None)
+    checksums = read_checksums(arguments.checksums) if arguments.checksums else {}
+    fetch_segments(address, tokenizer, arguments.output, arguments.segment or range(config.num_segments), checksums)
     return 0
 
 

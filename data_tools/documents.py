@@ -174,7 +174,7 @@ def parse_line(line: bytes, place: str) -> Document:
     """The document of one JSON line: an object whose `text` or `content` is a string of Unicode characters."""
     raw = line.rstrip(b"\n")
     try:
-        value = json.loads(line)
+        value = json.loads(raw)
     except json.JSONDecodeError as error:
         return Document(f"{place} column {error.colno}", "", raw, error.msg)
     except (UnicodeDecodeError, RecursionError) as error:

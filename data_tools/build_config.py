@@ -1,0 +1,59 @@
+"""What `run` and `fetch` read from a YAML file such as data_tools/amber.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError
+
+
+class Published(BaseModel):
+    """Where the published segments and their tokenizer are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    address: str
+    tokenizer: str
+
+
+class BuildConfig(BaseModel):
+    """A whole build; paths are relative to the command's --input."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tokenizer: Path
+    row_length: int = Field(ROW_LENGTH, ge=2)
+    num_segments: int = Field(NUM_SEGMENTS, ge=1)
+    held_out_per_source: int = Field(0, ge=0)
+    seed: int = 11111
+    direct: bool = True
+    sources: dict[str, Path]
+    published: Published | None = None
+
+    @field_validator("sources")
+    @classmethod
+    def _known_sources(cls, sources: dict[str, Path]) -> dict[str, Path]:
+        unknown = sorted(set(sources) - set(SOURCES))
+        if unknown or not sources:
+            raise ValueError(f"{', '.join(unknown) or 'nothing'} is no source of Amber; they are {', '.join(SOURCES)}")
+        return sources
+
+
+def read_config(path: Path) -> BuildConfig:
+    """Reads and checks a configuration.
+
+    Raises:
+        DataError: missing file, not YAML, an unknown key, or a value that does not fit.
+    """
+    remedy = "compare it with data_tools/amber.yaml"
+    try:
+        return BuildConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError("no such file", file=path, remedy="name a YAML file with --config") from None
+    except yaml.YAMLError as error:
+        raise DataError(f"not YAML: {error}", file=path, remedy=remedy) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(first["msg"], file=path, place=place, remedy=remedy) from None

@@ -1,0 +1,210 @@
+"""`fetch`: the published segments and their tokenizer, from a machine with internet; resumable and checksummed.
+
+A file goes to `NAME.partial` and on from its end after an interruption (HTTP Range, with the server's entity tag, so
+that a file that changed in between is begun anew). The SHA-256 that the server states for it (Hugging Face:
+`X-Linked-Etag`) or a `--checksums` file states is checked before the file takes its name, and `train_000.json` keeps
+what `index` needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from pathlib import Path
+from typing import IO, Any
+
+from data_tools.durable import folder_lock, full_disk_named, partial_path, publish, write_whole
+from data_tools.format import DataError, canonical_json, new_digest, read_json
+from data_tools.jsonl_segments import jsonl_name
+from data_tools.progress import Progress
+
+BLOCK_BYTES = 1 << 20
+TIMEOUT_S = 60.0
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass
+class _Stated:
+    """What a server says about a file: size and SHA-256 where known, and the tag of this version."""
+
+    size: int | None = None
+    sha256: str | None = None
+    tag: str | None = None
+
+
+class _KeepLinkedHeaders(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and keeps the headers that only the first answer has."""
+
+    def __init__(self, stated: _Stated) -> None:
+        self.stated = stated
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        _read_headers(headers, self.stated, linked_only=True)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _read_headers(headers: Message, stated: _Stated, linked_only: bool = False) -> None:
+    tag = (headers.get("X-Linked-Etag") or ("" if linked_only else headers.get("ETag")) or "").strip('"')
+    stated.tag = stated.tag or tag or None
+    if SHA256.fullmatch(tag):
+        stated.sha256 = stated.sha256 or tag
+    if linked_size := headers.get("X-Linked-Size"):
+        stated.size = int(linked_size)
+
+
+@dataclass
+class Fetcher:
+    """Fetches files into a folder.
+
+    Attributes:
+        checksums: SHA-256 by file name, from a file in the form of `sha256sum`.
+        tries: attempts a file before the run stops.
+        pause_s: wait before the second attempt; doubled each time.
+    """
+
+    output: Path
+    checksums: dict[str, str] = field(default_factory=dict)
+    tries: int = 6
+    pause_s: float = 1.0
+
+    def fetch(self, url: str, name: str) -> None:
+        """Brings one file; does nothing where an earlier run has brought it.
+
+        Raises:
+            DataError: the server does not have it, keeps failing, or sends other bytes than the checksum says.
+        """
+        path = self.output / name
+        marker = path.with_suffix(".json") if path.suffix == ".jsonl" else path.with_name(f"{name}.fetched.json")
+        if marker.is_file() and path.is_file():
+            record = read_json(marker, "remove it and fetch again")
+            if record.get("url") == url and path.stat().st_size == record.get("bytes"):
+                return
+        for attempt in range(self.tries):
+            try:
+                stated = self._transfer(url, path)
+                break
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410):
+                    raise DataError(
+                        f"the server answers {error.code} {error.reason}", file=url, remedy="check the address"
+                    ) from None
+                if attempt + 1 == self.tries:
+                    raise DataError(
+                        f"{self.tries} attempts failed, the last: {error}",
+                        file=url,
+                        remedy="run the same command again: it goes on where it stopped",
+                    ) from None
+                time.sleep(self.pause_s * 2**attempt)
+        self._check_and_publish(url, path, marker, stated)
+
+    def _transfer(self, url: str, path: Path) -> _Stated:
+        """Brings the rest of a file into its partial file."""
+        partial, tag_path = partial_path(path), path.with_name(f"{path.name}.tag")
+        stated = _Stated()
+        opener = urllib.request.build_opener(_KeepLinkedHeaders(stated))
+        have = partial.stat().st_size if partial.is_file() and tag_path.is_file() else 0
+        request = urllib.request.Request(url)
+        if have:
+            request.add_header("Range", f"bytes={have}-")
+        try:
+            response = opener.open(request, timeout=TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and have:
+                if error.headers.get("Content-Range") == f"bytes */{have}":
+                    return stated  # all of it was there, only not checked yet
+                partial.unlink()  # the file is another one now: begin anew
+            raise
+        with response:
+            _read_headers(response.headers, stated)
+            goes_on = response.status == 206 and have and tag_path.read_text() == (stated.tag or "")
+            if response.status == 206 and not goes_on:
+                partial.unlink()  # another version: its beginning is needed too
+                raise OSError("the file changed on the server")
+            if not goes_on:
+                have = 0
+                write_whole(tag_path, (stated.tag or "").encode())
+            length = response.headers.get("Content-Length")
+            stated.size = stated.size if stated.size is not None else have + int(length) if length else None
+            progress = Progress(f"fetch {path.name}", stated.size or 0, "B")
+            progress.advance(have)
+            with full_disk_named(path), partial.open("ab" if have else "wb") as stream, progress:
+                for block in _blocks(response):
+                    stream.write(block)
+                    progress.advance(len(block))
+        if stated.size is not None and partial.stat().st_size < stated.size:
+            raise OSError(f"the connection ended after {partial.stat().st_size} of {stated.size} bytes")
+        return stated
+
+    def _check_and_publish(self, url: str, path: Path, marker: Path, stated: _Stated) -> None:
+        partial = partial_path(path)
+        sha256, xxh3 = hashlib.sha256(), new_digest()
+        with partial.open("rb") as stream:
+            while block := stream.read(BLOCK_BYTES):
+                sha256.update(block)
+                xxh3.update(block)
+        expected = self.checksums.get(path.name, stated.sha256)
+        size = partial.stat().st_size
+        if (expected is not None and sha256.hexdigest() != expected) or stated.size not in (None, size):
+            partial.unlink()
+            raise DataError(
+                f"{size} bytes with SHA-256 {sha256.hexdigest()}, expected {stated.size} with {expected}",
+                file=path,
+                remedy="run the same command again: the file is fetched anew",
+            )
+        publish(path)
+        record = {
+            "url": url,
+            "bytes": size,
+            "sha256": sha256.hexdigest(),
+            "checked": expected is not None,
+            "digests": {"jsonl": xxh3.hexdigest()},
+        }
+        write_whole(marker, canonical_json(record))
+        path.with_name(f"{path.name}.tag").unlink(missing_ok=True)
+
+
+def _blocks(response: Any) -> Iterator[bytes]:
+    while block := response.read(BLOCK_BYTES):
+        yield block
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """SHA-256 by file name from the output of `sha256sum`.
+
+    Raises:
+        DataError: a line is not of that form.
+    """
+    checksums = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        digest, _, name = line.partition(" ")
+        if not SHA256.fullmatch(digest) or not name:
+            raise DataError(
+                "not a line of sha256sum", file=path, place=f"line {number}", remedy="use sha256sum's output"
+            )
+        checksums[Path(name.lstrip(" *")).name] = digest
+    return checksums
+
+
+def fetch_segments(
+    address: str, tokenizer: str | None, output: Path, segments: range, checksums: dict[str, str]
+) -> None:
+    """Fetches segments and the tokenizer into `output`.
+
+    Raises:
+        DataError: see `Fetcher.fetch`.
+    """
+    with folder_lock(output, f".lock.{segments.start:03d}-{segments.stop - 1:03d}.fetch"):
+        fetcher = Fetcher(output, checksums)
+        if tokenizer:
+            fetcher.fetch(tokenizer, f"tokenizer{Path(tokenizer).suffix}")
+        for segment in segments:
+            fetcher.fetch(f"{address.rstrip('/')}/{jsonl_name(segment)}", jsonl_name(segment))

@@ -1,0 +1,49 @@
+"""`run`: tokenize, mix, index and verify from one YAML file; finished work of an earlier run is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_tools.build_config import BuildConfig
+from data_tools.format import DataError, DatasetManifest
+from data_tools.index_segments import index, plan_dataset
+from data_tools.mix import MixOptions, mix
+from data_tools.segment_reader import ErrorPolicy
+from data_tools.tokenize_source import tokenize_source
+from data_tools.verify import verify
+
+
+def run_all(
+    config: BuildConfig, folder: Path, output: Path, *, workers: int, on_error: str, max_rejected: int
+) -> DatasetManifest:
+    """Builds `output/indexed` from the raw text of `folder`, through `output/rows` (and `output/segments`).
+
+    Raises:
+        DataError: a source or the tokenizer is not where the configuration says; whatever a stage raises; the finished
+            data set does not verify.
+    """
+    for name, path in (*config.sources.items(), ("tokenizer", config.tokenizer)):
+        if not (folder / path).exists():
+            raise DataError("not there", file=folder / path, place=name, remedy="set its place in the configuration")
+    for name, path in config.sources.items():
+        tokenize_source(
+            name,
+            folder / path,
+            output / "rows",
+            folder / config.tokenizer,
+            row_length=config.row_length,
+            workers=workers,
+            on_error=on_error,
+            max_rejected=max_rejected,
+        )
+    indexed = output / "indexed"
+    options = MixOptions(config.num_segments, config.direct, config.held_out_per_source, config.seed)
+    mixed = mix(output / "rows", indexed if config.direct else output / "segments", options)
+    if not isinstance(mixed, DatasetManifest):
+        plan = plan_dataset(output / "segments", None, None)
+        policy = ErrorPolicy(on_error == "quarantine", max_rejected)
+        mixed = index(output / "segments", indexed, plan, policy, threads=workers)
+    assert isinstance(mixed, DatasetManifest)  # no part of the segments was asked for
+    if faults := verify(indexed):
+        raise DataError(f"{len(faults)} faults, the first: {faults[0]}", file=indexed, remedy="see verify's remedies")
+    return mixed

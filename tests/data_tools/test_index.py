@@ -1,0 +1,208 @@
+"""`index`, `merge` and `verify` on sound and on bad input, through the command line."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from data_tools.format import SOURCES
+from data_tools.segment_reader import ErrorPolicy, SegmentReader
+from tests.data_tools.conftest import build_amber
+
+ROW_LENGTH, ROWS = 9, 50
+
+
+def lines_of(seed: int) -> list[bytes]:
+    random = np.random.RandomState(seed)
+    return [
+        json.dumps({"token_ids": random.randint(0, 32000, ROW_LENGTH).tolist(), "source": SOURCES[i % 7]}).encode()
+        for i in range(ROWS)
+    ]
+
+
+def ids_of(lines: list[bytes]) -> list[list[int]]:
+    return [json.loads(line)["token_ids"] for line in lines]
+
+
+@pytest.fixture
+def amber(tmp_path: Path) -> Path:
+    """Three segments with Amber's two ways of naming them, plain, gz and zst."""
+    folder = tmp_path / "amber"
+    folder.mkdir()
+    content = [b"\n".join(lines_of(k)) + b"\n" for k in range(3)]
+    (folder / "train_0.jsonl").write_bytes(content[0])
+    (folder / "train_001.jsonl.gz").write_bytes(gzip.compress(content[1][:1000]) + gzip.compress(content[1][1000:]))
+    compressor = zstandard.ZstdCompressor()
+    (folder / "train_002.jsonl.zst").write_bytes(
+        compressor.compress(content[2][:900]) + compressor.compress(content[2][900:])
+    )
+    return folder
+
+
+def index(amber: Path, *more: object, check: bool = True):
+    return build_amber(
+        "index", "--input", amber, "--output", amber.parent / "out", "--row-length", ROW_LENGTH, *more, check=check
+    )
+
+
+def stored_ids(base: Path) -> list[list[int]]:
+    return np.fromfile(base.with_suffix(".bin"), "<u2").reshape(-1, ROW_LENGTH).tolist()
+
+
+def test_plain_gz_and_zst_and_both_names(amber: Path) -> None:
+    index(amber)
+    for k in range(3):
+        base = amber.parent / "out" / f"segment_{k:03d}"
+        assert stored_ids(base) == ids_of(lines_of(k))
+        assert base.with_suffix(".src").read_bytes() == bytes(i % 7 for i in range(ROWS))
+    manifest = json.loads((amber.parent / "out" / "manifest.json").read_text())
+    assert (manifest["rows"], manifest["rows_per_segment"], manifest["vocab_size"]) == (150, 50, 32000)
+    assert manifest["rows_per_source"] == {name: 24 if i == 0 else 21 for i, name in enumerate(SOURCES)}
+    build_amber("verify", "--input", amber.parent / "out")
+
+
+def test_one_segment_at_a_time_then_merge(amber: Path) -> None:
+    index(amber)
+    whole = {path.name: path.read_bytes() for path in (amber.parent / "out").iterdir() if not path.name.startswith(".")}
+    single = amber.parent / "single"
+    arguments = ("--input", amber, "--output", single, "--row-length", ROW_LENGTH)
+    build_amber("index", *arguments, "--segment", 2)
+    result = build_amber("merge", *arguments, check=False)
+    assert result.returncode == 1
+    assert "2 of 3 are missing: segment_000, segment_001" in result.stderr
+    assert "--array=0,1" in result.stderr
+    build_amber("index", *arguments, "--segment", "0-1")
+    build_amber("merge", *arguments)
+    assert {path.name: path.read_bytes() for path in single.iterdir() if not path.name.startswith(".")} == whole
+
+
+BAD = {
+    3: b'{"token_ids": [1, 2], "source": "c4"}',
+    4: b"\xff\xfe nonsense",
+    20: lines_of(0)[20].replace(b"]", b", 32000]"),
+}
+
+
+def spoil(amber: Path) -> list[bytes]:
+    lines = [BAD.get(i, line) for i, line in enumerate(lines_of(0))]
+    (amber / "train_0.jsonl").write_bytes(b"\n".join(lines))
+    return lines
+
+
+def test_the_first_bad_row_stops_the_run(amber: Path) -> None:
+    spoil(amber)
+    result = index(amber, check=False)
+    assert result.returncode == 1
+    assert f"{amber / 'train_0.jsonl'}: line 4 column 20: 2 ids, expected 9\n  remedy: " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list((amber.parent / "out").glob("segment_000*"))
+
+
+def test_bad_rows_are_set_aside_untouched(amber: Path) -> None:
+    spoil(amber)
+    index(amber, "--on-error", "quarantine", "--segment", 0)
+    out = amber.parent / "out"
+    assert stored_ids(out / "segment_000") == ids_of([line for i, line in enumerate(lines_of(0)) if i not in BAD])
+    rejected = [json.loads(line) for line in (out / "segment_000.rejected.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in rejected] == [
+        (4, "2 ids, expected 9"),
+        (5, "expected '{'"),
+        (21, "an id that is not below 32000"),
+    ]
+    back = [entry["row"].encode() if "row" in entry else base64.b64decode(entry["row_base64"]) for entry in rejected]
+    assert back == list(BAD.values())
+    assert json.loads((out / "segment_000.json").read_text())["rejected"] == 3
+
+
+def test_above_the_limit_the_run_stops(amber: Path) -> None:
+    spoil(amber)
+    result = index(amber, "--on-error", "quarantine", "--max-rejected", 2, check=False)
+    assert result.returncode == 1
+    assert "line 21 column" in result.stderr
+    assert "more than 2 bad rows, the last: an id that is not below 32000" in result.stderr
+
+
+def test_segments_of_unequal_rows_are_no_data_set(amber: Path) -> None:
+    spoil(amber)
+    result = index(amber, "--on-error", "quarantine", check=False)
+    assert result.returncode == 1
+    assert "segment_001.json: 50 rows, but segment_000 has 47" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_compressed_file_cut_short_is_refused(amber: Path, suffix: str) -> None:
+    path = next(amber.glob(f"*.{suffix}"))
+    path.write_bytes(path.read_bytes()[:-20])
+    result = index(amber, check=False)
+    assert result.returncode == 1
+    assert f"{path}: cannot decompress" in result.stderr
+    assert not (amber.parent / "out" / "manifest.json").exists()
+
+
+def test_other_input_for_finished_output_is_refused(amber: Path) -> None:
+    index(amber)
+    (amber / "train_0.jsonl").write_bytes(b"\n".join(lines_of(9)[:-1]))
+    result = index(amber, check=False)
+    assert result.returncode == 1
+    assert "segment_000.json: made from other input or with other settings" in result.stderr
+
+
+def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:
+    (amber / "train_001.jsonl.gz").unlink()
+    result = index(amber, check=False)
+    assert (result.returncode, "segments are missing: 1" in result.stderr) == (1, True)
+    for path in amber.iterdir():
+        path.unlink()
+    result = index(amber, check=False)
+    assert (result.returncode, "no train_000.jsonl" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "at", "says"),
+    [
+        ("bin", 2 * (7 * ROW_LENGTH + 4) + 1, "segment_001.bin: row 7 id 4 byte 134: id"),
+        ("bin", 0, "segment_001.bin: digest"),
+        ("src", 12, "segment_001.src: row 12 byte 12: 255 is no source"),
+        ("idx", 100, "segment_001.idx: byte 100: not the index of its rows"),
+        ("json", None, "segment_001.json"),
+        ("cut", None, "segment_001.bin: size: 898 bytes, but 50 rows of 9 ids need 900"),
+    ],
+)
+def test_verify_says_which_segment_row_and_byte(amber: Path, suffix: str, at: int | None, says: str) -> None:
+    index(amber)
+    out = amber.parent / "out"
+    if suffix == "json":
+        path = out / "segment_001.json"
+        path.write_text(path.read_text().replace('"rejected": 0', '"rejected": 1'))
+    elif suffix == "cut":
+        path = out / "segment_001.bin"
+        path.write_bytes(path.read_bytes()[:-2])
+    else:
+        path = out / f"segment_001.{suffix}"
+        content = bytearray(path.read_bytes())
+        content[at] = 0xFF if suffix != "bin" or at else content[at] ^ 1
+        path.write_bytes(content)
+    result = build_amber("verify", "--input", out, check=False)
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert "segment_000" not in result.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_lines_longer_than_a_block_and_threads_change_nothing(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_tools.segment_reader.BLOCK_BYTES", 128)
+    path = tmp_path / "train_000.jsonl"
+    lines = [line.replace(b", ", b" " * (i * 7) + b", ") for i, line in enumerate(lines_of(1))]
+    path.write_bytes(b"\n".join(lines))
+    reader = SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy(), threads)
+    ids = np.concatenate([block.copy() for block in reader.blocks()]).reshape(-1, ROW_LENGTH)
+    assert ids.tolist() == ids_of(lines)
+    assert (reader.rows, reader.lines, b"".join(reader.codes)) == (ROWS, ROWS, bytes(i % 7 for i in range(ROWS)))

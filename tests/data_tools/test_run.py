@@ -1,0 +1,75 @@
+"""`run`: everything from one YAML file; what does not fit is refused before work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_tools.build_config import read_config
+from data_tools.format import SOURCES, TABLE_2_BILLION_TOKENS, DataError
+from tests.data_tools.conftest import ROOT, build_amber
+
+
+def test_amber_yaml_is_the_papers_mix() -> None:
+    config = read_config(ROOT / "data_tools" / "amber.yaml")
+    assert tuple(config.sources) == SOURCES
+    assert (config.row_length, config.num_segments, config.held_out_per_source) == (2049, 360, 0)
+    assert round(sum(TABLE_2_BILLION_TOKENS.values()), 1) == 1259.1
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_one_file_builds_it_all(small_corpus: Path, tmp_path: Path, direct: bool) -> None:
+    config = {
+        "tokenizer": "tokenizer.model",
+        "row_length": 65,
+        "num_segments": 4,
+        "held_out_per_source": 2,
+        "direct": direct,
+        "sources": {name: name for name in ("wikipedia", "stackexchange", "starcoderdata")},
+    }
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(config))
+    arguments = ("run", "--config", tmp_path / "build.yaml", "--input", small_corpus, "--output", tmp_path / "out")
+    result = build_amber(*arguments, "--workers", 1)
+    assert "4 segments of" in result.stdout
+    manifest = (tmp_path / "out" / "indexed" / "manifest.json").read_bytes()
+    build_amber(*arguments, "--workers", 2)
+    assert (tmp_path / "out" / "indexed" / "manifest.json").read_bytes() == manifest
+    table = build_amber("stats", "--input", tmp_path / "out" / "indexed").stdout
+    assert "held out: 6 rows" in table
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rows": 3}, "rows: Extra inputs are not permitted"),
+        ({"num_segments": 0}, "num_segments: Input should be greater than or equal to 1"),
+        ({"sources": {"github": "x"}}, "github is no source of Amber"),
+        ({"sources": {"c4": "none"}}, "none: c4: not there"),
+        ({"tokenizer": "none.model"}, "none.model: tokenizer: not there"),
+    ],
+)
+def test_what_does_not_fit_is_refused(small_corpus: Path, tmp_path: Path, change: dict, says: str) -> None:
+    config = {"tokenizer": "tokenizer.model", "sources": {"wikipedia": "wikipedia"}, **change}
+    (tmp_path / "build.yaml").write_text(yaml.safe_dump(config))
+    result = build_amber(
+        *("run", "--config", tmp_path / "build.yaml", "--input", small_corpus, "--output", tmp_path / "out"),
+        check=False,
+    )
+    assert result.returncode == 1
+    assert says in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["tokenize", "mix", "index", "merge", "verify", "stats", "fetch", "run"])
+def test_help_shows_an_example(command: str) -> None:
+    text = build_amber(command, "--help").stdout
+    assert f"example:\n  python data_tools/build_amber.py {command} --" in text
+
+
+def test_errors_travel_between_processes() -> None:
+    import pickle
+
+    error = DataError("bad", file="a", place="line 3", remedy="mend it")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "a: line 3: bad\n  remedy: mend it"
