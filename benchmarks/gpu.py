@@ -1,0 +1,338 @@
+"""Speed on one GPU: tokens/s, share of the measured matmul ceiling, memory, where the time goes, and against peers.
+
+    python -m benchmarks.gpu [--out FOLDER] [--minutes 8.5]     or: make bench-gpu
+
+Measures the ceilings of the card, every kernel in each of its implementations, the 0.5B, 0.8B and large-base at
+rising micro-batches until memory ends, and the peers at the 0.5B's shape, all in one run so that ratios share the
+card, its clocks and its libraries. A case that does not end within its time is reported as such and the next begins.
+Writes FOLDER/gpu_DEVICE_DATE.json and .md after every case, so that an interrupted run keeps what it measured.
+`--small` runs everything at a toy size, on a CPU too: a test of this script, whose figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import kernels, measure, peers
+from megatron_patch import counts, device, topology
+from megatron_patch.data.loader import BatchShare
+from megatron_patch.kernels import check, choice
+from megatron_patch.launch import setup_environment
+from megatron_patch.recipe import Recipe, load
+from megatron_patch.train.step import Trainer
+
+ROWS_A_STEP = 32
+MODELS = ("mobillama_05b", "mobillama_08b", "large_base")
+SMALL = [
+    *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
+    *("model.vocab_size=512", "model.sequence_length=32", "kernels=reference"),
+]
+
+
+class Benchmark:
+    def __init__(self, out: Path, minutes: float, small: bool) -> None:
+        self.small = small
+        self.deadline = time.monotonic() + 60 * minutes
+        self.micro_batches = (1, 2) if small else (4, 8, 16, 32)
+        self.rows = 4 if small else ROWS_A_STEP
+        now = datetime.now(timezone.utc)
+        self.results: dict[str, Any] = {
+            "date": now.isoformat(timespec="seconds"),
+            "commit": _commit(),
+            "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
+            "device": device.name(),
+            "gpus": 1 if device.HAS_GPU else 0,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cases": [],
+            "breakdowns": [],
+            "kernels": [],
+            "notes": [],
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        name = "".join(c if c.isalnum() else "-" for c in device.name().lower())
+        self.file = out / f"gpu_{name}_{now:%Y-%m-%d}{'_small' if small else ''}.json"
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def attempt(self, what: str, limit: float, function: Callable[[], Any]) -> bool:
+        """Run a case within `limit` seconds and what is left; a failure becomes a note. True: it ran."""
+        start = time.monotonic()
+        try:
+            if self.left() < 5:
+                raise measure.TimeIsUp("not run: the benchmark's time is up")
+            with measure.time_limit(min(limit, self.left())):
+                function()
+            return True
+        except torch.OutOfMemoryError:
+            self.note(f"{what}: out of memory")
+        except measure.TimeIsUp as error:
+            self.note(f"{what}: {error}")
+        except Exception as error:
+            traceback.print_exc()
+            self.note(f"{what}: failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        finally:
+            print(f"# {what}: {time.monotonic() - start:.1f} s, {self.left():.0f} s left", flush=True)
+            self.write()
+        return False
+
+    def note(self, text: str) -> None:
+        self.results["notes"].append(text)
+
+    def write(self) -> None:
+        self.file.write_text(json.dumps(self.results, indent=1) + "\n")
+        self.file.with_suffix(".md").write_text(table(self.results))
+
+    def add_case(self, name: str, micro_batch: int, recipe: Recipe, seconds: float, **extra: Any) -> None:
+        tokens = self.rows * recipe.model.sequence_length
+        flops = tokens / seconds * counts.flops_per_token(recipe.model)
+        self.results["cases"].append(
+            {
+                "name": name,
+                "micro_batch": micro_batch,
+                "tokens_per_second": tokens / seconds,
+                "flops": flops,
+                "share_of_ceiling": flops / self.results["ceilings"]["matmul_flops"],
+                "peak_memory": device.peak_memory(),
+                **extra,
+            }
+        )
+        print(json.dumps(self.results["cases"][-1]), flush=True)
+
+    def ceilings(self) -> None:
+        size, copied = (256, 2**20) if self.small else (8192, 2**32)
+        self.results["ceilings"] = measure.ceilings(size, copied)
+        self.results["weight_gradient_gemm"] = check.weight_gradient_difference(device.current()) or "adds in fp32"
+
+    def model(self, name: str) -> None:
+        """Our training step of one recipe, at every micro-batch, then a breakdown at the fastest."""
+        recipe = self.recipe(name)
+        place = topology.initialize(recipe.parallel)
+        trainer = Trainer(recipe, place, self.rows)
+        if trainer.recipe.kernels == "auto":
+            self.results["chosen_kernels"] = {k: choice.chosen(k) for k in choice.ON_GPU}
+        try:
+            self.our_cases(name, trainer)
+        finally:
+            free(trainer)
+
+    def our_cases(self, name: str, trainer: Trainer) -> None:
+        recipe = trainer.recipe
+        fastest, shortest = None, float("inf")
+        for micro_batch in self.micro_batches:
+            share = self.share(recipe, micro_batch)
+
+            def run(micro_batch: int = micro_batch, share: BatchShare = share) -> None:
+                nonlocal fastest, shortest
+                _reset_peak()
+                seconds = measure.seconds_a_call(lambda: trainer.step(share, 1e-5), warmup=2, repeats=3)
+                self.add_case(name, micro_batch, recipe, seconds, state_bytes=state_bytes(trainer))
+                if seconds < shortest:
+                    fastest, shortest = share, seconds
+
+            if not self.attempt(f"{name}, micro-batch {micro_batch}", 40, run):
+                break
+            if self.left() < 30:
+                break
+        if fastest is not None:
+            share = fastest
+            self.attempt(f"{name}, breakdown", 60, lambda: self.breakdown(name, trainer, share, shortest))
+            self.attempt(f"{name}, run to run", 30, lambda: self.run_to_run(name, trainer, share))
+
+    def breakdown(self, name: str, trainer: Trainer, share: BatchShare, seconds: float) -> None:
+        optimizer = trainer.optimizer
+        for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):
+            setattr(optimizer, method, _ranged(getattr(optimizer, method)))
+        parts = measure.breakdown(lambda: trainer.step(share, 1e-5), trainer.recipe.model)
+        self.results["breakdowns"].append(
+            {"name": name, "micro_batch": share.tokens.shape[1], "step_seconds": seconds, **parts}
+        )
+
+    def run_to_run(self, name: str, trainer: Trainer, share: BatchShare) -> None:
+        """Are loss and gradients of the same batch the same bits twice?"""
+        answers = []
+        for _ in range(2):
+            trainer.optimizer.clear_gradients()
+            loss = trainer._run(share, self.rows * trainer.recipe.model.sequence_length, forward_only=False)
+            answers.append([loss.clone(), *(buffer.flat.clone() for buffer in trainer.optimizer.buffers)])
+        same = all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+        self.results.setdefault("bit_equal_run_to_run", {})[name] = same
+
+    def peer(self, name: str, build: Callable[[Recipe], peers.Step], micro_batches: tuple[int, ...]) -> None:
+        recipe = self.recipe("mobillama_05b")
+        step = build(recipe)
+        for micro_batch in micro_batches:
+            tokens = torch.from_numpy(self.share(recipe, micro_batch).tokens[..., :-1].astype(np.int64))
+            tokens = tokens.to(device.current())
+
+            def run(micro_batch: int = micro_batch, tokens: torch.Tensor = tokens) -> None:
+                _reset_peak()
+                seconds = measure.seconds_a_call(lambda: step(tokens).item(), warmup=2, repeats=3)
+                self.add_case(name, micro_batch, recipe, seconds)
+
+            if not self.attempt(f"{name}, micro-batch {micro_batch}", 150, run):
+                break
+
+    def recipe(self, name: str) -> Recipe:
+        overrides = [f"batch.global_batch_size={self.rows}", "batch.micro_batch_size=1"]
+        return load(f"recipes/{name}.yaml", [*overrides, *(SMALL if self.small else ["kernels=auto"])])
+
+    def share(self, recipe: Recipe, micro_batch: int) -> BatchShare:
+        shape = (self.rows // micro_batch, micro_batch)
+        tokens = np.random.RandomState(0).randint(0, recipe.model.vocab_size, (*shape, recipe.row_length))
+        rows = np.arange(self.rows).reshape(shape)
+        return BatchShare(0, 0, rows, tokens.astype(np.uint16), np.ones(shape, np.float32))
+
+    def run(self) -> None:
+        self.attempt("ceilings", 60, self.ceilings)
+        if "ceilings" not in self.results:
+            raise SystemExit("the ceilings could not be measured: nothing else means anything")
+        for name in MODELS:
+            self.attempt(name, 120, lambda name=name: self.model(name))
+            measure.release()
+        sizes = self.micro_batches
+        for name, build, micro_batches in (
+            ("HF Llama, SDPA, eager", lambda r: peers.hugging_face(r, compiled=False), sizes[1:]),
+            ("mcore local spec", peers.megatron_core, (1, 2, 4) if not self.small else (1,)),
+            ("HF Llama, SDPA, torch.compile", lambda r: peers.hugging_face(r, compiled=True), sizes[1:3]),
+        ):
+            self.attempt(name, 170, lambda n=name, b=build, m=micro_batches: self.peer(n, b, m))
+            measure.release()
+        self.attempt("kernels", 60, lambda: kernels.measure_all(self.recipe(MODELS[0]), self.results, self.small))
+
+
+def state(trainer: Trainer) -> list[torch.Tensor]:
+    """Weights, fp32 gradients, master weights and both moments that this rank holds, flat."""
+    o = trainer.optimizer
+    moments = [o.moments(group) for group in range(len(o.groups))]
+    return [
+        *(*o.zero.bit16_groups_flat, *o.master_shards, *(buffer.flat for buffer in o.buffers)),
+        *(m[which] for m in moments for which in ("exp_avg", "exp_avg_sq") if which in m),
+    ]
+
+
+def state_bytes(trainer: Trainer) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state(trainer)}.values())
+
+
+def free(trainer: Trainer) -> None:
+    """Give the state's memory back at once: DeepSpeed ties each parameter to itself, and its cycles outlive it."""
+    for tensor in state(trainer):
+        tensor.untyped_storage().resize_(0)
+
+
+def _ranged(method: Callable[..., Any]) -> Callable[..., Any]:
+    def with_range(*args: Any) -> Any:
+        with torch.profiler.record_function("optimizer"):
+            return method(*args)
+
+    return with_range
+
+
+def _reset_peak() -> None:
+    if device.HAS_GPU:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _commit() -> str:
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or os.environ.get("COMMIT", "unknown")
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown: one table of cases, one of parts, one of kernels, and the ratios."""
+    lines = [
+        f"# Speed on one {results['device']}, {results['date']}",
+        "",
+        f"Commit {results['commit']}, torch {results['torch']}, Python {results['python']}: `{results['command']}`",
+        "",
+    ]
+    if ceilings := results.get("ceilings"):
+        lines += [
+            f"Ceilings in this run: bf16 matmul {ceilings['matmul_flops'] / 1e12:.4g} TFLOP/s, "
+            f"copy {ceilings['copy_bytes_per_second'] / 1e12:.3g} TB/s. "
+            "FLOPs are counted without recomputation, causal attention as half.",
+            "",
+        ]
+    if results["cases"]:
+        lines += ["| | micro-batch | tokens/s | TFLOP/s | of ceiling | peak GB | state GB |", "|---|" + "---:|" * 6]
+    for c in results["cases"]:
+        memory = "" if c["peak_memory"] is None else f"{c['peak_memory'] / 1e9:.1f}"
+        state = f"{c['state_bytes'] / 1e9:.4g}" if "state_bytes" in c else ""
+        lines.append(
+            f"| {c['name']} | {c['micro_batch']} | {c['tokens_per_second']:,.0f} | {c['flops'] / 1e12:.4g} "
+            f"| {c['share_of_ceiling']:.1%} | {memory} | {state} |"
+        )
+    lines += ["", *ratios(results["cases"])]
+    if results["breakdowns"]:
+        lines += ["", "Share of a step's time by part (device time of kernels; gaps are the rest):", ""]
+        lines += ["| | " + " | ".join((*measure.PARTS, "gaps")) + " |", "|---|" + "---:|" * (len(measure.PARTS) + 1)]
+    for b in results["breakdowns"]:
+        shares = [b[part] / b["step_seconds"] for part in measure.PARTS]
+        shares.append(1 - b["busy"] / b["step_seconds"])
+        lines.append(f"| {b['name']}, {b['micro_batch']} | " + " | ".join(f"{s:.1%}" for s in shares) + " |")
+    if results["kernels"]:
+        lines += ["", "Forward and backward of each kernel, microseconds:", "", "| | implementation | µs |"]
+        lines += [
+            "|---|---|---:|",
+            *(f"| {k['kernel']} | {k['by']} | {k['seconds'] * 1e6:,.0f} |" for k in results["kernels"]),
+        ]
+    for key in ("chosen_kernels", "weight_gradient_gemm", "bit_equal_run_to_run"):
+        if key in results:
+            lines += ["", f"{key.replace('_', ' ').capitalize()}: {results[key]}"]
+    lines += ["", *(f"- {note}" for note in results["notes"])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def ratios(cases: list[dict[str, Any]]) -> list[str]:
+    """Best against best; a ratio whose two sides were not measured is left out."""
+    best: dict[str, dict[str, Any]] = {}
+    for c in cases:
+        if c["name"] not in best or c["tokens_per_second"] > best[c["name"]]["tokens_per_second"]:
+            best[c["name"]] = c
+    lines = []
+    ours = best.get(MODELS[0])
+    for name, c in best.items():
+        if ours and name not in MODELS:
+            ratio = ours["tokens_per_second"] / c["tokens_per_second"]
+            lines.append(f"- {MODELS[0]} / {name}, each at its best micro-batch: {ratio:.2f} times the tokens/s")
+    if ours and "large_base" in best:
+        ratio = best["large_base"]["state_bytes"] / ours["state_bytes"]
+        lines.append(f"- large_base / {MODELS[0]}, bytes of weights, gradients and optimizer state: {ratio:.2f}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--minutes", type=float, default=8.5, help="all of it ends within this long")
+    parser.add_argument("--small", action="store_true", help="a toy size, on any device: tests this script")
+    args = parser.parse_args()
+    if not device.HAS_GPU and not args.small:
+        print("no GPU here; --small tests this script on a CPU", file=sys.stderr)
+        return 2
+    setup_environment()
+    benchmark = Benchmark(args.out, args.minutes, args.small)
+    benchmark.run()
+    print(table(benchmark.results))
+    topology.destroy()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
