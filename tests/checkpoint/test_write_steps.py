@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
 import os
 import re
 import shutil
@@ -131,3 +133,44 @@ def test_another_rank_dies_at_each_step(runs: tuple[Path, Path, Path], tmp_path:
 
 def test_a_torn_file(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert disturbed(runs, tmp_path, tear) == BEFORE
+
+
+def disk_lies(rank: int) -> None:
+    """What rank 1 reads back differs in one bit from what it wrote."""
+    if rank == 1:
+        real = write.save_file
+
+        def lie(tensors: Any, path: Path) -> None:
+            real(tensors, path)
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+
+        write.save_file = lie
+
+
+def disk_is_full(rank: int) -> None:
+    if rank == 1:
+
+        def refuse(tensors: Any, path: Path) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write.save_file = refuse
+
+
+@pytest.mark.parametrize(
+    ("plant", "says"), [(disk_lies, "read back from the disk it is not"), (disk_is_full, "No space left on device")]
+)
+def test_a_save_that_fails_ends_the_run_and_leaves_the_one_before(
+    runs: tuple[Path, Path, Path], tmp_path: Path, plant: Callable[[int], None], says: str
+) -> None:
+    data_folder, before, _ = runs
+    run = tmp_path / "run"
+    shutil.copytree(before, run)
+    job = Job(RANKS, settings(data_folder, run, NOW), tmp_path / "log", before=plant)
+    assert any(job.wait())
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed" and says in status["reason"] and "rank 1 on " in status["reason"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"latest", f"step_{BEFORE:08d}"}
+    assert newest(run).step == BEFORE
