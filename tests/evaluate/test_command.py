@@ -1,0 +1,212 @@
+"""`eval` as it is typed, in processes of its own: against the stock harness, killed, on two ranks, without its data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from megatron_patch.__main__ import main
+from megatron_patch.convert.export import export
+from megatron_patch.evaluate.data import loader
+from megatron_patch.evaluate.results import read_scores
+from megatron_patch.evaluate.run import bind
+from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
+from megatron_patch.train.checkpoint.write import write_weights
+from tests.convert.samples import MemoryWeights, small_recipe
+
+ROOT = Path(__file__).parents[2]
+Evaluate = Callable[..., tuple[int, str, str]]
+FEW = "--benchmarks=hellaswag,truthfulqa,piqa,race,siqa,winogrande"
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return ["-m", "megatron_patch", "eval", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def evaluate_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in this process; exit code, output, messages."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = main(["eval", *map(str, arguments)])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def weights() -> MemoryWeights:
+    return MemoryWeights(small_recipe("model.sequence_length=2048"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(weights: MemoryWeights, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "ckpt_000"
+    write_weights(weights, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Path, data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """scores.json of the whole suite on the checkpoint, by the command."""
+    output = tmp_path_factory.mktemp("ours")
+    arguments = [checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", output]
+    assert main(["eval", *map(str, arguments)]) == 0
+    (scores,) = read_scores(output)
+    return scores
+
+
+def test_scores_are_the_stock_harness_on_the_expanded_export(
+    ours: dict[str, Any], weights: MemoryWeights, data: Path, tokenizer: Path, manager: TaskManager, tmp_path: Path
+) -> None:
+    export(weights, tmp_path / "hf", "expanded", tokenizer)
+    stock = HFLM(str(tmp_path / "hf"), device="cpu", batch_size=4, prefix_token_id=2, add_bos_token=False)
+    tasks = {
+        task.name: bind(manager, benchmark, task, loader(data, task.data))
+        for benchmark in BENCHMARKS
+        for task in benchmark.all_tasks
+    }
+    report = evaluate(stock, {"tasks": tasks, "groups": {}, "group_map": {}}, log_samples=False)
+    assert report is not None
+    results = report["results"]
+    for benchmark in BENCHMARKS:
+        mean = sum(results[t.name][f"{benchmark.metric},none"] for t in benchmark.tasks) / len(benchmark.tasks)
+        assert f"{ours['scores'][benchmark.name]['value']:.10g}" == f"{100 * mean:.10g}" or benchmark.name == (
+            "truthfulqa"  # a mean of probabilities, not of hits: equal to the rounding of two fp32 implementations
+        )
+        assert ours["scores"][benchmark.name]["value"] == pytest.approx(100 * mean, rel=1e-5)
+    assert ours["digest"]
+    assert ours["tokens"] == weights.tokens
+
+
+def test_hugging_face_folder_scores_the_same(
+    evaluate_command: Evaluate,
+    ours: dict[str, Any],
+    weights: MemoryWeights,
+    data: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    """Read by transformers in either form, and read into our model under a recipe."""
+    for form, extra in (("shared", ["--trust-remote-code"]), ("expanded", ["--recipe", tmp_path / "recipe.yaml"])):
+        export(weights, tmp_path / form, form, tokenizer)  # type: ignore[arg-type]
+        (tmp_path / "recipe.yaml").write_text(weights.recipe.to_yaml())
+        output = tmp_path / f"out_{form}"
+        code, _, errors = evaluate_command(tmp_path / form, "--data", data, "--output", output, FEW, *extra)
+        assert code == 0, errors
+        (scores,) = read_scores(tmp_path / f"out_{form}")
+        assert scores["tokens"] is None
+        for name, score in scores["scores"].items():
+            assert score["value"] == pytest.approx(ours["scores"][name]["value"], rel=1e-5)
+
+
+def test_two_ranks_score_as_one(
+    ours: dict[str, Any], checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = command(checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path / "out", FEW)
+    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (scores,) = read_scores(tmp_path / "out")
+    for name, score in scores["scores"].items():
+        assert score["value"] == pytest.approx(ours["scores"][name]["value"], rel=1e-5)
+    digests = {name: task["prompts_digest"] for name, task in scores["tasks"].items()}
+    assert digests == {name: ours["tasks"][name]["prompts_digest"] for name in digests}
+
+
+def test_killed_in_the_middle_repeats_nothing(
+    evaluate_command: Evaluate, ours: dict[str, Any], checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    arguments = (checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path / "out")
+    process = subprocess.Popen(
+        [sys.executable, *command(*arguments)],
+        cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:  # killed while the next tasks run
+        if "(20/" in line:
+            process.kill()
+            break
+    process.wait()
+    process.stderr.close()
+    finished = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in tmp_path.glob("out/*/tasks/*.json")}
+    total = sum(len(b.all_tasks) for b in BENCHMARKS)
+    assert 20 <= len(finished) < total
+    assert not list(tmp_path.glob("out/*/scores.json"))
+
+    code, _, errors = evaluate_command(*arguments)
+    assert (code, f"(1/{total - len(finished)})" in errors) == (0, True), errors
+    after = {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in tmp_path.glob("out/*/tasks/*.json")}
+    assert len(after) == total
+    assert {name: after[name] for name in finished} == finished
+    (scores,) = read_scores(tmp_path / "out")
+    assert scores == ours
+
+    code, table, errors = evaluate_command(*arguments)
+    assert (code, "done (" in errors) == (0, False), errors
+    assert "| mobillama_05b--ckpt_000 | ours | 3.49B |" in table
+
+
+def test_other_settings_do_run_again(
+    evaluate_command: Evaluate, checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    arguments = (checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path, "--benchmarks=piqa")
+    for limit in ("2", "3"):
+        code, table, errors = evaluate_command(*arguments, "--limit", limit)
+        assert (code, "piqa done (1/1)" in errors) == (0, True), errors
+        assert f"ours, {limit} documents a task" in table
+    (scores,) = read_scores(tmp_path)
+    assert scores["tasks"]["piqa"]["documents"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["CHECKPOINT", "--data", "absent"], "absent: data set Rowan/hellaswag/default/train is missing; fetch it with "
+         "`python -m megatron_patch eval --download absent`"),
+        (["CHECKPOINT", "--benchmarks", "hellaswag,mmmlu"], "unknown mmmlu; known: hellaswag, truthfulqa"),
+        (["MBZUAI/MobiLlama-05B"], "fetch it where there is a network"),
+        (["--download", "fetched"], "Rowan/hellaswag: cannot be fetched"),
+        (["not/a/model"], "not/a/model: no such folder"),
+        ([], "no model named"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    evaluate_command: Evaluate, arguments: list[str], message: str, checkpoint: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = evaluate_command(*[str(checkpoint) if a == "CHECKPOINT" else a for a in arguments])
+    assert code == 2
+    assert message in errors
+    assert not Path("evaluations").exists()
+
+
+def test_damaged_data_is_named(data: Path, tmp_path: Path) -> None:
+    manifest = json.loads((data / "manifest.json").read_text())
+    record = manifest["baber/piqa/default/validation"]
+    copy = tmp_path / record["file"]
+    copy.parent.mkdir(parents=True)
+    train = manifest["baber/piqa/default/train"]
+    (tmp_path / train["file"]).write_bytes((data / train["file"]).read_bytes())
+    content = bytearray((data / record["file"]).read_bytes())
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"validation\.parquet: its SHA-256 is not"):
+        loader(tmp_path, BY_NAME["piqa"].tasks[0].data)
