@@ -19,17 +19,22 @@ from data_tools.format import (
     segment_name,
     sha256_file,
 )
+from megatron_patch.data.ahead import Ahead
 
 __all__ = ["DataError", "Segments", "open_segments"]
 
 
-def open_segments(folder: Path, *, row_length: int, vocab_size: int) -> Segments:
+def open_segments(
+    folder: Path, *, row_length: int, vocab_size: int, read_ahead: bool = False, stage_folder: Path | None = None
+) -> Segments:
     """Opens a data set without reading its rows.
 
     Args:
         folder: what `data_tools/build_amber.py` wrote (data_tools/format.py).
         row_length: ids a row that the model wants: sequence length + 1.
         vocab_size: the model's vocabulary.
+        read_ahead: read each segment through, front to back, before its rows are asked for (ahead.py).
+        stage_folder: copy each segment there first: storage of the node, with room for two segments (ahead.py).
 
     Raises:
         DataError: a file is missing, has the wrong size or disagrees with the manifest; rows of another length; ids
@@ -74,7 +79,7 @@ def open_segments(folder: Path, *, row_length: int, vocab_size: int) -> Segments
         file_size(tokenizer)
         if sha256_file(tokenizer) != manifest.tokenizer.sha256:
             raise DataError("not the tokenizer that made the data", file=tokenizer, remedy="copy the right one back")
-    return Segments(folder, manifest)
+    return Segments(folder, manifest, Ahead(folder, manifest.segments, read=read_ahead, stage_folder=stage_folder))
 
 
 def _check_segment(base: Path, segment: SegmentManifest, manifest: DatasetManifest) -> None:
@@ -111,7 +116,7 @@ class Segments:
         tokenizer_path: the tokenizer that made it; None where the data set came without one.
     """
 
-    def __init__(self, folder: Path, manifest: DatasetManifest) -> None:
+    def __init__(self, folder: Path, manifest: DatasetManifest, ahead: Ahead) -> None:
         self.folder = folder
         self.manifest = manifest
         self.digest = manifest.digest
@@ -121,7 +126,8 @@ class Segments:
         self.vocab_size = manifest.vocab_size
         self.held_out_rows = manifest.held_out.rows if manifest.held_out else 0
         self.tokenizer_path = folder / manifest.tokenizer.file if manifest.tokenizer else None
-        self._mapped: tuple[str, np.ndarray] | None = None
+        self._ahead = ahead
+        self._mapped: tuple[int, np.ndarray] | None = None
 
     def read(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Rows of a segment by number.
@@ -136,12 +142,17 @@ class Segments:
         Raises:
             DataError: an id beyond the data set's vocabulary: the file is damaged.
         """
-        name = segment_name(segment)
-        return self._checked(name, rows, self._rows(name, self.rows_per_segment)[rows])
+        # One segment is mapped at a time: rows are read segment after segment. The local name keeps the right one when
+        # threads of several loaders read from different segments.
+        mapped = self._mapped
+        if mapped is None or mapped[0] != segment:
+            mapped = self._mapped = (segment, self._map(self._ahead.path(segment), self.rows_per_segment))
+        return self._checked(segment_name(segment), rows, mapped[1][rows])
 
     def read_held_out(self, rows: np.ndarray) -> np.ndarray:
         """Held-out rows by number: uint16 [n, row_length]."""
-        return self._checked(HELD_OUT_NAME, rows, self._map(HELD_OUT_NAME, self.held_out_rows)[rows])
+        path = self.folder / f"{HELD_OUT_NAME}.bin"
+        return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Source codes (positions in `data_tools.format.SOURCES`) of rows of a segment: uint8 [n]."""
@@ -160,15 +171,10 @@ class Segments:
             )
         return tokens
 
-    def _rows(self, name: str, rows: int) -> np.ndarray:
-        # One segment is mapped at a time: rows are read segment after segment. The local name keeps the right one when
-        # threads of several loaders read from different segments.
-        mapped = self._mapped
-        if mapped is None or mapped[0] != name:
-            mapped = self._mapped = (name, self._map(name, rows))
-        return mapped[1]
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        self._ahead.close()
 
-    def _map(self, name: str, rows: int) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
+    def _map(self, path: Path, rows: int) -> np.ndarray:
         mapped = np.memmap(path, dtype=TOKEN_DTYPE, mode="r", shape=(rows, self.row_length))
         return mapped.view(np.ndarray)
