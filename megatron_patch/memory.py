@@ -1,0 +1,206 @@
+"""Bytes that one rank holds and sends, from a recipe's shapes; tests/test_plan.py compares them with real ranks.
+
+What is counted follows the code: flat parameter groups padded for ZeRO (zero.py), fp32 gradients beside them
+(gradients.py), what autograd keeps of each layer under the fused kernels (model/, kernels/), and the collectives of one
+step. Micro-batches are counted in rows, hidden states as [tokens, hidden].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_patch.counts import parameters, stage_layers
+from megatron_patch.data.deal import deal
+from megatron_patch.kernels.loss import CHUNK_TOKENS
+from megatron_patch.recipe import Recipe
+
+# DeepSpeed aligns a flat group to this many elements for each data-parallel rank (nccl_start_alignment_factor).
+ZERO_ALIGNMENT = 2
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place in a layout: sizes of its groups and its pipeline stage."""
+
+    recipe: Recipe
+    data_size: int
+    stage: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.recipe.parallel.pipeline - 1
+
+    @property
+    def layers(self) -> int:
+        return stage_layers(self.recipe)[self.stage]
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.recipe.precision == "bf16" else FP32
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that a rank runs a step."""
+        p, b = self.recipe.parallel, self.recipe.batch
+        multiple = p.pipeline if p.virtual_pipeline > 1 else 1
+        return deal(b.global_batch_size, self.data_size, b.micro_batch_size, multiple_of=multiple)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.recipe.batch.micro_batch_size * self.recipe.model.sequence_length
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of a micro-batch, whole."""
+        return self.tokens * self.recipe.model.hidden_size * self.element
+
+
+def parameter_groups(place: Place) -> dict[str, int]:
+    """Scalars of each flat group of a rank (gradients.py), padded for ZeRO: `sharded`, `ffn`, `norm`, by decay."""
+    r = place.recipe
+    m, tensor = r.model, r.parallel.tensor
+    embedding = m.vocab_size * m.hidden_size // tensor * (place.is_first + place.is_last)
+    attention = place.layers * 4 * m.hidden_size**2 // tensor
+    ffn = parameters(m).ffn // tensor
+    norms = m.hidden_size * (2 * place.layers + place.is_last)
+    own_ffns = 0 if m.shared_ffn else place.layers * ffn
+    sizes = {"sharded": attention + own_ffns, "ffn": ffn if m.shared_ffn else 0, "norm": norms}
+    if r.optimizer.decay_everything:
+        sizes["sharded"] += embedding
+    else:
+        sizes["sharded, no decay"] = embedding
+    return {name: _padded(size, ZERO_ALIGNMENT * place.data_size) for name, size in sizes.items() if size}
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by part."""
+
+    weights: int
+    gradients: int  # fp32, whole, and this rank's reduced shard
+    optimizer: int  # ZeRO's shard: fp32 master and both moments
+    activations: int  # what backward needs of all micro-batches in flight
+    logits: int  # the chunk that the loss works on
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def memory(place: Place) -> Memory:
+    flat = sum(parameter_groups(place).values())
+    shard = flat // place.data_size
+    return Memory(
+        weights=flat * place.element,
+        gradients=FP32 * (flat + (shard if place.data_size > 1 else 0)),
+        optimizer=3 * FP32 * shard,
+        activations=_activations(place),
+        logits=_logits(place) if place.is_last else 0,
+    )
+
+
+def saved_by_layer(place: Place, recompute: str) -> int:
+    """Bytes that autograd keeps of one layer and one micro-batch."""
+    m, p = place.recipe.model, place.recipe.parallel
+    hidden = place.hidden_bytes // (p.tensor if p.sequence else 1)
+    if recompute == "full":
+        return hidden  # the layer's input
+    statistic = FP32 * place.tokens // (p.tensor if p.sequence else 1)  # 1 / root mean square of each token
+    norms = 2 * (hidden + statistic)  # their inputs
+    inputs = 2 * hidden  # of the QKV projection and of the FFN
+    attention = 5 * place.hidden_bytes // p.tensor  # query, key, value, output, input of the output projection
+    log_sums = FP32 * place.tokens * m.num_attention_heads // p.tensor
+    ffn = 0 if recompute == "selective" else 3 * place.tokens * m.ffn_hidden_size * place.element // p.tensor
+    return norms + inputs + attention + log_sums + ffn
+
+
+def chunks_in_flight(place: Place) -> int:
+    """Forward passes of a model chunk whose backward has not run, at most (1F1B; interleaved where virtual)."""
+    p = place.recipe.parallel
+    later_stages = p.pipeline - 1 - place.stage
+    if p.virtual_pipeline == 1:
+        return min(later_stages + 1, place.micro_batches)
+    return min(2 * later_stages + (p.virtual_pipeline - 1) * p.pipeline + 1, place.micro_batches * p.virtual_pipeline)
+
+
+def _activations(place: Place) -> int:
+    r = place.recipe
+    layer = saved_by_layer(place, r.recompute)
+    per_chunk = layer * place.layers // r.parallel.virtual_pipeline
+    working = 0 if r.recompute == "none" else saved_by_layer(place, "none") - layer  # one layer run again in backward
+    ends = 0
+    if place.is_last:  # the final norm's input and statistics, and the gradient that the loss already holds
+        ends = (2 * place.hidden_bytes + FP32 * place.tokens) // (r.parallel.tensor if r.parallel.sequence else 1)
+    return per_chunk * chunks_in_flight(place) + working + ends
+
+
+def _logits(place: Place) -> int:
+    m, p = place.recipe.model, place.recipe.parallel
+    chunk = min(CHUNK_TOKENS, place.tokens) * m.vocab_size // p.tensor * place.element
+    return chunk + (2 * place.hidden_bytes if p.sequence else 0)  # gathered rows and their gradient
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A kind of collective of one step, as one rank sees it."""
+
+    group: Literal["data", "tensor", "pipeline"]
+    what: str
+    operation: Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+    size: int  # ranks of the group
+    payload: int  # bytes a step, of the whole tensors
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank puts on the wire: ring algorithms; a send goes once."""
+        factor = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}.get(self.operation)
+        return self.payload if factor is None else factor * self.payload * (self.size - 1) / self.size
+
+
+def traffic(place: Place) -> list[Traffic]:
+    """What one rank exchanges in a step, the sum of loss and norm apart (12 bytes)."""
+    return [item for item in _traffic(place) if item.payload and item.size > 1]
+
+
+def _traffic(place: Place) -> Iterator[Traffic]:
+    p = place.recipe.parallel
+    groups = parameter_groups(place)
+    flat, dp = sum(groups.values()), place.data_size
+    yield Traffic("data", "gradients", "reduce-scatter", dp, FP32 * flat)
+    yield Traffic("data", "weights", "all-gather", dp, place.element * flat)
+    yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * groups.get("ffn", 0) // dp)
+    part = place.hidden_bytes // (p.tensor if p.sequence else 1)
+    hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
+    yield Traffic("pipeline", "activations", "send", p.pipeline, hops * part * place.micro_batches)
+    yield from _tensor_traffic(place, groups.get("norm", 0))
+
+
+def _tensor_traffic(place: Place, norms: int) -> Iterator[Traffic]:
+    r, tensor = place.recipe, place.recipe.parallel.tensor
+    n, hidden = place.micro_batches, place.hidden_bytes
+    # Attention and FFN each begin and end with one exchange; what is recomputed is exchanged again.
+    again = {"none": 0, "selective": 1, "full": 2}[r.recompute]
+    yield Traffic("tensor", "loss statistics", "all-reduce", tensor, 3 * FP32 * place.tokens * n * place.is_last)
+    if not r.parallel.sequence:
+        ends = place.is_first + place.is_last  # embedding forward, loss backward
+        yield Traffic("tensor", "activations", "all-reduce", tensor, ((4 + again) * place.layers + ends) * hidden * n)
+        return
+    # Under sequence parallelism a block's input is gathered again for its weight gradient.
+    gathers = (6 + again) * place.layers + place.is_first + place.is_last
+    scatters = (4 + again) * place.layers + place.is_first + place.is_last
+    yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden * n)
+    yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden * n)
+    yield Traffic("tensor", "norms' gradient", "all-reduce", tensor, FP32 * norms // place.data_size)
