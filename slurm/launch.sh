@@ -148,7 +148,7 @@ fi
 
 # The early signal before the time limit, or a preemption: hold it while there are no ranks, then hand it on.
 asked_to_stop=
-trap 'asked_to_stop=yes' USR1 TERM
+trap 'asked_to_stop=yes; log "asked to stop: saving a checkpoint first"' USR1 TERM
 
 # shellcheck disable=SC2086  # one word a node
 read -r decision attempt run < <(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \

@@ -118,12 +118,15 @@ class Site:
 
     def finish(self, job: int, timeout: float = 300, expected: str = "COMPLETED") -> str:
         """Wait until a job has left the queue for good; returns its output, asserts how it ended."""
-        state = wait_for(
-            lambda: (state := self.cluster.job(job)["JobState"]) in FINAL_STATES and state,
-            f"job {job} to end",
-            timeout,
-            step=0.5,
-        )
+
+        def ended() -> str | None:
+            state = self.cluster.job(job)["JobState"]
+            return state if state in FINAL_STATES else None
+
+        try:
+            state = wait_for(ended, f"job {job} to end", timeout, step=0.5)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.cluster.command('squeue')}{self.output(job)}") from None
         output = self.output(job)
         assert state == expected, f"job {job} is {state}\n{output}"
         return output

@@ -157,6 +157,8 @@ class Cluster:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for name in self.names:
+            self._ip(f"link del {self.cable(name)}")
         for process in self._processes.values():
             process.kill()
         for process in self._processes.values():

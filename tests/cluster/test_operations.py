@@ -1,0 +1,111 @@
+"""What an admin does around a run: the smoke job, stopping, giving up, chaining, losing a node, building the data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from site_folder import NUM_SEGMENTS, SHAPE, Site, write_raw_rows
+from slurm_cluster import Cluster, wait_for
+
+
+def make_site(cluster: Cluster, folder: Path, data: Path, steps: int = 60, preflight: str = "no") -> Site:
+    edits = {
+        "SITE_DATA=$SITE_REPOSITORY/data/amber ": f"SITE_DATA={data} ",
+        "SITE_PREFLIGHT=yes": f"SITE_PREFLIGHT={preflight}",
+    }
+    return Site(cluster, folder, steps, edits)
+
+
+def test_smoke_job_checks_trains_saves_requeues_and_resumes(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "smoke", data, preflight="yes")
+    job = site.submit("smoke.sbatch")
+    output = site.finish(job, timeout=400)
+    run = site.folder / f"runs/smoke-{job}"
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("completed", 20), output
+    assert output.count("checking 2 nodes") == 2, output
+    assert output.count("putting the job back in the queue") == 1
+    records = [json.loads(p.read_text()) for p in sorted((run / "environment").glob("attempt_*.json"))]
+    assert [record["attempt"] for record in records] == [1, 2]
+    assert 0 == records[0]["checkpoint_step"] < records[1]["checkpoint_step"] < 20
+    assert len(records[0]["nodes"]) == 2 and records[0]["recipe"]["run"]["steps"] == 20
+    sent = (cluster.root / "mail/sent").read_text()
+    assert f"Job_id={job} Name=smoke" in sent and "COMPLETED" in sent
+
+
+def test_a_stop_file_ends_the_run_with_a_checkpoint(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "stop", data, steps=400)
+    job = site.submit("pretrain_05b.sbatch", "--nodes=2")
+    site.wait_for_step(job, 50)
+    (site.run_folder() / "STOP").touch()
+    site.finish(job)
+    status = site.status()
+    assert status["state"] == "stopped" and "STOP exists; remove it" in status["reason"]
+    assert (site.run_folder() / f"checkpoints/step_{status['step']:08d}/COMPLETE").exists()
+    assert 50 <= status["step"] < 400
+
+
+def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "hopeless", data)
+    site.edit("SITE_ATTEMPTS=3", "SITE_ATTEMPTS=2")
+    # The loss overflows in the first steps of every attempt; only the first attempt gets as far as a checkpoint.
+    job = site.submit("pretrain_05b.sbatch", "--nodes=2", arguments=("optimizer.learning_rate=1.0e30",))
+    output = site.finish(job, expected="FAILED")
+    assert output.count("launch: attempt") == 3, output
+    status = site.status()
+    assert status["state"] == "failed"
+    assert "2 attempts without a new checkpoint" in status["reason"] and "loss nan" in status["reason"]
+    assert f"Job_id={job}" in (cluster.root / "mail/sent").read_text()
+
+
+def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
+    cluster: Cluster, scratch: Path, data: Path
+) -> None:
+    site = make_site(cluster, scratch / "chain", data, steps=400)
+    script = 'source "$1/slurm/site.sh"; cd /; "$1/slurm/chain.sh" 4 "$1/slurm/pretrain_05b.sbatch"'
+    jobs = [int(line.split()[-1]) for line in cluster.command("bash", "-c", script, "x", site.folder).splitlines()]
+    assert len(jobs) == 4
+    site.wait_for_step(jobs[0], 50)
+    site.cluster.command("scancel", str(jobs[0]))
+    site.finish(jobs[0], expected="CANCELLED")
+    site.finish(jobs[1])
+    assert site.status()["state"] == "completed"
+    assert [step for step, *_ in site.accepted()] == list(range(1, 401))
+    for job in jobs[2:]:
+        site.finish(job, timeout=30, expected="CANCELLED")
+
+
+def test_the_data_array_finishes_on_resubmission_and_does_only_what_is_missing(cluster: Cluster, scratch: Path) -> None:
+    site = Site(
+        cluster,
+        scratch / "array",
+        edits={"SITE_RAW_DATA=$SITE_REPOSITORY/data/amber_raw ": f"SITE_RAW_DATA={scratch}/array_raw "},
+    )
+    raw, built = scratch / "array_raw", site.folder / "data/amber"
+    write_raw_rows(raw)
+    killed = NUM_SEGMENTS - 1
+
+    def submit() -> int:
+        return site.submit("build_amber.sbatch", f"--array=0-{killed}%20", arguments=SHAPE)
+
+    def segments() -> dict[str, tuple[int, bytes]]:
+        return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in built.glob("segment_*.bin")}
+
+    # One task is killed while it runs; then the array has no more to do.
+    job = submit()
+    wait_for(lambda: cluster.job_task(job, killed)["JobState"] == "RUNNING", "the last task to run", 60)
+    cluster.command("scancel", "--signal=KILL", "--full", f"{job}_{killed}")
+    wait_for(lambda: not cluster.command("squeue", "-h", "-j", str(job)).strip(), "the array to end", 60)
+    before = segments()
+    assert len(before) == killed
+
+    job = submit()
+    wait_for(lambda: not cluster.command("squeue", "-h", "-j", str(job)).strip(), "the array to end", 120)
+    after = segments()
+    assert len(after) == NUM_SEGMENTS
+    assert {name: after[name] for name in before} == before, "finished segments are not touched"
+    merge = [sys.executable, "data_tools/build_amber.py", "merge", "--input", str(raw), "--output", str(built), *SHAPE]
+    cluster.command("bash", "-c", 'cd "$1"; shift; "$@"', "x", site.folder, *merge)
+    assert json.loads((built / "manifest.json").read_text())["num_segments"] == NUM_SEGMENTS
