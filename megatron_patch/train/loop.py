@@ -6,12 +6,13 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_tools.durable import write_whole
 from megatron_patch import launch, recipe, topology
 from megatron_patch.data.deal import deal
-from megatron_patch.data.loader import Loader, held_out_shares
+from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.recipe import Recipe, RecipeError
@@ -123,7 +124,6 @@ def _train(
     keeper = Keeper(resolved, place, trainer.optimizer, order, status)
     hang.beat("resume")
     state = keeper.resume(segments.digest, accept_changes)
-    done = state.samples // batch.global_batch_size
     if place.rank == 0:
         write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
     losses = LossWatch(resolved.watchdog, state.spike_window)
@@ -139,7 +139,7 @@ def _train(
             num_micro_batches=micro_batches,
         )
     )
-    log = Log(resolved, place.world_size, total, done) if place.rank == 0 else None
+    log = Log(resolved, place.world_size, total, state.step) if place.rank == 0 else None
     loader = Loader(
         segments,
         order,
@@ -151,33 +151,24 @@ def _train(
     )
     stop: str | None = None
     try:
-        while done < total and stop is None:
-            hang.beat(f"step {done + 1}")
+        while state.step < total and stop is None:
+            hang.beat(f"step {state.step + 1}")
             trainer.stopwatch.start()
             share = next(loader)
-            rate = learning_rate(done, resolved.optimizer, total)
+            rate = learning_rate(state.step, resolved.optimizer, total)
             result = trainer.step(share, rate, requests.number(), losses.accept)
-            if not result.applied or losses.action == "log":
+            if losses.action != "go on":
                 segment, rows = order.batch(state.samples)
                 if log:
-                    log.remarkable(done + 1, losses.reason, result.applied, segment, rows.tolist())
+                    log.remarkable(state.step + 1, losses.reason, result.applied, segment, rows.tolist())
                 if losses.action == "stop":
                     hang.beat("saving the last good step")
                     keeper.finish(state)
-                    raise TrainingError(
-                        f"step {done + 1}: {losses.reason}; the update was not made, the step before is saved. Its "
-                        f"batch is segment {segment}, rows {rows.tolist()}. Look at those rows (python "
-                        "data_tools/build_amber.py verify), or resume with watchdog.non_finite=skip watchdog.spike=skip"
-                    )
-            done += 1
-            state = state.model_copy(
-                update={
-                    "step": done,
-                    "samples": done * batch.global_batch_size,
-                    "tokens": state.tokens + batch.global_batch_size * resolved.model.sequence_length,
-                    "spike_window": losses.window,
-                }
+                    raise _stopped(state.step + 1, losses.reason, segment, rows.tolist())
+            state = state.after_batch(
+                batch.global_batch_size, batch.global_batch_size * resolved.model.sequence_length, losses.window
             )
+            done = state.step
             if log:
                 log.step(done, result.loss, result.grad_norm, rate)
                 status.progress(
@@ -192,24 +183,39 @@ def _train(
                 note(f"step {done}: rank {place.rank} on {platform.node()} {verdict}")
             decision = requests.decide(result.request)
             stop = decision.stop
+            # Scored before it is saved: what is saved is not done again, and a last step is always scored.
+            scored = held_out and (done == total or (done % resolved.data.held_out_interval == 0 and stop is None))
+            if scored:
+                loss = trainer.held_out_loss(_beating(held_out, hang, done), resolved.data.held_out_rows)
+                if log:
+                    log.held_out(done, loss)
             hang.beat(f"save after step {done}")
             if keeper.after_step(state, due=decision.save):
                 requests.saved()
-            if held_out and stop is None and (done % resolved.data.held_out_interval == 0 or done == total):
-                hang.beat(f"held-out loss after step {done}")
-                loss = trainer.held_out_loss(held_out, resolved.data.held_out_rows)
-                if log:
-                    log.held_out(done, loss)
         hang.beat("last save")
         keeper.finish(state)
-        if done < total:
-            status.end("stopped", f"{stop}; a checkpoint of step {done} is durable", step=done)
+        if state.step < total:
+            status.end("stopped", f"{stop}; a checkpoint of step {state.step} is durable", step=state.step)
             if log:
-                note(f"stopped after step {done}: {stop}; start the same command again to go on")
+                note(f"stopped after step {state.step}: {stop}; start the same command again to go on")
         else:
-            status.end("completed", f"all {total} steps are done", step=done)
+            status.end("completed", f"all {total} steps are done", step=total)
     finally:
         hang.close()
         loader.close()
         if log:
             log.close()
+
+
+def _beating(shares: Iterable[BatchShare], hang: HangWatch, step: int) -> Iterator[BatchShare]:
+    for share in shares:
+        hang.beat(f"held-out loss after step {step}")
+        yield share
+
+
+def _stopped(step: int, reason: str, segment: int, rows: list[int]) -> TrainingError:
+    return TrainingError(
+        f"step {step}: {reason}; the update was not made, the step before is saved. Its batch is segment {segment}, "
+        f"rows {rows}. Look at those rows (python data_tools/build_amber.py verify), or resume with "
+        "watchdog.non_finite=skip watchdog.spike=skip"
+    )

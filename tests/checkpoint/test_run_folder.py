@@ -121,6 +121,15 @@ def test_another_recipe_is_refused(
     assert names(run) == names(finished) and history(run) == history(finished)
 
 
+def test_another_global_batch_is_refused_always(finished: Path, data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    other = settings(data_folder, run, "batch.global_batch_size=4", "batch.micro_batch_size=4")
+    job = Job(1, other, tmp_path / "log", accept_changes=True)
+    assert job.wait() == [2]
+    assert "batch.global_batch_size was 8, now it is 4" in job.log.read_text()
+
+
 def test_another_data_set_is_refused_unless_accepted_and_that_is_recorded(
     finished: Path, data_folder: Path, tmp_path: Path
 ) -> None:

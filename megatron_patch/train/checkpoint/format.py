@@ -87,11 +87,22 @@ class State(_Json):
 
     step: int = Field(ge=0, description="Optimizer steps done, skipped ones included.")
     samples: int = Field(ge=0, description="Rows consumed: the position in the data.")
-    tokens: int = Field(ge=0, description="Labels trained on.")
+    tokens: int = Field(ge=0, description="Labels consumed, those of skipped steps included.")
     optimizer_step: int = Field(ge=0, description="AdamW updates done, for its bias correction.")
     data_digest: str | None = Field(description="Digest of the data set's manifest; null: not from a data set.")
     spike_window: list[float] = Field(default=[], description="Losses the watchdog compares the next one with.")
     accepted_changes: list[str] = Field(default=[], description="Changes that --accept-changes let pass, in order.")
+
+    def after_batch(self, rows: int, tokens: int, spike_window: list[float]) -> State:
+        """One step on; `optimizer_step` is filled in when it is saved."""
+        return self.model_copy(
+            update={
+                "step": self.step + 1,
+                "samples": self.samples + rows,
+                "tokens": self.tokens + tokens,
+                "spike_window": spike_window,
+            }
+        )
 
 
 class StoredFragment(_Json):

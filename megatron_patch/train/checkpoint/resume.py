@@ -64,6 +64,13 @@ def resume(
         )
     with open_checkpoint(folder, verify=False) as checkpoint:
         changes = _changes(checkpoint, recipe, data_digest, note)
+        if checkpoint.recipe.batch.global_batch_size != recipe.batch.global_batch_size:
+            raise ResumeRefused(
+                folder,
+                f"batch.global_batch_size was {checkpoint.recipe.batch.global_batch_size}, now it is "
+                f"{recipe.batch.global_batch_size}: a step would no longer name its rows",
+                "restore it; --accept-changes does not help here",
+            )
         if changes and not accept_changes:
             raise ResumeRefused(
                 folder,
