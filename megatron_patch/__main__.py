@@ -19,6 +19,7 @@ VERBS = {
     "import": ("megatron_patch.convert.imported", "a Hugging Face folder as a checkpoint"),
     "eval": ("megatron_patch.evaluate.command", "score models on the paper's nine benchmarks; print its tables"),
     "report": ("megatron_patch.report.command", "a run as one HTML file; models side by side with the paper's"),
+    "loss_compare": ("megatron_patch.loss_compare", "do two runs lose alike, step by step?"),
     "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
 }
 

@@ -70,7 +70,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             whole = hidden
         tokens = whole.reshape(-1, whole.shape[-1])
-        labels, coefficients = labels.reshape(-1), coefficients.reshape(-1)
+        # The kernels walk along both; a coefficient expanded over a row's tokens arrives with stride 0.
+        labels, coefficients = labels.reshape(-1).contiguous(), coefficients.reshape(-1).contiguous()
         first_label = group.rank() * weight.shape[0]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(tokens) if differentiate else None
