@@ -191,15 +191,16 @@ SLURM_HOSTFILE=$folder/hosts MASTER_ADDR=${used%%[[:space:]]*} step --distributi
 training=$!
 while kill -0 "$training" 2>/dev/null; do
     [[ -e $run/STOP ]] && asked_to_stop=yes
-    if [[ -n ${MOBILLAMA_INTERRUPT:-} && ${SLURM_RESTART_COUNT:-0} == 0 && -s $run/log.jsonl ]]; then
-        log "asking for a checkpoint and a restart, as before a time limit"
+    # The smoke job's rehearsal: as if the time limit came while the ranks start. They stop after their first step.
+    if [[ -n ${MOBILLAMA_INTERRUPT:-} && $attempt == 1 && -z $asked_to_stop && -e $run/status.json ]]; then
         asked_to_stop=yes
+        log "asking for a checkpoint and a restart, as before a time limit"
     fi
     if [[ -n $asked_to_stop ]]; then
         kill -USR1 "$training" 2>/dev/null || true    # srun hands it to every rank; once more does no harm
         sleep 5 &
     else
-        sleep 2 &
+        sleep 0.5 &
     fi
     wait -n || true    # a trapped signal ends the wait at once
 done

@@ -134,8 +134,15 @@ def saved_bytes(overrides: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "layout",
-    ["", "parallel.tensor=2", "parallel.tensor=2 parallel.sequence=true", "parallel.pipeline=2"]
-    + ["recompute=selective", "recompute=full", "recompute=full parallel.tensor=2 parallel.sequence=true"],
+    [
+        "",
+        "parallel.tensor=2",
+        "parallel.tensor=2 parallel.sequence=true",
+        "parallel.pipeline=2",
+        "recompute=selective",
+        "recompute=full",
+        "recompute=full parallel.tensor=2 parallel.sequence=true",
+    ],
 )
 def test_activations_are_what_autograd_keeps(layout: str) -> None:
     overrides = [*SAVED, *layout.split()]

@@ -257,6 +257,14 @@ class Cluster:
         words = self.command("scontrol", "show", "job", "-o", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def task(self, array: int, index: int) -> dict[str, str]:
+        """Fields of one task of an array job; empty while it is not split off from the array."""
+        for line in self.command("scontrol", "show", "job", "-o", str(array)).splitlines():
+            fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            if fields.get("ArrayTaskId") == str(index):
+                return fields
+        return {}
+
     def hosts(self, number: int) -> list[str]:
         """Nodes of a running job, in Slurm's order."""
         return self.command("scontrol", "show", "hostnames", self.job(number)["NodeList"]).split()

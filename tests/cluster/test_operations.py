@@ -95,7 +95,7 @@ def test_the_data_array_finishes_on_resubmission_and_does_only_what_is_missing(c
 
     # One task is killed while it runs; then the array has no more to do.
     job = submit()
-    wait_for(lambda: cluster.job_task(job, killed)["JobState"] == "RUNNING", "the last task to run", 60)
+    wait_for(lambda: cluster.task(job, killed).get("JobState") == "RUNNING", "the last task to run", 60)
     cluster.command("scancel", "--signal=KILL", "--full", f"{job}_{killed}")
     wait_for(lambda: not cluster.command("squeue", "-h", "-j", str(job)).strip(), "the array to end", 60)
     before = segments()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from site_folder import Site
-from slurm_cluster import Cluster
+from slurm_cluster import Cluster, wait_for
 
 STEPS = 400
 DISTURB_AT = 100
