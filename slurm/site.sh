@@ -27,6 +27,7 @@ export SBATCH_OUTPUT=$SITE_LOGS/%x-%j.out
 site_environment() {
     # One of: a conda environment made from environment.yml, the site's modules, a virtual environment.
     # module load CUDA/12.9 && source "$HOME/miniforge3/bin/activate" mobillama
+    # shellcheck source=/dev/null
     source "$SITE_REPOSITORY/.venv/bin/activate"
 }
 # A container instead (see slurm/Dockerfile): options that pyxis adds to srun, or a command put before python.
