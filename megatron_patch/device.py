@@ -33,6 +33,15 @@ def current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
 
 
+def make_deterministic() -> None:
+    """The same bits in every run of a layout: deterministic kernels, one collective algorithm. Costs speed.
+
+    Call it before the process group and the first matrix product. The rank map must be the same too.
+    """
+    os.environ |= {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+    torch.use_deterministic_algorithms(True)
+
+
 def init_process_group(timeout: timedelta) -> None:
     """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that `flight_record` remembers

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_tools.durable import write_whole
-from megatron_patch import launch, recipe, topology
+from megatron_patch import device, launch, recipe, topology
 from megatron_patch.data.deal import deal
 from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
     status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
+        if resolved.run.deterministic:
+            device.make_deterministic()
         place = topology.initialize(resolved.parallel)
         if is_first:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"

@@ -12,6 +12,9 @@ rank's ZeRO shard holds of it. Its key in the safetensors file says which, so th
 
 A full checkpoint holds of every fragment its weight, both AdamW moments and, in bf16 training, the fp32 master weight
 (in fp32 training the weight is the master). A weights checkpoint holds the weights alone. Nothing here is pickled.
+
+There is no random state in it, because nothing draws from one: initial values are a function of (seed, name), the order
+of rows is one of (seed, segment), and the model has no dropout. The learning rate is a function of the step.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class RunFolder:
                 try:
                     index = read_index(folder)
                 except (CheckpointError, OSError):
-                    continue  # no restart point, and the run does not need it: `verify` of its readers will say so
+                    continue  # whoever opens that milestone is told; the run goes on from another
                 if index.contents == "full":
                     by_step.append((index.state.step, 0, folder))
         return [folder for _, _, folder in sorted(by_step, reverse=True)]

@@ -1,0 +1,29 @@
+"""run.deterministic: every operation of a step has a deterministic form, and two runs give the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_patch.train.step import Trainer
+from tests.checkpoint.compare import assert_bit_equal, history, newest
+from tests.train.conftest import run_settings
+from tests.train.job import Job
+
+
+def test_two_runs_give_the_same_bits(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        real = Trainer.step
+
+        def step(self: Trainer, *args):
+            assert torch.are_deterministic_algorithms_enabled()
+            return real(self, *args)
+
+        Trainer.step = step
+
+    for name in ("one", "other"):
+        settings = run_settings(data_folder, tmp_path / name, "run.deterministic=true", "run.steps=6")
+        Job(4, settings, tmp_path / "log", before).run()
+    assert history(tmp_path / "one") == history(tmp_path / "other")
+    assert_bit_equal(newest(tmp_path / "one"), newest(tmp_path / "other"))
