@@ -46,8 +46,10 @@ def main(args: argparse.Namespace) -> int:
     """Train to the recipe's last step. Exit code 2: refused before the first step; 1: stopped by an error."""
     launch.setup_environment()
     is_first = os.environ["RANK"] == "0"
+    status: StatusFile | None = None
     try:
         resolved = recipe.load(args.recipe, args.overrides)
+        status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
         data_size = topology.data_parallel_size(resolved.parallel, int(os.environ["WORLD_SIZE"]))
         segments = _open_data(resolved)
         order = SampleOrder(
@@ -60,8 +62,9 @@ def main(args: argparse.Namespace) -> int:
     except (RecipeError, DataError) as error:
         if is_first:
             print(f"refused: {error}", file=sys.stderr)
+        if status is not None:
+            status.refuse(str(error))
         return 2
-    status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
     status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
         if resolved.run.deterministic:

@@ -58,15 +58,24 @@ class StatusFile:
         if self._rank == 0:
             self._write({"state": state, "reason": reason, "rank": 0, "node": platform.node(), **content})
 
+    def refuse(self, reason: str) -> None:
+        """Bad input: no attempt began. A completed run stays completed."""
+        if self._rank == 0 and self._read().get("state") != "completed":
+            self._content = self._read()
+            self._write({"state": "failed", "reason": f"refused: {reason}", "rank": 0, "node": platform.node()})
+
     def fail(self, reason: str) -> None:
         """This rank cannot go on. The first rank to fail is the cause; what others say after it is left out."""
-        try:
-            content = json.loads(self._path.read_bytes())
-        except FileNotFoundError:
-            content = {}
+        content = self._read()
         if content.get("state") not in ("failed", "stopped", "completed"):
             self._content = {**content, **self._content}
             self._write({"state": "failed", "reason": reason, "rank": self._rank, "node": platform.node()})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
 
     def _write(self, content: dict[str, Any]) -> None:
         self._content |= {**content, "updated": time.time()}

@@ -88,7 +88,8 @@ class Job:
         while alive := [p for p in self.ranks if p.exitcode is None]:
             wait([p.sentinel for p in alive], max(0.0, deadline - time.monotonic()))
             if any(p.exitcode for p in self.ranks):
-                wait([p.sentinel for p in self.ranks if p.exitcode is None], 2)
+                for process in self.ranks:  # a failure of all ends them within moments
+                    process.join(2)
                 self.kill()
             elif time.monotonic() > deadline:
                 self.kill()

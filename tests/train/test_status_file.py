@@ -1,0 +1,65 @@
+"""RUN/status.json says why a run ended, whoever ended it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_patch.train.status_file import StatusFile
+from tests.train.conftest import run_settings
+from tests.train.job import Job
+
+
+def status_of(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:
+    first, third = StatusFile(tmp_path, 0), StatusFile(tmp_path, 3)
+    first.start(total_steps=9)
+    assert status_of(tmp_path)["state"] == "starting"
+    first.progress(step=1, loss=2.0)
+    third.fail("it broke")
+    first.fail("connection closed by peer")
+    said = status_of(tmp_path)
+    assert (said["state"], said["reason"], said["rank"], said["total_steps"]) == ("failed", "it broke", 3, 9)
+    first.start(total_steps=9)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["reason"]) == ("starting", None)
+
+
+def test_an_end_that_all_agree_on_stands(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path, 0)
+    status.start()
+    status.checkpoint("step_00000004", 4)
+    status.end("stopped", "SIGTERM on 1 of 4 ranks", step=4)
+    status.fail("torn down")
+    said = status_of(tmp_path)
+    assert (said["state"], said["step"], said["checkpoint"]["name"]) == ("stopped", 4, "step_00000004")
+
+
+def test_refused_input_is_a_reason_but_never_undoes_a_completed_run(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = run_settings(data_folder, run, "run.steps=2", "data.held_out_interval=0")
+    wrong = [*settings, "data.folder=nowhere"]
+    assert Job(4, wrong, tmp_path / "log").wait() == [2] * 4
+    assert status_of(run)["state"] == "failed"
+    assert "refused: nowhere/manifest.json: no such file" in status_of(run)["reason"]
+    Job(4, settings, tmp_path / "log").run()
+    assert Job(4, wrong, tmp_path / "log").wait() == [2] * 4
+    assert (status_of(run)["state"], status_of(run)["reason"]) == ("completed", "all 2 steps are done")
+
+
+def test_an_error_of_any_rank_is_the_reason(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        if rank == 2:
+            from megatron_patch.train.step import Trainer
+
+            def step(*_: object) -> None:
+                raise RuntimeError("the third rank is unwell")
+
+            Trainer.step = step  # type: ignore[method-assign,assignment]
+
+    run = tmp_path / "run"
+    assert any(Job(4, run_settings(data_folder, run), tmp_path / "log", before).wait())
+    said = status_of(run)
+    assert (said["state"], said["reason"], said["rank"]) == ("failed", "RuntimeError: the third rank is unwell", 2)
