@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
 import os
+import re
 from collections import Counter
 from typing import Any
 from unittest import mock
@@ -12,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_patch import device, memory
+from megatron_patch import device, memory, plan
 from tests import toy
 from tests.ranks import run_ranks
 
@@ -157,3 +161,59 @@ def test_activations_are_what_autograd_keeps(layout: str) -> None:
             # torch's CPU attention writes its output in the order that the projection reads; a GPU's is copied once.
             planned -= place.layers * place.hidden_bytes // p.tensor
         assert planned == real
+
+
+def plan_of(*arguments: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = plan.main(parser.parse_intermixed_args(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_plan_of_the_published_run() -> None:
+    code, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "20", "--gpus", "a100-80g")
+    assert code == 0
+    for part in (
+        "534,865,920 unique (memory, checkpoints), 1,261,529,088 applied (compute)",
+        "7.73 GFLOP a token",
+        "767,880 steps, 1,258.1B tokens",
+        "18,165 tokens/s a GPU",
+        "5.0 days, 19.2K GPU hours",
+        "2.4 expected",  # 160 GPUs x 5.0 days / 8,090 GPU hours
+        "7.5 GB each, 3 kept",  # 534,865,920 x 14 bytes
+        "360, 1.1 GB each; 10 of them with the optimizer",
+    ):
+        assert part in text, part
+
+
+def test_nineteen_nodes_take_padding_into_account() -> None:
+    _, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "19")
+    # 800 rows on 152 ranks: two micro-batches of 5 where 5.26 rows are the share.
+    assert "2 micro-batches of 5 a rank, 47.4% of them padding" in text
+    _, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "19", "batch.micro_batch_size=3")
+    assert "2 micro-batches of 3 a rank, 12.3% of them padding" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpus", "a100-40g", "batch.micro_batch_size=20"], "refused: stage 0 needs 6.*lower batch.micro_batch_size"),
+        (["--nodes", "3", "parallel.pipeline=5"], r"chunks"),
+        (["--nodes", "5", "parallel.pipeline=11"], r"40 GPUs / .* = 3.63636: use a number of nodes that divides"),
+        (["parallel.tensor=16"], r"a tensor group would span two nodes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments: list[str], reason: str) -> None:
+    code, _, error = plan_of("recipes/mobillama_05b.yaml", *arguments)
+    assert code == 2
+    assert re.search(reason, error, re.DOTALL), error
+
+
+def test_the_papers_models_side_by_side() -> None:
+    code, text, _ = plan_of()
+    assert code == 0
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()[2:7]}
+    assert rows["baseline2"][1:3] == ["542,148,608", "0.52B"]
+    assert rows["large_base"][4] == rows["mobillama_05b"][4] == "7.73"
