@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
 DEMO_ENV := OMP_NUM_THREADS=1
 
-.PHONY: env demo test lint soak bench-gpu clean
+.PHONY: env demo test lint soak bench-gpu bench-data asan clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,8 @@ help:
 	@echo "make test          the test suite (no GPU, no network)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
+	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
+	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
 	@echo "make soak          the long runs of the test suite"
 
 env: $(VENV)/ready
@@ -50,6 +52,23 @@ soak: $(VENV)/ready-dev
 
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu
+
+bench-data: $(VENV)/ready-dev
+	$(BIN)/python -W ignore benchmarks/index_speed.py
+	$(BIN)/python -W ignore benchmarks/tokenize_speed.py
+	$(BIN)/python -W ignore benchmarks/loader_speed.py
+
+# A copy, so that the core in use stays as it is. The sanitizers' libraries must be there before Python starts.
+asan: $(VENV)/ready-dev
+	rm -rf build/asan && mkdir -p build/asan/tests
+	cp -r setup.py pyproject.toml README.md data_tools build/asan/
+	cp -r tests/__init__.py tests/data_tools build/asan/tests/
+	rm -f build/asan/data_tools/_core*.so
+	cd build/asan && AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest --noconftest -p no:cacheprovider \
+	    tests/data_tools/test_row_parser.py tests/data_tools/test_fuzz_files.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check

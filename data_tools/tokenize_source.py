@@ -17,6 +17,7 @@ import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,13 @@ def _run(jobs: list[_Job], workers: int) -> Iterator[_Job]:
     # Spawned, not forked: gigatoken and pyarrow have threads, which a fork would lose.
     with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
         queue = iter(jobs)
-        running: set[Future[_Job]] = {pool.submit(_do, job) for job, _ in zip(queue, range(2 * workers), strict=False)}
+        running: set[Future[_Job]] = {pool.submit(_do, job) for job in islice(queue, 2 * workers)}
         try:
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-                    running |= {pool.submit(_do, job) for job, _ in zip(queue, range(1), strict=False)}
+                    running |= {pool.submit(_do, job) for job in islice(queue, 1)}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
