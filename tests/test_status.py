@@ -1,0 +1,114 @@
+"""Decisions between attempts, and what `status` tells, on run folders as training and the launcher write them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_patch import attempts, launch, recipe, status
+
+SETTINGS = recipe.load("recipes/demo.yaml")
+
+
+def finish_checkpoint(run: Path, step: int) -> None:
+    (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints/latest").write_text(f"step_{step:08d}\n")
+
+
+def begin(run: Path, series: str = "job-1", limit: int = 2) -> attempts.Decision:
+    return attempts.begin(run, SETTINGS, series, limit, ["dgx01"])[0]
+
+
+def test_attempts_without_progress_are_counted_even_when_nothing_ended_them(tmp_path: Path) -> None:
+    assert begin(tmp_path) == "go"
+    finish_checkpoint(tmp_path, 10)
+    assert begin(tmp_path) == "go"
+    assert attempts.decide(tmp_path, "job-1", 2)[0] == "again"
+    assert begin(tmp_path) == "go"
+    assert begin(tmp_path) == "give-up"
+    finish_checkpoint(tmp_path, 20)
+    assert begin(tmp_path) == "go", "progress clears the count"
+    assert [record["attempt"] for record in attempts.attempts(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_new_submission_starts_with_a_clean_slate(tmp_path: Path) -> None:
+    assert [begin(tmp_path) for _ in range(3)] == ["go", "go", "give-up"]
+    assert begin(tmp_path, series="job-2") == "go"
+
+
+def test_a_complete_run_and_a_stop_file_start_nothing(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    decision, why = attempts.decide(tmp_path, "job-1", 2)
+    assert decision == "stop" and "remove it and submit again" in why
+    launch.write_json(tmp_path / "status.json", {"state": "completed", "step": 5})
+    assert begin(tmp_path) == "complete"
+    assert not attempts.attempts(tmp_path)
+
+
+def test_ten_attempts_are_in_order(tmp_path: Path) -> None:
+    for step in range(11):
+        finish_checkpoint(tmp_path, step)
+        begin(tmp_path)
+    assert [record["attempt"] for record in attempts.attempts(tmp_path)] == list(range(1, 12))
+
+
+def write_run(run: Path, **changes: object) -> None:
+    now = time.time()
+    begin(run)
+    record = json.loads((run / "environment/attempt_1.json").read_text()) | {"started": now - 100}
+    launch.write_json(run / "environment/attempt_1.json", record)
+    finish_checkpoint(run, 40)
+    # Steps 41 to 50 were done twice: only one of the two counts.
+    lines = [{"step": s, "loss": 3.0, "seconds": 1.0, "time": now} for s in [*range(1, 51), *range(41, 81)]]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "log.jsonl").write_text(text + '{"step": 80, "held_out_loss": 3.1}\n{"step": 81, "lo')
+    content = {"state": "running", "reason": None, "step": 80, "total_steps": 200, "tokens": 1234567, "ranks": 4}
+    content |= {"loss": 3.0, "tokens_per_second": 1000.0, "eta_seconds": 120.0, "updated": now, **changes}
+    launch.write_json(run / "status.json", content)
+
+
+def run_status(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    status.add_arguments(parser)
+    return status.main(parser.parse_args(arguments))
+
+
+def test_status_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a")
+    assert run_status(str(tmp_path / "a")) == 0
+    told = capsys.readouterr().out
+    for part in (
+        "state        running",
+        "attempt      1, 4 ranks",
+        "step         80 of 200",
+        "tokens       1,234,567",
+        "ETA          0:02:00",
+        "checkpoint   step 40",
+        "effective    80.0% of",
+    ):
+        assert part in told, told
+
+
+def test_status_names_the_rank_of_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", state="failed", reason="loss nan", rank=3, node="dgx07")
+    run_status(str(tmp_path / "a"))
+    assert "last word    loss nan\n             rank 3 on dgx07" in capsys.readouterr().out
+
+
+def test_a_run_that_says_nothing_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs/a", updated=time.time() - 3600)
+    write_run(tmp_path / "runs/b", state="completed", reason="all 200 steps are done")
+    assert run_status("--runs", str(tmp_path / "runs")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["a", "silent", "80/200"]
+    assert lines[2].split()[:3] == ["b", "completed", "80/200"] and lines[2].endswith("all 200 steps are done")
+
+
+def test_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_status(str(tmp_path)) == 2
+    assert run_status("--runs", str(tmp_path)) == 2
+    assert "no runs" in capsys.readouterr().err
