@@ -56,7 +56,7 @@ def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: P
     assert output.count("launch: attempt") == 3, output
     status = site.status()
     assert status["state"] == "failed"
-    assert "2 attempts without a new checkpoint" in status["reason"] and "loss nan" in status["reason"]
+    assert "2 attempts without a new checkpoint" in status["reason"] and "nan" in status["reason"]
     assert f"Job_id={job}" in (cluster.root / "mail/sent").read_text()
 
 
@@ -75,6 +75,30 @@ def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
     assert [step for step, *_ in site.accepted()] == list(range(1, 401))
     for job in jobs[2:]:
         site.finish(job, timeout=30, expected="CANCELLED")
+
+
+def test_a_node_that_falls_sick_leaves_nineteen_of_twenty_and_the_sample_order_as_it_was(
+    cluster: Cluster, scratch: Path, data: Path
+) -> None:
+    """Twenty real ranks on twenty nodes, then nineteen: the same rows in the same order, as on one node alone."""
+    alone = make_site(cluster, scratch / "alone", data, steps=60)
+    alone.finish(alone.submit("pretrain_05b.sbatch", "--nodes=1"))
+    site = make_site(cluster, scratch / "nineteen", data, steps=60, preflight="yes")
+    job = site.submit("pretrain_05b.sbatch", "--signal=B:USR1@60", arguments=("watchdog.hang_minutes=5",))
+    site.wait_for_step(job, 20, timeout=400)
+    sick = site.cluster.hosts(job)[6]
+    cluster.on_node(
+        sick, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(site.folder / "runs/mobillama_05b/checkpoints")
+    )
+    cluster.command("scontrol", "requeue", str(job))
+    output = site.finish(job, timeout=600)
+    assert "training on 20 nodes" in output and "training on 19 nodes" in output, output
+    assert f"{sick}: rank" in output and "Read-only file system" in output, output
+    assert (site.run_folder() / "logs/attempt_2/hosts").read_text().split().count(sick) == 0
+    for (step, loss, norm), (other_step, other_loss, other_norm) in zip(site.accepted(), alone.accepted(), strict=True):
+        assert step == other_step
+        assert abs(loss - other_loss) < 1e-5 * other_loss
+        assert abs(norm - other_norm) < 1e-4 * other_norm
 
 
 def test_the_data_array_finishes_on_resubmission_and_does_only_what_is_missing(cluster: Cluster, scratch: Path) -> None:
