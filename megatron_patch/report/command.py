@@ -1,0 +1,43 @@
+"""`python -m megatron_patch report`: a run as one HTML file, or models side by side with the paper's.
+
+report RUN                                writes RUN/report.html; works on a run in progress
+report --compare RUN_OR_RECIPE ...        Table 1 and Figure 1: parameters, tokens, GPU hours, memory, accuracy
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_tools.durable import write_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --compare recipes too")
+    parser.add_argument("--output", type=Path, help="HTML file; default: RUN/report.html")
+    parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
+    parser.add_argument("--compare", action="store_true", help="print Table 1 and Figure 1 with these models")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 2: refused, with the remedy."""
+    try:
+        if args.compare:
+            from megatron_patch.report.compare import compare
+
+            print(compare(args.runs, args.evaluations))
+            return 0
+        if args.output and len(args.runs) > 1:
+            raise ValueError("--output names one file; give one run, or leave it out")
+        from megatron_patch.report.page import render
+        from megatron_patch.report.read import read_run
+
+        for folder in args.runs:
+            page = args.output or folder / "report.html"
+            write_whole(page, render(read_run(folder, args.evaluations), page).encode())
+            print(f"{page}: written", file=sys.stderr)
+    except ValueError as error:  # ReportError, RecipeError, DataError
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    return 0

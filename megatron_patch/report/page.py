@@ -1,0 +1,295 @@
+"""One self-contained HTML file of a run: text in the page's own source, curves drawn by the page's own script."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from data_tools.format import TABLE_2_BILLION_TOKENS
+from megatron_patch import counts
+from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.report.read import Run
+from megatron_patch.report.series import Axes, curve
+
+_ASSETS = Path(__file__).parent
+_FOLDED_ROWS = 12
+"""A longer table opens on demand."""
+_CURVES = (  # title, unit, key of the log, logarithmic, from zero
+    ("Gradient norm", "before clipping", "grad_norm", True, False),
+    ("Learning rate", "", "learning_rate", False, True),
+    ("Tokens per second", "of the job", "tokens_per_second", False, True),
+    ("MFU", "percent of the dense bf16 peak", "mfu_percent", False, True),
+    ("Memory", "GB, highest on rank 0", "memory_gb", False, True),
+)
+
+
+def render(run: Run, page: Path) -> str:
+    """The HTML; links to checkpoints are relative to where `page` will lie."""
+    axes = _axes(run)
+    charts, figures = _charts(run, axes)
+    score_charts, score_figures = _score_charts(run, first=len(charts))
+    data = {
+        "charts": charts + score_charts,
+        "restarts": [
+            {"from": axes.at(r.time - r.lost, at := _tokens_of(run, r.step)), "to": axes.at(r.time, at)}
+            for r in run.restarts
+        ],
+    }
+    sections = [
+        _header(run),
+        _section("Training", _grid(figures) or "<p>No step has been logged yet.</p>", _choice(axes)),
+        _section("Restarts", _restarts(run)),
+        _section("Scores against tokens", _grid(score_figures, "small") + _score_table(run)) if run.scores else "",
+        _section("Data mix against the paper's Table 2", _mix(run)),
+        _section("Milestones", _milestones(run, page)),
+        _section("Recipe and environment", _details(run)),
+    ]
+    # "<" is escaped so that no text of a run can close the script element.
+    embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
+script-src 'unsafe-inline'; img-src data:">
+<link rel="icon" href="data:,">
+<title>{escape(run.recipe.name)}</title>
+<style>{(_ASSETS / "page.css").read_text()}</style>
+</head>
+<body><main>
+{"".join(sections)}
+</main>
+<script type="application/json" id="data">{embedded}</script>
+<script>{(_ASSETS / "page.js").read_text()}</script>
+</body></html>
+"""
+
+
+def _section(title: str, body: str, beside: str = "") -> str:
+    return f'<section><div class="title"><h2>{escape(title)}</h2>{beside}</div>{body}</section>\n'
+
+
+def _grid(figures: Sequence[str], kind: str = "") -> str:
+    return f'<div class="charts {kind}">{"".join(figures)}</div>' if figures else ""
+
+
+def _choice(axes: Axes) -> str:
+    return (
+        f'<span class="choice">along <label><input type="radio" name="axis" value="time" checked> {axes.time_unit}'
+        f'</label><label><input type="radio" name="axis" value="tokens"> {axes.token_unit}</label></span>'
+    )
+
+
+def _axes(run: Run) -> Axes:
+    if not run.steps:
+        return Axes.of(0.0, 0.0, 0.0)
+    first, last = run.steps[0], run.steps[-1]
+    start = first["time"] - first["seconds"]
+    return Axes.of(start, last["time"] - start, last["tokens"])
+
+
+def _header(run: Run) -> str:
+    status, last = run.status, run.steps[-1] if run.steps else {}
+    state, reason = str(status.get("state", "not started")), str(status.get("reason") or "")
+    total = status.get("total_steps") or run.recipe.run.steps or 0
+    step = last.get("step", 0)
+    tiles = [
+        ("Step", f"{step:,}" + (f" <small>of {total:,}</small>" if total else "")),
+        ("Tokens", _amount(last.get("tokens", 0))),
+        ("Loss", f"{last['loss']:.4f}" if last.get("loss") is not None else "-"),
+        ("Held-out loss", f"{run.held_out[-1]['held_out_loss']:.4f}" if run.held_out else "-"),
+        ("Tokens per second", f"{_lately(run, 'tokens_per_second'):,.0f}" if run.steps else "-"),
+        ("MFU", f"{_lately(run, 'mfu'):.1%}" if last.get("mfu") is not None else "- <small>peak unknown</small>"),
+        ("Restarts", f"{len(run.restarts)} <small>{_span(sum(r.lost for r in run.restarts))} lost</small>"),
+    ]
+    if state in ("running", "starting") and status.get("eta_seconds") is not None:
+        tiles.append(("Left", _span(status["eta_seconds"])))
+    model = run.recipe.model
+    parameters = counts.parameters(model)
+    sharing = "one FFN for all layers" if model.shared_ffn else "an FFN in each layer"
+    return f"""<header><h1>{escape(run.recipe.name)}</h1>
+<span class="state {escape(state)}">{escape(state)}</span><span class="soft">{escape(reason)}</span>
+</header>
+<p class="soft">{parameters.unique:,} parameters: {model.num_layers} layers of {model.hidden_size}, {sharing}
+({model.ffn_hidden_size}). {escape(_when(run))}</p>
+<progress max="{max(total, 1)}" value="{step}" aria-label="steps done"></progress>
+<dl class="tiles">{"".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k, v in tiles)}</dl>
+"""
+
+
+def _when(run: Run) -> str:
+    if not run.steps:
+        return ""
+    first, last = run.steps[0]["time"] - run.steps[0]["seconds"], run.steps[-1]["time"]
+    return f"{_utc(first)} to {_utc(last)} ({_span(last - first)})."
+
+
+def _charts(run: Run, axes: Axes) -> tuple[list[dict[str, Any]], list[str]]:
+    if not run.steps:
+        return [], []
+    steps = [
+        {
+            **s,
+            "mfu_percent": None if s.get("mfu") is None else 100 * s["mfu"],
+            "memory_gb": None if s.get("memory") is None else s["memory"] / 1e9,
+        }
+        for s in run.steps
+    ]
+    held_out = [{**r, "tokens": _tokens_of(run, r["step"])} for r in run.held_out]
+    loss = [curve("training", steps, "loss", axes)]
+    loss += [curve("held out", held_out, "held_out_loss", axes)] if held_out else []
+    charts: list[dict[str, Any]] = [{"curves": loss, "log": True}]
+    titles = [("Loss", "nats a token")]
+    for title, unit, key, log, zero in _CURVES:
+        drawn = curve("", steps, key, axes)
+        if drawn["values"]:
+            charts.append({"curves": [drawn], "log": log, "zero": zero})
+            titles.append((title, unit))
+    return charts, [_figure(i, *title) for i, title in enumerate(titles)]
+
+
+def _score_charts(run: Run, first: int) -> tuple[list[dict[str, Any]], list[str]]:
+    charts: list[dict[str, Any]] = []
+    figures: list[str] = []
+    axes = Axes.of(0.0, 0.0, max((s["tokens"] for s in run.scores), default=0.0))
+    for title, name in [("Average of nine", None), *((b.column, b.name) for b in BENCHMARKS)]:
+        points = [
+            {"time": 0.0, "tokens": s["tokens"], "value": c["value"]} for s in run.scores if (c := _score(s, name))
+        ]
+        if points:
+            charts.append({"curves": [curve("", points, "value", axes)], "axis": "tokens"})
+            figures.append(_figure(first + len(figures), title, f"percent, along {axes.token_unit}"))
+    return charts, figures
+
+
+def _score(scores: dict[str, Any], name: str | None) -> dict[str, Any] | None:
+    return scores["average"] if name is None else scores["scores"].get(name)
+
+
+def _figure(number: int, title: str, unit: str) -> str:
+    return (
+        f'<figure class="card" data-chart="{number}"><div class="head"><h3>{escape(title)}</h3>'
+        f'<span class="values"></span></div><svg role="img" aria-label="{escape(title)}"></svg>'
+        f"<figcaption>{escape(unit) or '&nbsp;'}</figcaption></figure>"
+    )
+
+
+def _restarts(run: Run) -> str:
+    if not run.restarts:
+        return "<p>None: every step was made in one go.</p>"
+    whole = run.steps[-1]["time"] - run.steps[0]["time"]
+    lost = sum(r.lost for r in run.restarts)
+    share = f"{lost / whole:.1%}" if whole else "0%"
+    head = f"<p>{len(run.restarts)}, which cost {_span(lost)}, {share} of the run (shaded above).</p>"
+    rows = [(_utc(r.time), f"{r.step:,}", _span(r.lost)) for r in run.restarts]
+    return head + _table(("First step began", "Went on from step", "Lost"), rows, numbers={1, 2})
+
+
+def _score_table(run: Run) -> str:
+    names = [b for b in BENCHMARKS if any(b.name in s["scores"] for s in run.scores)]
+    rows = []
+    for s in run.scores:
+        cells = [_score(s, b.name) for b in names] + [s["average"]]
+        rows.append((s["model"].rpartition("--")[2], _amount(s["tokens"]), *(_percent(c) for c in cells)))
+    return _table(
+        ("Milestone", "Tokens", *(b.column for b in names), "Average"), rows, numbers=set(range(1, 3 + len(names)))
+    )
+
+
+def _percent(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score['value']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")
+
+
+def _mix(run: Run) -> str:
+    if run.mix is None:
+        return f"<p>The data set {escape(str(run.recipe.data.folder))} is not within reach of this report.</p>"
+    ours, paper = sum(run.mix.values()), sum(TABLE_2_BILLION_TOKENS.values())
+    rows = []
+    for source, billion in TABLE_2_BILLION_TOKENS.items():
+        share, theirs = 100 * run.mix.get(source, 0) / ours, 100 * billion / paper
+        bars = (
+            f'<div class="bars"><span><i class="bar" style="width:{share:.2f}%;background:var(--one)"></i></span>'
+            f'<span><i class="bar" style="width:{theirs:.2f}%;background:var(--two)"></i></span></div>'
+        )
+        rows.append((escape(source), f"{run.mix.get(source, 0):,}", f"{share:.2f} %", f"{theirs:.2f} %", bars))
+    return _table(
+        ("Source", "Rows", '<i class="key" style="background:var(--one)"></i>This data set',
+         '<i class="key" style="background:var(--two)"></i>Table 2', ""),
+        rows, numbers={1, 2, 3}, escaped=True,
+    )  # fmt: skip
+
+
+def _milestones(run: Run, page: Path) -> str:
+    if not run.milestones:
+        return "<p>None yet.</p>"
+    folder = os.path.relpath(run.folder / "checkpoints", page.parent)
+    rows = [
+        (
+            f'<a href="{escape(folder)}/{escape(m["name"])}/">{escape(m["name"])}</a>',
+            f"{int(m['step']):,}", _amount(int(m["tokens"])), escape(m["segments"]), escape(m["contents"]),
+            escape(m["wall_time"][:16].replace("T", " ")), f"<code>{escape(m['digest'][:12])}</code>",
+        )
+        for m in run.milestones
+    ]  # fmt: skip
+    return _table(
+        ("Checkpoint", "Step", "Tokens", "Segments", "Holds", "Written (UTC)", "Digest"),
+        rows, numbers={1, 2}, escaped=True,
+    )  # fmt: skip
+
+
+def _details(run: Run) -> str:
+    environment = {k: v for k, v in run.environment.items() if k != "recipe"}
+    text = json.dumps(environment, indent=1) if environment else "not recorded yet"
+    return (
+        f"<details><summary>Recipe, resolved</summary><pre>{escape(run.recipe.to_yaml())}</pre></details>"
+        f"<details><summary>Environment of the last attempt</summary><pre>{escape(text)}</pre></details>"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int], *, escaped: bool = False) -> str:
+    text = str if escaped else escape
+    kind = [' class="n"' if i in numbers else "" for i in range(len(head))]
+    top = "".join(f"<th{k}>{text(h)}</th>" for k, h in zip(kind, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{k}>{text(c)}</td>" for k, c in zip(kind, row, strict=True)) + "</tr>" for row in rows
+    )
+    whole = f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
+    return whole if len(rows) <= _FOLDED_ROWS else f"<details><summary>All {len(rows)}</summary>{whole}</details>"
+
+
+def _lately(run: Run, key: str) -> float:
+    """Mean over the last 50 steps."""
+    values = [s[key] for s in run.steps[-50:] if s.get(key) is not None]
+    return float(sum(values) / len(values))
+
+
+def _tokens_of(run: Run, step: int) -> int:
+    return step * run.recipe.batch.global_batch_size * run.recipe.model.sequence_length
+
+
+def _amount(tokens: float) -> str:
+    """Four digits and a unit: 3.495B."""
+    unit, per = next((u for u in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)) if tokens >= u[1]), ("", 1.0))
+    return f"{tokens / per:.4g}{unit}"
+
+
+def _span(seconds: float) -> str:
+    """The two largest units: 4 d 6 h."""
+    left, parts = round(seconds), []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def _utc(time: float) -> str:
+    return datetime.fromtimestamp(time, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
