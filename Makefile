@@ -7,12 +7,13 @@ GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
 DEMO_ENV := OMP_NUM_THREADS=1
 
-.PHONY: env demo test lint soak bench-gpu bench-data asan clean
+.PHONY: env demo test test-cluster lint soak bench-gpu bench-data asan clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          raw text to trained model on a CPU, under 5 minutes on 2 cores"
 	@echo "make test          the test suite (no GPU, no network)"
+	@echo "make test-cluster  the sbatch templates on a real Slurm of 20 nodes in namespaces (root, Debian)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
 	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
@@ -46,6 +47,10 @@ demo: env
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster
+
+test-cluster: $(VENV)/ready-dev
+	tests/cluster/install.sh
+	PYTHON=$(CURDIR)/$(BIN)/python tests/cluster/run
 
 soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak

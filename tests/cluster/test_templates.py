@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 
 import pytest
 from site_folder import REPOSITORY
@@ -42,4 +43,4 @@ def test_slurm_refuses_what_this_cluster_has_not(cluster: Cluster) -> None:
 def test_scripts_pass_shellcheck() -> None:
     scripts = [p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch")]
     scripts += [REPOSITORY / "tests/cluster" / name for name in ("run", "install.sh")]
-    subprocess.run(["shellcheck", "-x", *scripts], cwd=REPOSITORY, check=True)
+    subprocess.run([Path(sys.executable).parent / "shellcheck", "-x", *scripts], cwd=REPOSITORY, check=True)
