@@ -140,6 +140,7 @@ class Benchmark:
             def run(micro_batch: int = micro_batch, share: BatchShare = share) -> None:
                 nonlocal fastest, shortest
                 _reset_peak()
+                trainer.optimizer.micro_batches = len(share.rows)
                 seconds = measure.seconds_a_call(lambda: trainer.step(share, 1e-5), warmup=2, repeats=3)
                 self.add_case(name, micro_batch, recipe, seconds, state_bytes=state_bytes(trainer))
                 if seconds < shortest:

@@ -1,9 +1,9 @@
 """Gradient accumulation and synchronisation, beside the optimizer that consumes it.
 
 Every parameter accumulates into `main_grad`, an fp32 view of its group's flat buffer: linear layers inside their
-weight-gradient GEMM (kernels/weight_gradient.py), the others through a hook that adds and drops `grad`. After the last
-micro-batch each buffer is summed over the data-parallel group straight into this rank's shard (reduce-scatter), and
-the shard, 1/DP of the bytes, over the ranks that hold replicas of the group:
+weight-gradient GEMM (kernels/weight_gradient.py), the others through a hook that adds and drops `grad`. Each buffer is
+summed over the data-parallel group straight into this rank's shard (reduce-scatter), and the shard, 1/DP of the bytes,
+over the ranks that hold replicas of the group:
 
     group     parameters                       replicas of it                  counted in the norm by
     sharded   embedding, attention, own FFNs   none                            every rank
@@ -13,13 +13,19 @@ the shard, 1/DP of the bytes, over the ranks that hold replicas of the group:
 The FFN has groups of its own because shard boundaries must align across stages that hold different other parameters:
 only then is the sum over stages bit-equal on all of them. Replicated norms need their sum only under sequence
 parallelism; otherwise every tensor-parallel rank computes the same gradient.
+
+Sharded parameters form buckets of neighbouring layers. A bucket's reduce-scatter starts during the backward pass of the
+last micro-batch, as soon as the gradient that leaves its lowest layer is computed: then every use of its weights, in
+every micro-batch and under any recomputation, has been added. The shared FFN's starts when all layers are done, the
+embedding's and the norms' at the end. What autograd knows of a parameter does not serve here: it reports a shared
+weight once a micro-batch without recomputation, and once a layer with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,37 +39,84 @@ Replication = Literal["sharded", "ffn", "norm"]
 
 @dataclass
 class ParameterGroup:
-    """Parameters that are reduced, counted and decayed alike."""
+    """Parameters that are reduced, counted and decayed alike, and reduced at once."""
 
     replication: Replication
     decays: bool
     wholes: list[Whole] = field(default_factory=list)
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
+    layers: set[int] = field(default_factory=set)
+    """Layers of this rank (from 0) after whose backward passes the gradients are whole; none: only at the end."""
+
+    @property
+    def size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
 
 
 def parameter_groups(
-    parameters: Sequence[tuple[Whole, torch.nn.Parameter]], decay_everything: bool
+    parameters: Sequence[tuple[Whole, torch.nn.Parameter]], decay_everything: bool, bucket: int
 ) -> list[ParameterGroup]:
-    """Split a rank's parameters; groups without parameters are left out."""
-    groups: dict[tuple[Replication, bool], ParameterGroup] = {}
-    for whole, parameter in parameters:
+    """Split a rank's parameters; groups without parameters are left out.
+
+    Sharded ones are gathered in the order in which backward meets them, output layer first, until a group holds
+    `bucket` parameters; 0 puts them all into one, which is reduced at the end.
+    """
+    groups: list[ParameterGroup] = []
+    all_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
+    for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
         replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
         decays = decay_everything or whole.kind in ("matrix", "ffn")
-        group = groups.setdefault((replication, decays), ParameterGroup(replication, decays))
+        alike = [g for g in groups if (g.replication, g.decays) == (replication, decays)]
+        open_groups = [g for g in alike if replication != "sharded" or not bucket or _has_room(g, whole, bucket)]
+        if not open_groups:
+            open_groups = [ParameterGroup(replication, decays)]
+            groups += open_groups
+        group = open_groups[-1]
         group.wholes.append(whole)
         group.parameters.append(parameter)
-    return list(groups.values())
+        if bucket and replication == "ffn":
+            group.layers = all_layers
+        elif bucket and (layer := _layer(whole)) is not None and replication == "sharded":
+            group.layers.add(layer)
+    for group in groups:
+        if any(whole.kind == "embedding" for whole in group.wholes):
+            group.layers = set()
+        elif bucket and group.replication == "sharded" and not group.layers:
+            group.layers = {max(all_layers)}  # the output layer alone: whole before backward enters the last layer
+    return groups
+
+
+def _layer(whole: Whole) -> int | None:
+    parts = whole.name.split(".")
+    return int(parts[1]) if parts[0] == "layers" else None
+
+
+def _backward_order(whole: Whole) -> int:
+    if whole.kind == "embedding":
+        return 2
+    layer = _layer(whole)
+    return 1 if layer is None and whole.kind == "ffn" else (-1_000_000 if layer is None else -layer)
+
+
+def _has_room(group: ParameterGroup, whole: Whole, bucket: int) -> bool:
+    """Whether a sharded parameter joins the group: its layer is in it already, or the group is not full."""
+    if whole.kind == "embedding":
+        return False
+    return _layer(whole) in group.layers or group.size < bucket
 
 
 class GradientBuffer:
     """The fp32 gradients of one parameter group, flat, in the order of the optimizer's flat weights.
 
-    `shard` [padded length / DP] holds this rank's part of the sum after `reduce`.
+    `shard` [padded length / DP] holds this rank's part of the sum after `finish`.
     """
 
     def __init__(self, group: ParameterGroup, flat_weights: torch.Tensor, recipe: Recipe, topology: Topology) -> None:
         """`flat_weights` is the flat tensor of which the group's parameters are views."""
         self._data_group = topology.data_group
+        self.layers = group.layers
+        self._passes_left = 0
+        self._reduction: dist.Work | None = None
         self._replicas: dist.ProcessGroup | None = None
         self.counted = True
         if group.replication == "ffn" and topology.pipeline_size > 1:
@@ -83,20 +136,59 @@ class GradientBuffer:
             parameter.main_grad = self.flat[start : start + parameter.numel()].view(parameter.shape)  # type: ignore[attr-defined]
             parameter.register_post_accumulate_grad_hook(_into_main_grad)
 
-    def clear(self) -> None:
-        """Make the buffer ready for the first micro-batch of a step."""
+    def clear(self, micro_batches: int) -> None:
+        """Make the buffer ready for the first of a step's micro-batches."""
         if self._release:
             self.flat.untyped_storage().resize_(self._bytes)
         self.flat.zero_()
+        self._passes_left = len(self.layers) * micro_batches
 
-    def reduce(self) -> None:
-        """Sum over data-parallel ranks into `shard`, then over replicas."""
+    def layer_is_done(self) -> None:
+        """One of `layers` has finished its backward pass of a micro-batch; the last such call starts the sum."""
+        self._passes_left -= 1
+        if self._passes_left == 0:
+            self._start()
+
+    def _start(self) -> None:
         if self.shard is not self.flat:
-            dist.reduce_scatter_tensor(self.shard, self.flat, group=self._data_group)
+            self._reduction = dist.reduce_scatter_tensor(self.shard, self.flat, group=self._data_group, async_op=True)
+
+    def start(self) -> None:
+        """Start the sum over data-parallel ranks unless the backward pass did."""
+        if self._reduction is None:
+            self._start()
+
+    def finish(self) -> None:
+        """Wait for the sum over data-parallel ranks to reach `shard`, then sum that over replicas."""
+        if self._reduction is not None:
+            self._reduction.wait()
+            self._reduction = None
             if self._release:
                 self.flat.untyped_storage().resize_(0)
         if self._replicas is not None:
             dist.all_reduce(self.shard, group=self._replicas)
+
+
+def reduce_during_backward(layers: Iterable[torch.nn.Module], buffers: Sequence[GradientBuffer]) -> None:
+    """Tell the buffers of each decoder layer when its backward pass of a micro-batch is done."""
+    for layer in layers:
+        concerned = [b for b in buffers if layer.layer_number - 1 in b.layers]  # type: ignore[operator]
+        if concerned:
+            layer.register_forward_pre_hook(_watch(concerned), with_kwargs=True)
+
+
+def _watch(buffers: Sequence[GradientBuffer]) -> Any:
+    def on_forward(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Under full recomputation the first forward pass has no gradients; the second, within backward, has.
+        if torch.is_grad_enabled():
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            hidden_states.register_hook(on_backward)
+
+    def on_backward(_: torch.Tensor) -> None:
+        for buffer in buffers:
+            buffer.layer_is_done()
+
+    return on_forward
 
 
 def _into_main_grad(parameter: torch.nn.Parameter) -> None:

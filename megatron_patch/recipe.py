@@ -66,6 +66,9 @@ class Parallel(Section):
     pipeline: int = Field(1, gt=0, description="Pipeline stages.")
     virtual_pipeline: int = Field(1, gt=0, description="Model chunks a stage (interleaved 1F1B above 1).")
     sequence: bool = Field(False, description="Sequence parallelism of norms and residuals over the tensor group.")
+    reduce_bucket: int = Field(
+        50_000_000, ge=0, description="Parameters reduced together, during backward; 0: all of them, after it."
+    )
     zero_stage: Literal[1, 2] = Field(1, description="1: optimizer state sharded; 2: reduced gradients too.")
 
 

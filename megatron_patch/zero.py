@@ -13,7 +13,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from megatron_patch.gradients import GradientBuffer, local_norm_squared, parameter_groups
+from megatron_patch.gradients import GradientBuffer, local_norm_squared, parameter_groups, reduce_during_backward
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Mpu, Topology
@@ -54,8 +54,12 @@ class ShardedOptimizer:
     def __init__(
         self, chunks: Sequence[torch.nn.Module], recipe: Recipe, topology: Topology, micro_batches: int
     ) -> None:
+        """`micro_batches` is the number whose gradients this rank sums in a step."""
         o = recipe.optimizer
-        self.groups = parameter_groups(list(local_parameters(chunks, recipe.model)), o.decay_everything)
+        self.micro_batches = micro_batches
+        self.groups = parameter_groups(
+            list(local_parameters(chunks, recipe.model)), o.decay_everything, recipe.parallel.reduce_bucket
+        )
         adamw = torch.optim.AdamW(
             [{"params": g.parameters, "weight_decay": o.weight_decay if g.decays else 0.0} for g in self.groups],
             lr=0.0,
@@ -77,6 +81,8 @@ class ShardedOptimizer:
             GradientBuffer(group, flat, recipe, topology)
             for group, flat in zip(self.groups, self.zero.bit16_groups_flat, strict=True)
         ]
+        if topology.data_size > 1:
+            reduce_during_backward((layer for chunk in chunks for layer in chunk.decoder.layers), self.buffers)  # type: ignore[union-attr]
 
     @property
     def master_shards(self) -> list[torch.Tensor]:
@@ -89,12 +95,17 @@ class ShardedOptimizer:
 
     def clear_gradients(self) -> None:
         for buffer in self.buffers:
-            buffer.clear()
+            buffer.clear(self.micro_batches)
 
     def reduce_gradients(self) -> None:
-        """Sum gradients over data-parallel ranks and replicas; every rank must call it once a step."""
+        """Sum gradients over data-parallel ranks and replicas, what backward has started included.
+
+        Every rank must call it once a step.
+        """
         for buffer in self.buffers:
-            buffer.reduce()
+            buffer.start()
+        for buffer in self.buffers:
+            buffer.finish()
 
     def local_norm_squared(self) -> torch.Tensor:
         return local_norm_squared(self.buffers)
