@@ -6,10 +6,12 @@ Every rank trains on random rows and saves the same tensors (weights, fp32 maste
 in each way in turn, `rounds` times, to the same disk. Reported per save, as medians over rounds, of rank 0:
 
     stall       the loop stands still in the call
-    slowdown    what the steps beside the write take longer than the median step without one
-    durable     from the call until the save says it is done; ours has then been flushed, read back and marked, the
-                others have not: they leave it to the operating system when the data reaches the disk
-    share       (stall + slowdown) / 10 minutes, the cadence of the recipes
+    slowdown    what the steps beside the write take longer than the median step without one; where ranks leave no core
+                free, as on a small machine, it is the write's own work, and other programs' noise
+    CPU         processor time of the rank beyond what its steps take: the work of a save, which noise disturbs least
+    durable     from the call until the save says it is done; ours and DCP's are then flushed to the disk, ours is read
+                back and compared besides; torch.save's is in the page cache only
+    share       stall / 10 minutes, the cadence of the recipes
 
 On a machine with GPUs start one process a GPU with torchrun instead; --ranks is for processes forked on a CPU.
 """
@@ -24,9 +26,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,7 +50,15 @@ Save = Callable[[Path], Callable[[], bool]]  # begins a save into a folder; the 
 class Cost:
     stall: float
     slowdown: float
+    cpu: float
     durable: float
+
+
+class Usual(NamedTuple):
+    """Seconds of a step without a save beside it."""
+
+    wall: float
+    cpu: float
 
 
 def measure(recipe: Recipe, rounds: int, root: Path) -> dict[str, list[Cost]]:
@@ -63,7 +73,8 @@ def measure(recipe: Recipe, rounds: int, root: Path) -> dict[str, list[Cost]]:
 
     for _ in range(3):
         step()
-    usual = statistics.median(step() for _ in range(10))
+    begun = time.process_time()
+    usual = Usual(statistics.median(step() for _ in range(10)), (time.process_time() - begun) / 10)
     ways = {"ours": ours(trainer), "dcp.async_save": dcp_async(trainer), "torch.save": plain(trainer)}
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for number in range(rounds + 1):  # the first round allocates host buffers and is not counted
@@ -78,9 +89,9 @@ def measure(recipe: Recipe, rounds: int, root: Path) -> dict[str, list[Cost]]:
     return costs
 
 
-def one_save(save: Save, folder: Path, step: Callable[[], float], usual: float) -> Cost:
+def one_save(save: Save, folder: Path, step: Callable[[], float], usual: Usual) -> Cost:
     """Save beside training; every rank takes the same number of steps, until all are done."""
-    start = device.synchronized_time()
+    start, cpu = device.synchronized_time(), time.process_time()
     is_done = save(folder)
     stall = time.perf_counter() - start
     beside, durable = [], None
@@ -93,7 +104,8 @@ def one_save(save: Save, folder: Path, step: Callable[[], float], usual: float) 
             break
         beside.append(step())
     assert durable is not None
-    return Cost(stall, sum(beside) - usual * len(beside), durable)
+    cpu = time.process_time() - cpu - usual.cpu * len(beside)
+    return Cost(stall, sum(beside) - usual.wall * len(beside), cpu, durable)
 
 
 def ours(trainer: Trainer) -> Save:
@@ -142,14 +154,16 @@ def report(costs: dict[str, list[Cost]], recipe: Recipe, ranks: int) -> None:
     megabytes = 14 * counts.parameters(recipe.model).unique / 1e6
     print(f"{time.strftime('%Y-%m-%d')}, {device.name()}, {os.cpu_count()} cores, {commit.strip()}")
     print(f"{recipe.name}, {recipe.precision}, {ranks} ranks, {megabytes:,.0f} MB a save\n")
-    print("| save | stall | slowdown | durable | share of a 10-minute cadence |\n|---|---|---|---|---|")
-    lost = {}
-    for name, rounds in costs.items():
-        stall, slowdown, durable = (statistics.median(getattr(c, f) for c in rounds) for f in Cost.__annotations__)
-        lost[name] = stall + slowdown
-        share = lost[name] / CADENCE
-        print(f"| {name} | {1000 * stall:.1f} ms | {1000 * slowdown:.1f} ms | {durable:.2f} s | {share:.4%} |")
-    print(f"\ndcp.async_save / ours = {lost['dcp.async_save'] / lost['ours']:.2f} in time lost to the loop")
+    print("| save | stall | slowdown | CPU | durable | share of a 10-minute cadence |\n|---|---|---|---|---|---|")
+    medians = {
+        name: Cost(*map(statistics.median, zip(*map(astuple, rounds), strict=True))) for name, rounds in costs.items()
+    }
+    for name, cost in medians.items():
+        share = cost.stall / CADENCE
+        milliseconds = " | ".join(f"{1000 * value:.1f} ms" for value in (cost.stall, cost.slowdown, cost.cpu))
+        print(f"| {name} | {milliseconds} | {cost.durable:.2f} s | {share:.4%} |")
+    peer, mine = medians["dcp.async_save"], medians["ours"]
+    print(f"\nours / dcp.async_save: stall {mine.stall / peer.stall:.2f}, CPU {mine.cpu / peer.cpu:.2f}")
 
 
 def main() -> None:

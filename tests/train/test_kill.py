@@ -55,21 +55,31 @@ def test_killed_at_random_moments(data_folder: Path, undisturbed: Path, tmp_path
     assert json.loads((run / "status.json").read_text())["state"] == "completed"
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(settings: list[str]) -> list[str]:
+    """The real command, at toy size."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    return [*command, "-m", "megatron_patch", "train", "recipes/demo.yaml", *TOY, "data.held_out_rows=8", *settings]
+
+
+def wait_for_step(step: int, run: Path, job: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while last_step(run) < step:
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
 def test_a_rank_killed_under_torchrun_ends_the_job_and_the_next_one_goes_on(
     data_folder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    overrides = [*TOY, "data.held_out_rows=8", *run_settings(data_folder, run)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    command += ["-m", "megatron_patch", "train", "recipes/demo.yaml", *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = torchrun(run_settings(data_folder, run))
     with (tmp_path / "log").open("w") as output:
-        job = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=ONE_THREAD)
         try:
-            deadline = time.monotonic() + 120
-            while last_step(run) < 20:
-                assert job.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-                time.sleep(0.01)
+            wait_for_step(20, run, job, tmp_path / "log")
             workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
             os.kill(int(workers[2]), signal.SIGKILL)
             killed = time.monotonic()
@@ -81,7 +91,28 @@ def test_a_rank_killed_under_torchrun_ends_the_job_and_the_next_one_goes_on(
         assert json.loads((run / "status.json").read_text())["state"] == "failed"
         before = newest(run).step
         assert 0 < before < STEPS
-        subprocess.run(command, stdout=output, stderr=output, env=environment, check=True, timeout=180)
+        subprocess.run(command, stdout=output, stderr=output, env=ONE_THREAD, check=True, timeout=180)
     assert f"resuming from {run}/checkpoints/step_{before:08d}" in (tmp_path / "log").read_text()
+    assert_bit_equal(newest(run), newest(undisturbed))
+    assert history(run) == history(undisturbed)
+
+
+@pytest.mark.soak
+def test_sigterm_to_torchrun_leaves_a_durable_checkpoint(data_folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = torchrun(run_settings(data_folder, run))
+    with (tmp_path / "log").open("w") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=output, env=ONE_THREAD)
+        try:
+            wait_for_step(20, run, job, tmp_path / "log")
+            job.terminate()
+            job.wait(60)
+        finally:
+            job.kill()
+            job.wait()
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == "stopped" and f"SIGTERM on {RANKS} of {RANKS} ranks" in status["reason"]
+        assert newest(run).step == status["step"] == len(history(run))
+        subprocess.run(command, stdout=output, stderr=output, env=ONE_THREAD, check=True, timeout=180)
     assert_bit_equal(newest(run), newest(undisturbed))
     assert history(run) == history(undisturbed)
