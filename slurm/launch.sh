@@ -197,7 +197,8 @@ while kill -0 "$training" 2>/dev/null; do
         log "asking for a checkpoint and a restart, as before a time limit"
     fi
     if [[ -n $asked_to_stop ]]; then
-        kill -USR1 "$training" 2>/dev/null || true    # srun hands it to every rank; once more does no harm
+        # srun hands it to every rank; once more does no harm until the ranks are about to leave.
+        grep -qs '"state": "\(stopped\|completed\)"' "$run/status.json" || kill -USR1 "$training" 2>/dev/null || true
         sleep 5 &
     else
         sleep 0.5 &

@@ -64,7 +64,7 @@ def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
     cluster: Cluster, scratch: Path, data: Path
 ) -> None:
     site = make_site(cluster, scratch / "chain", data, steps=400)
-    script = 'source "$1/slurm/site.sh"; cd /; "$1/slurm/chain.sh" 4 "$1/slurm/pretrain_05b.sbatch"'
+    script = 'source "$1/slurm/site.sh"; cd /; "$1/slurm/chain.sh" 4 --nodes=2 "$1/slurm/pretrain_05b.sbatch"'
     jobs = [int(line.split()[-1]) for line in cluster.command("bash", "-c", script, "x", site.folder).splitlines()]
     assert len(jobs) == 4
     site.wait_for_step(jobs[0], 50)
