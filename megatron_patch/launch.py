@@ -113,7 +113,10 @@ def bind_to_gpu(local_rank: int, sysfs: Path = Path("/sys")) -> set[int]:
 
 def _processors_near(sysfs: Path, bus: str) -> tuple[int, ...]:
     domain, rest = bus.lower().split(":", 1)
-    text = (sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "local_cpulist").read_text().strip()
+    try:
+        text = (sysfs / "bus/pci/devices" / f"{domain[-4:]}:{rest}" / "local_cpulist").read_text().strip()
+    except FileNotFoundError:  # a container that hides the bus
+        return ()
     processors: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")

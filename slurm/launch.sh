@@ -152,15 +152,14 @@ trap 'asked_to_stop=yes; log "asked to stop: saving a checkpoint first"' USR1 TE
 
 # shellcheck disable=SC2086  # one word a node
 read -r decision attempt run < <(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
-    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes || echo refused)
+    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || exit 2
 case $decision in
 go) ;;
 complete | stop)
     end_chain
     exit 0
     ;;
-give-up) give_up "see the reason above and in status.json" ;;
-*) exit 2 ;;
+*) give_up "see the reason above and in status.json" ;;
 esac
 log "attempt $attempt of $run on $SLURM_JOB_NUM_NODES nodes"
 folder=$run/logs/attempt_$attempt

@@ -106,6 +106,7 @@ def test_gpus_of_a_socket_share_its_processors(two_gpus_on_one_socket: Path, mon
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         assert launch.bind_to_gpu(0, two_gpus_on_one_socket) == set()
         assert launch.bind_to_gpu(1, two_gpus_on_one_socket) == shares[0]
+        assert launch.bind_to_gpu(1, two_gpus_on_one_socket / "hidden") == set()
     finally:
         os.sched_setaffinity(0, before)
 

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train to the recipe's last step. Exit code 2: refused before the first step; 1: stopped by an error."""
     launch.setup_environment()
+    launch.bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     is_first = os.environ["RANK"] == "0"
     status: StatusFile | None = None
     try:
