@@ -7,7 +7,7 @@ samples, tokens      rows consumed, labels trained on
 loss                 nats a token, of the last step
 tokens_per_second    of the job, lately
 eta_seconds          to the last step at that rate
-checkpoint           newest durable restart point: name, step, time; null before the first of this attempt
+checkpoint           newest durable restart point: name, step, time; null before the first
 rank, node           who wrote the reason
 ranks, layout        world size; for people
 attempt_started, updated    seconds since 1970
@@ -49,9 +49,9 @@ class StatusFile:
             if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
                 self._write({})
 
-    def checkpoint(self, name: str, step: int) -> None:
-        """A restart point is durable (rank 0)."""
-        self._content["checkpoint"] = {"name": name, "step": step, "time": time.time()}
+    def checkpoint(self, name: str, step: int, when: float) -> None:
+        """A restart point is durable since `when`, in seconds since 1970 (rank 0)."""
+        self._content["checkpoint"] = {"name": name, "step": step, "time": when}
 
     def end(self, state: State, reason: str, **content: Any) -> None:
         """The attempt is over, all ranks agreeing (rank 0 writes)."""

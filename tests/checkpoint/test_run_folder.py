@@ -85,12 +85,15 @@ def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: 
     shutil.copytree(finished, run)
     for name in ("step_00000028", "step_00000030"):
         (run / "checkpoints" / name / "rank_00000.safetensors").unlink()
-    said = Job(1, settings(data_folder, run, "checkpoint.milestone_steps=10"), tmp_path / "log").run()
-    assert "ckpt_001 at step 20" in said
+    again = settings(data_folder, run, "checkpoint.milestone_steps=10")
+    stopped = Job(1, [*again, "run.steps=20"], tmp_path / "log").run()
+    assert "ckpt_001 at step 20" in stopped
+    assert newest(run).step == 20, "a milestone is no restart point"
+    Job(1, again, tmp_path / "log").run()
     assert history(run) == history(finished)
     with (run / "checkpoints/checkpoints.csv").open() as stream:
         assert [row["step"] for row in csv.DictReader(stream)] == ["10", "20", "30"]
-    assert names(run)[-2:] == ["step_00000030", "step_00000030.broken"]
+    assert names(run)[-4:] == ["step_00000028", "step_00000028.broken", "step_00000030", "step_00000030.broken"]
 
 
 def test_a_finished_run_started_again_changes_nothing(finished: Path, data_folder: Path, tmp_path: Path) -> None:
@@ -121,13 +124,21 @@ def test_another_recipe_is_refused(
     assert names(run) == names(finished) and history(run) == history(finished)
 
 
-def test_another_global_batch_is_refused_always(finished: Path, data_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "shown"),
+    [
+        (["batch.global_batch_size=4", "batch.micro_batch_size=4"], "batch.global_batch_size was 8, now it is 4"),
+        (["model.ffn_hidden_size=64"], "model.ffn_hidden_size: 48 -> 64"),
+    ],
+)
+def test_what_no_flag_makes_possible(
+    finished: Path, data_folder: Path, tmp_path: Path, overrides: list[str], shown: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    other = settings(data_folder, run, "batch.global_batch_size=4", "batch.micro_batch_size=4")
-    job = Job(1, other, tmp_path / "log", accept_changes=True)
+    job = Job(1, settings(data_folder, run, *overrides), tmp_path / "log", accept_changes=True)
     assert job.wait() == [2]
-    assert "batch.global_batch_size was 8, now it is 4" in job.log.read_text()
+    assert shown in job.log.read_text()
 
 
 def test_another_data_set_is_refused_unless_accepted_and_that_is_recorded(

@@ -30,7 +30,7 @@ def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:
 def test_an_end_that_all_agree_on_stands(tmp_path: Path) -> None:
     status = StatusFile(tmp_path, 0)
     status.start()
-    status.checkpoint("step_00000004", 4)
+    status.checkpoint("step_00000004", 4, 1.0)
     status.end("stopped", "SIGTERM on 1 of 4 ranks", step=4)
     status.fail("torn down")
     said = status_of(tmp_path)

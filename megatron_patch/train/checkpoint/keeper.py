@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timedelta, timezone
 
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
 from megatron_patch.train.cadence import Cadence
-from megatron_patch.train.checkpoint.format import State
+from megatron_patch.train.checkpoint.format import MARKER_NAME, State
 from megatron_patch.train.checkpoint.resume import resume
 from megatron_patch.train.checkpoint.run_folder import Milestone, RunFolder
 from megatron_patch.train.checkpoint.save import Saved, Saver
@@ -46,7 +47,12 @@ class Keeper:
         )
         if found is None:
             return State(step=0, samples=0, tokens=0, optimizer_step=0, data_digest=data_digest)
-        self._newest = found.step
+        if self._topology.rank == 0:
+            for folder in self._folder.restart_points()[:1]:
+                step = int(folder.name.removeprefix("step_"))
+                self._status.checkpoint(folder.name, step, (folder / MARKER_NAME).stat().st_mtime)
+        # A milestone it went on from is no restart point: `finish` must leave one.
+        self._newest = found.step if self._folder.restart_point(found.step).exists() else None
         return found.model_copy(update={"data_digest": data_digest})
 
     def after_step(self, state: State, due: bool) -> bool:
@@ -79,8 +85,8 @@ class Keeper:
         return state.model_copy(update={"optimizer_step": self._saver.optimizer_step})
 
     def _restart_point_durable(self, saved: Saved) -> None:
-        deleted = self._folder.published(saved.folder)
-        self._status.checkpoint(saved.folder.name, saved.state.step)
+        deleted = self._folder.retain()
+        self._status.checkpoint(saved.folder.name, saved.state.step, time.time())
         _report(saved, f"; deleted {', '.join(deleted)}" if deleted else "")
 
     def _milestone_durable(self, saved: Saved) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import CheckpointError, State, check_file, read_marker
@@ -63,14 +64,9 @@ def resume(
             "see to the file system; to begin again at step 0, move the folder away",
         )
     with open_checkpoint(folder, verify=False) as checkpoint:
+        if (obstacle := _obstacle(checkpoint.recipe, recipe)) is not None:
+            raise ResumeRefused(folder, obstacle, "restore the setting, or use another run.folder")
         changes = _changes(checkpoint, recipe, data_digest, note)
-        if checkpoint.recipe.batch.global_batch_size != recipe.batch.global_batch_size:
-            raise ResumeRefused(
-                folder,
-                f"batch.global_batch_size was {checkpoint.recipe.batch.global_batch_size}, now it is "
-                f"{recipe.batch.global_batch_size}: a step would no longer name its rows",
-                "restore it; --accept-changes does not help here",
-            )
         if changes and not accept_changes:
             raise ResumeRefused(
                 folder,
@@ -82,6 +78,7 @@ def resume(
     if topology.rank == 0:
         for bad in broken:
             runs.set_aside(bad)
+        runs.point_latest()
     note(f"resuming from {folder} at step {state.step}, {state.samples:,} samples")
     return state.model_copy(update={"accepted_changes": [*state.accepted_changes, *changes]})
 
@@ -96,6 +93,18 @@ def _verify(folder: Path, topology: Topology, channel: SideChannel) -> str | Non
     except (CheckpointError, OSError) as error:
         problem = str(error)
     return next((answer for answer in channel.gather(problem) if answer is not None), None)
+
+
+def _obstacle(trained: Recipe, recipe: Recipe) -> str | None:
+    """A change that no flag makes possible."""
+    was, now = trained.batch.global_batch_size, recipe.batch.global_batch_size
+    if was != now:
+        return f"batch.global_batch_size was {was}, now it is {now}: a step would no longer name its rows"
+    if whole_tensors(trained.model) != whole_tensors(recipe.model):
+        return "the model's tensors had other shapes: " + "; ".join(
+            line for line in trained.differences(recipe) if line.startswith("model.")
+        )
+    return None
 
 
 def _changes(checkpoint: Checkpoint, recipe: Recipe, data_digest: str, note: Callable[[str], None]) -> list[str]:

@@ -90,12 +90,20 @@ class RunFolder:
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
 
-    def published(self, folder: Path) -> list[str]:
+    def point_latest(self) -> None:
+        """Make `latest` name the newest restart point; without one there is no `latest`."""
+        points = self.restart_points()
+        if points:
+            write_whole(self.path / LATEST_NAME, f"{points[0].name}\n".encode())
+        else:
+            (self.path / LATEST_NAME).unlink(missing_ok=True)
+
+    def retain(self) -> list[str]:
         """After a restart point is durable: point `latest` to it, delete those beyond the last K; returns their names.
 
         The new one was read back and compared after its flush, so the newest verified one is always among those kept.
         """
-        write_whole(self.path / LATEST_NAME, f"{folder.name}\n".encode())
+        self.point_latest()
         surplus = self.restart_points()[self._keep :]
         for old in surplus:
             remove(old)
