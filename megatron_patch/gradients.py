@@ -59,50 +59,50 @@ def parameter_groups(
     """Split a rank's parameters; groups without parameters are left out.
 
     Sharded ones are gathered in the order in which backward meets them, output layer first, until a group holds
-    `bucket` parameters; 0 puts them all into one, which is reduced at the end.
+    `bucket` parameters; a layer is never divided. 0 puts them all into one, which is reduced at the end.
     """
     groups: list[ParameterGroup] = []
-    all_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
+    local_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
     for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
         replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
         decays = decay_everything or whole.kind in ("matrix", "ffn")
-        alike = [g for g in groups if (g.replication, g.decays) == (replication, decays)]
-        open_groups = [g for g in alike if replication != "sharded" or not bucket or _has_room(g, whole, bucket)]
-        if not open_groups:
-            open_groups = [ParameterGroup(replication, decays)]
-            groups += open_groups
-        group = open_groups[-1]
+        group = next((g for g in reversed(groups) if (g.replication, g.decays) == (replication, decays)), None)
+        if group is None or (bucket and replication == "sharded" and not _joins(whole, group, bucket)):
+            group = ParameterGroup(replication, decays)
+            groups.append(group)
         group.wholes.append(whole)
         group.parameters.append(parameter)
-        if bucket and replication == "ffn":
-            group.layers = all_layers
-        elif bucket and (layer := _layer(whole)) is not None and replication == "sharded":
-            group.layers.add(layer)
-    for group in groups:
-        if any(whole.kind == "embedding" for whole in group.wholes):
-            group.layers = set()
-        elif bucket and group.replication == "sharded" and not group.layers:
-            group.layers = {max(all_layers)}  # the output layer alone: whole before backward enters the last layer
+        if bucket:
+            group.layers |= _layers_before_reduction(whole, local_layers)
     return groups
 
 
 def _layer(whole: Whole) -> int | None:
-    parts = whole.name.split(".")
-    return int(parts[1]) if parts[0] == "layers" else None
+    section, _, rest = whole.name.partition(".")
+    return int(rest.partition(".")[0]) if section == "layers" else None
 
 
-def _backward_order(whole: Whole) -> int:
-    if whole.kind == "embedding":
-        return 2
+def _backward_order(whole: Whole) -> tuple[int, int]:
     layer = _layer(whole)
-    return 1 if layer is None and whole.kind == "ffn" else (-1_000_000 if layer is None else -layer)
+    if layer is not None:
+        return 1, -layer
+    return {"ffn": 2, "embedding": 3}.get(whole.kind, 0), 0
 
 
-def _has_room(group: ParameterGroup, whole: Whole, bucket: int) -> bool:
-    """Whether a sharded parameter joins the group: its layer is in it already, or the group is not full."""
-    if whole.kind == "embedding":
-        return False
-    return _layer(whole) in group.layers or group.size < bucket
+def _joins(whole: Whole, group: ParameterGroup, bucket: int) -> bool:
+    same_layer = _layer(whole) is not None and _layer(whole) in group.layers
+    return whole.kind != "embedding" and (same_layer or group.size < bucket)
+
+
+def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
+    """Layers whose backward passes of a step must be over before this gradient may be reduced; none: not before all."""
+    if whole.kind in ("embedding", "norm"):
+        return set()  # autograd adds these after the layer's hook; both come at the end
+    if whole.kind == "ffn":
+        return local_layers
+    layer = _layer(whole)
+    # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
+    return {max(local_layers) if layer is None else layer}
 
 
 class GradientBuffer:

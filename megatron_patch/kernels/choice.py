@@ -38,10 +38,16 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
     """Decide for this process and return the decision.
 
     Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, with a warning
-    that gives the reason. Raises KernelError where an implementation that was named cannot run.
+    that gives the reason. Raises KernelError where an implementation that was named cannot run, or where weight
+    gradients cannot be accumulated in fp32.
     """
     from megatron_patch.kernels import check
 
+    if device.type == "cuda" and (fault := check.weight_gradient_difference(device)):
+        raise KernelError(
+            f"the weight-gradient GEMM does not accumulate in fp32 here: {fault}; install torch 2.11 or newer "
+            "(addmm with out_dtype), or apex's fused_weight_gradient_mlp_cuda built for this torch"
+        )
     wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
     for kernel in ON_GPU:
         _chosen[kernel] = "reference"
