@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -153,6 +154,7 @@ class Benchmark:
         if fastest is not None:
             share = fastest
             self.attempt(f"{name}, breakdown", 60, lambda: self.breakdown(name, trainer, share, shortest))
+            self.attempt(f"{name}, host waits", 20, lambda: self.synchronisations(name, trainer, share))
             self.attempt(f"{name}, run to run", 30, lambda: self.run_to_run(name, trainer, share))
 
     def breakdown(self, name: str, trainer: Trainer, share: BatchShare, seconds: float) -> None:
@@ -173,6 +175,22 @@ class Benchmark:
             answers.append([loss.clone(), *(buffer.flat.clone() for buffer in trainer.optimizer.buffers)])
         same = all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
         self.results.setdefault("bit_equal_run_to_run", {})[name] = same
+
+    def synchronisations(self, name: str, trainer: Trainer, share: BatchShare) -> None:
+        """How often a step makes the host wait for the GPU: once, to read loss and norm, is what it should be."""
+        if not device.HAS_GPU:
+            return
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                trainer.step(share, 1e-5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [w for w in caught if "synchronizing" in str(w.message)]
+        self.results.setdefault("host_waits_a_step", {})[name] = len(waits)
+        for wait in waits:
+            self.note(f"{name}: the host waits at {Path(wait.filename).name}:{wait.lineno}")
 
     def peer(self, name: str, build: Callable[[Recipe], peers.Step], micro_batches: tuple[int, ...]) -> None:
         recipe = self.recipe("mobillama_05b")
@@ -293,7 +311,7 @@ def table(results: dict[str, Any]) -> str:
             "|---|---|---:|",
             *(f"| {k['kernel']} | {k['by']} | {k['seconds'] * 1e6:,.0f} |" for k in results["kernels"]),
         ]
-    for key in ("chosen_kernels", "weight_gradient_gemm", "bit_equal_run_to_run"):
+    for key in ("chosen_kernels", "weight_gradient_gemm", "bit_equal_run_to_run", "host_waits_a_step"):
         if key in results:
             lines += ["", f"{key.replace('_', ' ').capitalize()}: {results[key]}"]
     lines += ["", *(f"- {note}" for note in results["notes"])]
