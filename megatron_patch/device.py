@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; MFU is shown only where the peak is known.
-_PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+from megatron_patch.gpus import PEAK_FLOPS
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -66,7 +65,7 @@ def name() -> str:
 
 def peak_flops() -> float | None:
     """Dense bf16 peak of this device in FLOP/s, or None where it is not known."""
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name()), None)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name()), None)
 
 
 def synchronized_time() -> float:
