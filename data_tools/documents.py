@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from data_tools.format import DataError
+from data_tools.format import DataError, digest_stream
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
@@ -85,19 +85,25 @@ def plan_tasks(folder: Path, task_bytes: int = TASK_BYTES) -> list[Task]:
     return tasks
 
 
-def read_documents(folder: Path, task: Task) -> Iterator[Document]:
+def read_documents(folder: Path, task: Task, digest: Any = None) -> Iterator[Document]:
     """The documents of a task, bad ones included, in order.
+
+    Args:
+        digest: takes the bytes as they are read: the task's lines, decompressed, or the whole of a Parquet file.
 
     Raises:
         DataError: the file itself cannot be read (cut short, not what its name says).
     """
     path = folder / task.file
     if task.file.endswith(PARQUET_SUFFIX):
+        if digest is not None:
+            with path.open("rb") as stream:
+                digest_stream(stream, digest)
         yield from _parquet_documents(path)
         return
     try:
         with open_decompressed(path) as stream:
-            yield from _jsonl_documents(stream, task)
+            yield from _jsonl_documents(stream, task, digest)
     except DECOMPRESSION_ERRORS as error:
         raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
 
@@ -153,7 +159,7 @@ class _ZstdStream(io.RawIOBase):
         super().close()
 
 
-def _jsonl_documents(stream: BinaryIO, task: Task) -> Iterator[Document]:
+def _jsonl_documents(stream: BinaryIO, task: Task, digest: Any) -> Iterator[Document]:
     at = task.start
     if at:
         stream.seek(at - 1)
@@ -166,6 +172,8 @@ def _jsonl_documents(stream: BinaryIO, task: Task) -> Iterator[Document]:
             return
         at += len(line)
         number += 1
+        if digest is not None:
+            digest.update(line)
         if line.strip(b" \t\r\n"):
             yield parse_line(line, f"{first} {number}")
 

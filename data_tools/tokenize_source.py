@@ -187,11 +187,11 @@ def _do(job: _Job) -> _Job:
     encoder = _encoders[job.tokenizer]
     base = job.target / part_name(job.number)
     rejected_path = base.with_suffix(".rejected.jsonl")
-    digest = new_digest()
+    digest, input_digest = new_digest(), new_digest()
     tokens = documents = characters = 0
     rejected: list[Document] = []
     with write_beside(base.with_suffix(".tokens")) as stream:
-        for batch in _batches(job, rejected):
+        for batch in _batches(job, rejected, input_digest):
             ids, lengths = encoder.encode(batch)
             stream.write(ids.data)
             digest.update(ids.data)
@@ -207,16 +207,17 @@ def _do(job: _Job) -> _Job:
         "documents": documents,
         "characters": characters,
         "rejected": len(rejected),
+        "input_digest": input_digest.hexdigest(),
         "digest": digest.hexdigest(),
     }
     write_whole(base.with_suffix(".json"), canonical_json(manifest))
     return job
 
 
-def _batches(job: _Job, rejected: list[Document]) -> Iterator[list[str]]:
+def _batches(job: _Job, rejected: list[Document], input_digest: Any) -> Iterator[list[str]]:
     batch: list[str] = []
     size = 0
-    for document in read_documents(job.folder, job.task):
+    for document in read_documents(job.folder, job.task, input_digest):
         if document.reason:
             _reject(job, document, rejected)
             continue
@@ -284,6 +285,7 @@ def _finish_source(
                 "name": part_name(i),
                 "tokens": manifest["tokens"],
                 "digest": manifest["digest"],
+                "input_digest": manifest["input_digest"],
                 "file": manifest["identity"]["task"]["file"],
             }
             for i, manifest in enumerate(manifests)

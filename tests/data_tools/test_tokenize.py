@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+import xxhash
 import zstandard
 
 from data_tools.documents import Task, plan_tasks, read_documents
@@ -65,6 +66,10 @@ def test_every_kind_of_file_gives_the_hugging_face_ids(
     expected = [i for text in TEXTS for i in encoder.encode_reference(text)]
     assert stream_of(tmp_path / "out" / "c4") == expected
     manifest = json.loads((tmp_path / "out" / "c4" / "source.json").read_text())
+    path = next((tmp_path / "raw").iterdir())
+    content = path.read_bytes()
+    content = {"gz": gzip.decompress, "zst": zstandard.decompress}.get(kind, bytes)(content)
+    assert manifest["parts"][0]["input_digest"] == xxhash.xxh3_128_hexdigest(content)
     assert (manifest["rows"], manifest["tail_tokens"]) == divmod(len(expected), 5)
     tail = np.fromfile(tmp_path / "out" / "c4" / "tail.tokens", "<u2").tolist()
     assert tail == expected[len(expected) - len(expected) % 5 :]
