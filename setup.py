@@ -23,8 +23,8 @@ class BuildCore(build_ext):
         except (CompileError, LinkError, OSError) as error:
             sys.exit(
                 f"error: cannot build the C++ core of data_tools: {error}\n"
-                "It needs a C++17 compiler and Python's headers. Install them (Debian: apt-get install g++ python3-dev,\n"
-                "conda: gxx_linux-64), or name your compiler with CXX, then run pip install again."
+                "It needs a C++17 compiler and Python's headers. Install them (Debian: apt-get install g++\n"
+                "python3-dev, conda: gxx_linux-64), or name your compiler with CXX, then run pip install again."
             )
 
 
