@@ -33,6 +33,7 @@ from megatron_patch import counts, device, topology
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.kernels import check, choice
 from megatron_patch.launch import setup_environment
+from megatron_patch.memory import Place, memory
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.step import Trainer
 
@@ -143,7 +144,9 @@ class Benchmark:
                 _reset_peak()
                 trainer.optimizer.micro_batches = len(share.rows)
                 seconds = measure.seconds_a_call(lambda: trainer.step(share, 1e-5), warmup=2, repeats=3)
-                self.add_case(name, micro_batch, recipe, seconds, state_bytes=state_bytes(trainer))
+                planned = memory(Place(self.recipe(name, micro_batch), data_size=1, stage=0)).total
+                held = state_bytes(trainer)
+                self.add_case(name, micro_batch, recipe, seconds, state_bytes=held, planned_memory=planned)
                 if seconds < shortest:
                     fastest, shortest = share, seconds
 
@@ -207,8 +210,8 @@ class Benchmark:
             if not self.attempt(f"{name}, micro-batch {micro_batch}", 150, run):
                 break
 
-    def recipe(self, name: str) -> Recipe:
-        overrides = [f"batch.global_batch_size={self.rows}", "batch.micro_batch_size=1"]
+    def recipe(self, name: str, micro_batch: int = 1) -> Recipe:
+        overrides = [f"batch.global_batch_size={self.rows}", f"batch.micro_batch_size={micro_batch}"]
         return load(f"recipes/{name}.yaml", [*overrides, *(SMALL if self.small else ["kernels=auto"])])
 
     def share(self, recipe: Recipe, micro_batch: int) -> BatchShare:
@@ -289,13 +292,14 @@ def table(results: dict[str, Any]) -> str:
             "",
         ]
     if results["cases"]:
-        lines += ["| | micro-batch | tokens/s | TFLOP/s | of ceiling | peak GB | state GB |", "|---|" + "---:|" * 6]
+        lines += ["| | micro-batch | tokens/s | TFLOP/s | of ceiling | peak GB | planned GB | state GB |"]
+        lines += ["|---|" + "---:|" * 7]
     for c in results["cases"]:
-        memory = "" if c["peak_memory"] is None else f"{c['peak_memory'] / 1e9:.1f}"
-        state = f"{c['state_bytes'] / 1e9:.4g}" if "state_bytes" in c else ""
+        peak = "" if c["peak_memory"] is None else f"{c['peak_memory'] / 1e9:.1f}"
+        planned, held = (f"{c[k] / 1e9:.4g}" if k in c else "" for k in ("planned_memory", "state_bytes"))
         lines.append(
             f"| {c['name']} | {c['micro_batch']} | {c['tokens_per_second']:,.0f} | {c['flops'] / 1e12:.4g} "
-            f"| {c['share_of_ceiling']:.1%} | {memory} | {state} |"
+            f"| {c['share_of_ceiling']:.1%} | {peak} | {planned} | {held} |"
         )
     lines += ["", *ratios(results["cases"])]
     if results["breakdowns"]:

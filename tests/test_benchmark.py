@@ -1,0 +1,88 @@
+"""The GPU benchmark's own parts, on a CPU: its clock, its attribution of time, its table. Speeds are never asserted."""
+
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu, measure
+from tests.ranks import run_ranks
+from tests.toy import toy_recipe, toy_share, toy_trainer
+
+
+def test_an_outer_limit_survives_an_inner_one():
+    with pytest.raises(measure.TimeIsUp, match="after 1 s"), measure.time_limit(1):
+        with pytest.raises(measure.TimeIsUp, match="after 0 s"), measure.time_limit(0.05):
+            time.sleep(5)
+        time.sleep(5)
+    with measure.time_limit(0.05):
+        pass
+    time.sleep(0.1)  # the alarm is off
+
+
+def parts_of_a_step() -> dict[str, float]:
+    # Sizes that no other matrix has: FFN 48 and 96, vocabulary 64, tokens 8 x 20.
+    trainer = toy_trainer(toy_recipe("batch.micro_batch_size=8", "model.sequence_length=20", "model.shared_ffn=true"))
+    share = toy_share(trainer, 0)
+    trainer.step(share, 1e-4)
+    for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):
+        setattr(trainer.optimizer, method, gpu._ranged(getattr(trainer.optimizer, method)))
+    return measure.breakdown(lambda: trainer.step(share, 1e-4), trainer.recipe.model)
+
+
+def test_every_part_of_a_step_is_seen():
+    parts = run_ranks(1, parts_of_a_step)[0]
+    assert set(parts) == {*measure.PARTS, "busy"}
+    assert all(parts[part] > 0 for part in measure.PARTS), parts
+    assert sum(parts[part] for part in measure.PARTS) == pytest.approx(parts["busy"])
+
+
+class Event:
+    def __init__(self, name, shapes=(), parent=None):
+        self.name, self.input_shapes, self.cpu_parent = name, shapes, parent
+
+
+@pytest.mark.parametrize(
+    ("event", "kernel", "part"),
+    [
+        (Event("aten::mm", [[4096, 2048], [2048, 11264]]), "nvjet_tst", "FFN GEMMs"),
+        (Event("aten::addmm", [[2048, 5632], [2048, 4096], [4096, 5632]]), "sm90_xmma_gemm", "FFN GEMMs"),
+        (Event("aten::mm", [[4096, 2048], [2048, 6144]]), "nvjet_tst", "projections"),
+        (Event("aten::mm", [[4096, 2048], [2048, 32000]]), "nvjet_tst", "logits and loss"),
+        (Event("_LinearCrossEntropy"), "_row_statistics", "logits and loss"),
+        (Event("_LinearCrossEntropy"), "_to_logits_gradient", "logits and loss"),
+        (Event("aten::_cudnn_attention_backward"), "cudnn_generated_fort_native_sdpa", "attention"),
+        (Event("SwiGLUBackward"), "_backward", "norms and element-wise"),
+        (Event("aten::_fused_adamw_"), "multi_tensor_apply_kernel", "optimizer and gradients"),
+        (Event("aten::mul_", [], Event("optimizer")), "vectorized_elementwise", "optimizer and gradients"),
+    ],
+)
+def test_parts(event, kernel, part):
+    model = toy_recipe("model.hidden_size=2048", "model.ffn_hidden_size=5632", "model.vocab_size=32000").model
+    assert measure.part_of(event, kernel, model) == part
+
+
+def test_table_holds_every_case_and_only_the_ratios_that_were_measured(tmp_path):
+    benchmark = gpu.Benchmark(tmp_path, minutes=1, small=True)
+    benchmark.results["ceilings"] = {"matmul_flops": 1e12, "copy_bytes_per_second": 1e12}
+    recipe = benchmark.recipe("mobillama_05b")
+    benchmark.add_case("mobillama_05b", 1, recipe, 2.0, state_bytes=100, planned_memory=5)
+    benchmark.add_case("mobillama_05b", 2, recipe, 1.0, state_bytes=100, planned_memory=5)
+    benchmark.add_case("a peer", 2, recipe, 3.0)
+    benchmark.write()
+    text = benchmark.file.with_suffix(".md").read_text()
+    assert text.count("| mobillama_05b |") == 2
+    assert "mobillama_05b / a peer, each at its best micro-batch: 3.00 times" in text
+    assert "large_base" not in text
+
+
+def test_a_failing_case_is_a_note_and_the_next_one_runs(tmp_path):
+    benchmark = gpu.Benchmark(tmp_path, minutes=1, small=True)
+
+    def out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert not benchmark.attempt("big", 10, out_of_memory)
+    assert not benchmark.attempt("slow", 0.05, lambda: time.sleep(5))
+    assert benchmark.attempt("good", 10, lambda: None)
+    assert benchmark.results["notes"] == ["big: out of memory", "slow: stopped after 0 s"]
