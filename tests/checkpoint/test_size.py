@@ -24,10 +24,10 @@ UNIQUE_05B = 534_865_920
 BYTES = {"weight": 2, "master": 4, "exp_avg": 4, "exp_avg_sq": 4}
 
 
-def save_plan(parameters: list[tuple[Whole, torch.nn.Parameter]], place: Topology) -> list[Fragment]:
+def save_plan(recipe: Recipe, parameters: list[tuple[Whole, torch.nn.Parameter]], place: Topology) -> list[Fragment]:
     """What a rank writes, DeepSpeed's flat groups being its parameters one after the other, padded to 2 x DP."""
     plan = []
-    for group in parameter_groups(parameters, decay_everything=True):
+    for group in parameter_groups(parameters, recipe.optimizer.decay_everything, recipe.parallel.reduce_bucket):
         if is_writer(group, place):
             lengths = [p.numel() for p in group.parameters]
             offsets = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -65,13 +65,13 @@ def test_the_plan_of_160_data_parallel_ranks() -> None:
         (whole, torch.nn.Parameter(torch.empty(whole.shape, dtype=torch.bfloat16, device="meta")))
         for whole in whole_tensors(recipe.model).values()
     ]
-    check_plan([save_plan(parameters, Topology(r, 160, 0, 1, 0, 1, 1, r, 160)) for r in range(160)])
+    check_plan([save_plan(recipe, parameters, Topology(r, 160, 0, 1, 0, 1, 1, r, 160)) for r in range(160)])
 
 
 def meta_plan(recipe: Recipe) -> list[Fragment]:
     """On a rank: the plan of its part of the model, on the meta device."""
     place = topology.initialize(recipe.parallel)
-    return save_plan(list(local_parameters(build(recipe, torch.device("meta")), recipe.model)), place)
+    return save_plan(recipe, list(local_parameters(build(recipe, torch.device("meta")), recipe.model)), place)
 
 
 def test_the_plan_under_tensor_and_pipeline_parallelism() -> None:

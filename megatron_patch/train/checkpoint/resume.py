@@ -18,7 +18,7 @@ from megatron_patch.zero import ShardedOptimizer
 
 # Settings that change neither the rows nor what is computed from them, beyond the order of sums.
 _FREE = re.compile(
-    r"parallel\..+|batch\.micro_batch_size|recompute|data\.folder|data\.held_out_.+|checkpoint\..+|watchdog\..+|run\..+"
+    r"parallel\..+|batch\.micro_batch_size|recompute|kernels|data\.folder|data\.held_out_.+|checkpoint\..+|watchdog\..+|run\..+"
 )
 
 
