@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_patch.counts import parameters, stage_layers
+import torch
+
+from megatron_patch import gradients
+from megatron_patch.counts import stage_layers
 from megatron_patch.data.deal import deal
 from megatron_patch.kernels.loss import CHUNK_TOKENS
+from megatron_patch.model.parameters import Whole, whole_tensors
 from megatron_patch.recipe import Recipe
 
 # DeepSpeed aligns a flat group to this many elements for each data-parallel rank (nccl_start_alignment_factor).
@@ -64,25 +68,36 @@ class Place:
         return self.tokens * self.recipe.model.hidden_size * self.element
 
 
-def parameter_groups(place: Place) -> dict[str, int]:
-    """Scalars of each flat group of a rank (gradients.py), padded for ZeRO: `sharded`, `ffn`, `norm`, by decay."""
+@dataclass(frozen=True)
+class Group:
+    """A flat parameter group of a rank, as the optimizer holds it."""
+
+    replication: str
+    size: int  # scalars, padded for ZeRO
+    during_backward: bool  # its gradients can be reduced while lower layers still compute
+
+
+def parameter_groups(place: Place) -> list[Group]:
+    """The groups that training forms (gradients.py), from tensors without storage."""
     r = place.recipe
-    m, tensor = r.model, r.parallel.tensor
-    embedding = m.vocab_size * m.hidden_size // tensor * (place.is_first + place.is_last)
-    attention = place.layers * 4 * m.hidden_size**2 // tensor
-    ffn = parameters(m).ffn // tensor
-    norms = m.hidden_size * (2 * place.layers + place.is_last)
-    own_ffns = 0 if m.shared_ffn else place.layers * ffn
-    sizes = {"sharded": attention + own_ffns, "ffn": ffn if m.shared_ffn else 0, "norm": norms}
-    if r.optimizer.decay_everything:
-        sizes["sharded"] += embedding
-    else:
-        sizes["sharded, no decay"] = embedding
-    return {name: _padded(size, ZERO_ALIGNMENT * place.data_size) for name, size in sizes.items() if size}
+    multiple = ZERO_ALIGNMENT * place.data_size
+    local = [
+        (whole, torch.nn.Parameter(torch.empty(whole.part_shape(r.parallel.tensor), device="meta")))
+        for whole in whole_tensors(r.model).values()
+        if _is_local(whole, place)
+    ]
+    return [
+        Group(group.replication, -(-group.size // multiple) * multiple, bool(group.layers) and min(group.layers) > 0)
+        for group in gradients.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+    ]
 
 
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+def _is_local(whole: Whole, place: Place) -> bool:
+    """Whether a stage holds a tensor. Layers are alike: the first ones stand for those of any stage."""
+    part, _, rest = whole.name.partition(".")
+    if part == "layers":
+        return int(rest.split(".")[0]) < place.layers
+    return {"embedding": place.is_first, "ffn": True}.get(part, place.is_last)
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ class Memory:
 
 
 def memory(place: Place) -> Memory:
-    flat = sum(parameter_groups(place).values())
+    flat = sum(group.size for group in parameter_groups(place))
     shard = flat // place.data_size
     return Memory(
         weights=flat * place.element,
@@ -162,6 +177,7 @@ class Traffic:
     operation: Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
     size: int  # ranks of the group
     payload: int  # bytes a step, of the whole tensors
+    hidden: bool = False  # runs beside computation
 
     @property
     def sent(self) -> float:
@@ -178,14 +194,17 @@ def traffic(place: Place) -> list[Traffic]:
 def _traffic(place: Place) -> Iterator[Traffic]:
     p = place.recipe.parallel
     groups = parameter_groups(place)
-    flat, dp = sum(groups.values()), place.data_size
-    yield Traffic("data", "gradients", "reduce-scatter", dp, FP32 * flat)
+    flat, dp = sum(group.size for group in groups), place.data_size
+    early = sum(group.size for group in groups if group.during_backward)
+    ffn, norms = (sum(g.size for g in groups if g.replication == kind) for kind in ("ffn", "norm"))
+    yield Traffic("data", "gradients, in backward", "reduce-scatter", dp, FP32 * early, hidden=True)
+    yield Traffic("data", "gradients, after it", "reduce-scatter", dp, FP32 * (flat - early))
     yield Traffic("data", "weights", "all-gather", dp, place.element * flat)
-    yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * groups.get("ffn", 0) // dp)
+    yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * ffn // dp)
     part = place.hidden_bytes // (p.tensor if p.sequence else 1)
     hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
     yield Traffic("pipeline", "activations", "send", p.pipeline, hops * part * place.micro_batches)
-    yield from _tensor_traffic(place, groups.get("norm", 0))
+    yield from _tensor_traffic(place, norms)
 
 
 def _tensor_traffic(place: Place, norms: int) -> Iterator[Traffic]:

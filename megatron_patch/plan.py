@@ -219,8 +219,14 @@ def _traffic_lines(plan: Plan) -> list[str]:
         + f"{item.sent / plan.bandwidth(item):7.3f}"
         for item in items.values()
     ]
-    exposed = sum(item.sent / plan.bandwidth(item) for item in items.values())
-    lines.append(f"  hidden: none; {exposed:.3f} s = {exposed / plan.step_seconds:.1%} of a step are waited for")
+    seconds = {
+        hidden: sum(i.sent / plan.bandwidth(i) for i in items.values() if i.hidden == hidden)
+        for hidden in (False, True)
+    }
+    lines.append(
+        f"  {seconds[True]:.3f} s of it beside computation ({seconds[True] / max(sum(seconds.values()), 1e-9):.0%}); "
+        f"{seconds[False]:.3f} s, {seconds[False] / plan.step_seconds:.1%} of a step, are waited for"
+    )
     return lines
 
 
