@@ -19,13 +19,14 @@ from tests.train.conftest import RANKS, STEPS, run_settings
 from tests.train.job import Job
 
 
-def last_step(run: Path) -> int:
-    """Last step in the log, 0 before the first; a last line may be half written."""
+def last_step(run: Path, since: float = 0.0) -> int:
+    """Last step logged after `since`, 0 before the first; a last line may be half written."""
     try:
         lines = (run / "log.jsonl").read_text().split("\n")[:-1]
     except FileNotFoundError:
         return 0
-    return max((json.loads(line)["step"] for line in lines), default=0)
+    records = [json.loads(line) for line in lines]
+    return max((record["step"] for record in records if record["time"] > since), default=0)
 
 
 KILLS = 10  # of each of the 20 runs of the soak
@@ -38,12 +39,13 @@ def test_killed_at_random_moments(data_folder: Path, undisturbed: Path, tmp_path
     settings = run_settings(data_folder, run)
     resumed_from = set()
     for kill in range(KILLS):
+        started = time.time()
         job = Job(RANKS, settings, log)
         if kill % 5 == 0:  # somewhere between fork and first step
             time.sleep(dice.uniform(0, 0.7))
         else:
             goal = min(newest(run).step + dice.randint(1, 9) if (run / "checkpoints/latest").exists() else 4, STEPS - 3)
-            job.wait_for(lambda goal=goal: last_step(run) >= goal)
+            job.wait_for(lambda goal=goal, started=started: last_step(run, started) >= goal)
             time.sleep(dice.uniform(0, 0.05))
         assert any(p.exitcode is None for p in job.ranks), "the job was over before the kill"
         job.signal(signal.SIGKILL, None if kill % 2 else [dice.randrange(RANKS)])
