@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -138,20 +139,11 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _run(
-        self,
-        folder: Path,
-        state: State,
-        contents: Contents,
-        tensors: dict[str, torch.Tensor],
-        durable: Callable[[Saved], None],
-        started: float,
-        stall: float,
-    ) -> None:
+    def _run(self, folder: Path, *save: Any) -> None:
         # Linux keeps a priority for each thread: where cores are scarce, training goes first.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
-            self._write(folder, state, contents, tensors, durable, started, stall)
+            self._write(folder, *save)
         except CheckpointError as error:
             self._error = error
         except Exception as error:
