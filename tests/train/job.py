@@ -6,6 +6,7 @@ A job may be killed, signalled and started again. As under a launcher, one rank'
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -115,6 +116,7 @@ class Job:
 def _rank(
     rank: int, world_size: int, store: Path, log: Path, before: Callable[[int], None], args: argparse.Namespace
 ) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no rank outlives the tests
     sys.stdout = sys.stderr = output = log.open("a", buffering=1)  # pytest has put its own objects there
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
