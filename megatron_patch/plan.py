@@ -208,14 +208,14 @@ def _memory_lines(plan: Plan) -> list[str]:
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
-    lines = ["bytes a step        sent by the busiest rank                              seconds on the wire"]
+    lines = ["bytes a step        sent by the busiest rank                                     seconds on the wire"]
     items: dict[tuple[str, str, str], Traffic] = {}
     for place in plan.places:
         for item in traffic(place):
             key = (item.group, item.what, item.operation)
             items[key] = max(items.get(key, item), item, key=lambda i: i.sent)
     lines += [
-        f"  {item.group:<9} {item.sent / GIB:8.3f} GiB  {item.operation} of {item.what} over {item.size}".ljust(72)
+        f"  {item.group:<9} {item.sent / GIB:8.3f} GiB  {item.operation} of {item.what} over {item.size}".ljust(76)
         + f"{item.sent / plan.bandwidth(item):7.3f}"
         for item in items.values()
     ]
