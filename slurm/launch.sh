@@ -3,8 +3,8 @@
 #
 #     launch.sh train RECIPE [key=value ...]     check the nodes, train, put the job back until the run is complete
 #     launch.sh check RECIPE [key=value ...]     check the nodes only
-#     launch.sh index                            index the segment of this array task
-#     launch.sh evaluate RUN                     evaluate the milestone of this array task
+#     launch.sh index [option of index ...]     index the segment of this array task
+#     launch.sh evaluate RUN [option of eval ...]  evaluate the milestone of this array task
 #
 # Exit status: 0 the run is complete, was put back, or was stopped on request; 1 it is given up; 2 it was refused.
 set -euo pipefail
@@ -124,12 +124,12 @@ case $verb in
 index)
     step --nodes=1 --ntasks=1 -- python data_tools/build_amber.py index --input "$SITE_RAW_DATA" \
         --output "$SITE_DATA" --segment "$SLURM_ARRAY_TASK_ID" "$@"
-    exit
     ;;
 evaluate)
-    step --nodes=1 --ntasks=1 -- python -m megatron_patch eval \
-        "$(printf '%s/checkpoints/ckpt_%03d' "$1" "$SLURM_ARRAY_TASK_ID")"
-    exit
+    milestone=$(printf '%s/checkpoints/ckpt_%03d' "$1" "$SLURM_ARRAY_TASK_ID")
+    shift
+    step --nodes=1 --ntasks=1 -- python -m megatron_patch eval "$milestone" --data "$SITE_BENCHMARKS" \
+        --output "$SITE_EVALUATIONS" "$@"
     ;;
 esac
 nodes=$(hosts_by_switch)

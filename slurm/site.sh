@@ -18,6 +18,8 @@ SITE_REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SITE_RAW_DATA=$SITE_REPOSITORY/data/amber_raw       # Amber's train_000.jsonl ... train_359.jsonl, 7.5 TB
 SITE_DATA=$SITE_REPOSITORY/data/amber               # what build_amber.sbatch makes of them, 2.5 TB
 SITE_RUNS=$SITE_REPOSITORY/runs                     # run folders: checkpoints, logs
+SITE_BENCHMARKS=$SITE_REPOSITORY/benchmarks_data    # what `python -m megatron_patch eval --download` fetched
+SITE_EVALUATIONS=$SITE_REPOSITORY/evaluations       # scores, one folder a checkpoint
 SITE_LOGS=$SITE_REPOSITORY/logs                     # Slurm's own output of every job
 # Slurm loses a job's output silently when its folder is missing, so the folder is made before anything is submitted.
 mkdir -p "$SITE_LOGS"
