@@ -3,8 +3,8 @@
 #
 #     launch.sh train RECIPE [key=value ...]     check the nodes, train, put the job back until the run is complete
 #     launch.sh check RECIPE [key=value ...]     check the nodes only
-#     launch.sh index [option of index ...]     index the segment of this array task
-#     launch.sh evaluate RUN [option of eval ...]  evaluate the milestone of this array task
+#     launch.sh index [option of index ...]      index the segment of this array task
+#     launch.sh evaluate RUN [option ...]        evaluate the milestone of this array task
 #
 # Exit status: 0 the run is complete, was put back, or was stopped on request; 1 it is given up; 2 it was refused.
 set -euo pipefail
