@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 from tests.toy import gather, toy_recipe, train_toy
 
 STEPS = 2
-# Triton's arithmetic differs from torch's in the order of sums alone.
+# The arithmetic differs in the order of sums alone.
 FP32_BOUND = 1e-6
 # The interpreter cuts bf16 off where torch rounds: relative 2^-8 an operation, partly cancelling in a mean.
 BF16_BOUND = 5e-3
@@ -23,21 +23,21 @@ def with_reference_kernels(*overrides: str):
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [
-        (1, ["precision=fp32"]),
-        (1, ["precision=fp32", "recompute=full"]),
-        (1, ["precision=bf16", "recompute=selective"]),
-        (2, ["precision=fp32", "parallel.tensor=2", "parallel.sequence=true"]),
-        (2, ["precision=fp32", "parallel.pipeline=2"]),
+        (1, ["precision=fp32", "kernels=triton", "recompute=full"]),
+        (1, ["precision=bf16", "kernels=triton", "recompute=selective"]),
+        (2, ["precision=fp32", "kernels=triton", "parallel.tensor=2", "parallel.sequence=true"]),
+        (2, ["precision=fp32", "kernels=triton", "parallel.pipeline=2"]),
+        (1, ["precision=fp32", "kernels=compiled"]),
     ],
     ids=lambda x: "+".join(x) if isinstance(x, list) else f"{x}",
 )
-def test_triton_kernels_train_as_the_reference(ranks, overrides):
+def test_kernels_train_as_the_reference(ranks, overrides):
     # An odd head count and width, so that no kernel works on whole blocks.
     odd = ["model.hidden_size=24", "model.ffn_hidden_size=44", "model.num_layers=2", "batch.global_batch_size=4"]
     precision = next(o for o in overrides if o.startswith("precision"))
     bound = FP32_BOUND if precision == "precision=fp32" else BF16_BOUND
     losses, norms, weights = with_reference_kernels(precision, *odd)
-    answers = run_ranks(ranks, train_toy, [*odd, *overrides, "kernels=triton"], STEPS)
+    answers = run_ranks(ranks, train_toy, [*odd, *overrides], STEPS)
     for got, want in [*zip(answers[0]["losses"], losses, strict=True), *zip(answers[0]["norms"], norms, strict=True)]:
         assert abs(got - want) < bound * abs(want) * (1 if bound == FP32_BOUND else 4)
     for name, tensor in gather(answers, toy_recipe(*odd, *overrides)).items():
