@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ |= {
@@ -16,6 +17,15 @@ from lm_eval.tasks import TaskManager
 from megatron_patch.evaluate.run import task_manager
 from tests.convert.samples import train_tokenizer
 from tests.evaluate.small_data import write_all
+
+
+@pytest.fixture(autouse=True)
+def keep_environment() -> Iterator[None]:
+    """Loading a model writes RANK and its like into the environment, as a launcher would."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

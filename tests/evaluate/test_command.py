@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from megatron_patch.evaluate.run import bind
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
 from megatron_patch.train.checkpoint.write import write_weights
 from tests.convert.samples import MemoryWeights, small_recipe
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
-Evaluate = Callable[..., tuple[int, str, str]]
 FEW = "--benchmarks=hellaswag,truthfulqa,piqa,race,siqa,winogrande"
 
 
@@ -37,16 +38,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture
-def evaluate_command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command in this process; exit code, output, messages."""
+def evaluate_command(*arguments: str | Path, ranks: int = 1) -> tuple[int, str, str]:
+    """Runs the command on forked ranks; exit code, output and messages of the first."""
+    return run_ranks(ranks, _captured, ["eval", *map(str, arguments)])[0]  # type: ignore[no-any-return]
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(["eval", *map(str, arguments)])
-        return code, *capfd.readouterr()
 
-    return run
+def _captured(arguments: list[str]) -> tuple[int, str, str]:
+    out, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(errors):
+        code = main(arguments)
+    return code, out.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ def checkpoint(weights: MemoryWeights, tmp_path_factory: pytest.TempPathFactory)
 def ours(checkpoint: Path, data: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """scores.json of the whole suite on the checkpoint, by the command."""
     output = tmp_path_factory.mktemp("ours")
-    arguments = [checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", output]
-    assert main(["eval", *map(str, arguments)]) == 0
+    code, _, errors = evaluate_command(checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", output)
+    assert code == 0, errors
     (scores,) = read_scores(output)
     return scores
 
@@ -95,7 +96,6 @@ def test_scores_are_the_stock_harness_on_the_expanded_export(
 
 
 def test_hugging_face_folder_scores_the_same(
-    evaluate_command: Evaluate,
     ours: dict[str, Any],
     weights: MemoryWeights,
     data: Path,
@@ -118,10 +118,9 @@ def test_hugging_face_folder_scores_the_same(
 def test_two_ranks_score_as_one(
     ours: dict[str, Any], checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = command(checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path / "out", FEW)
-    done = subprocess.run([*launch, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    arguments = (checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path / "out", FEW)
+    code, _, errors = evaluate_command(*arguments, ranks=2)
+    assert code == 0, errors
     (scores,) = read_scores(tmp_path / "out")
     for name, score in scores["scores"].items():
         assert score["value"] == pytest.approx(ours["scores"][name]["value"], rel=1e-5)
@@ -130,7 +129,7 @@ def test_two_ranks_score_as_one(
 
 
 def test_killed_in_the_middle_repeats_nothing(
-    evaluate_command: Evaluate, ours: dict[str, Any], checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
+    ours: dict[str, Any], checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     arguments = (checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path / "out")
     process = subprocess.Popen(
@@ -162,9 +161,7 @@ def test_killed_in_the_middle_repeats_nothing(
     assert "| mobillama_05b--ckpt_000 | ours | 3.49B |" in table
 
 
-def test_other_settings_do_run_again(
-    evaluate_command: Evaluate, checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path
-) -> None:
+def test_other_settings_do_run_again(checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path) -> None:
     arguments = (checkpoint, "--data", data, "--tokenizer", tokenizer, "--output", tmp_path, "--benchmarks=piqa")
     for limit in ("2", "3"):
         code, table, errors = evaluate_command(*arguments, "--limit", limit)
@@ -187,7 +184,7 @@ def test_other_settings_do_run_again(
     ],
 )  # fmt: skip
 def test_refusals(
-    evaluate_command: Evaluate, arguments: list[str], message: str, checkpoint: Path, tmp_path: Path,
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from megatron_patch.convert.export import export
 from megatron_patch.evaluate.language_model import CausalLM
-from megatron_patch.evaluate.models import HfTokenizer, Settings, hugging_face_model, our_model
+from megatron_patch.evaluate.models import HfTokenizer, OurTokenizer, Settings, hugging_face_model, our_model
 from tests.convert.samples import MemoryWeights, small_recipe
 from tests.evaluate.small_data import WORDS
+from tests.ranks import run_ranks
 
 EOS = 2
 
@@ -37,6 +38,15 @@ def loglikelihoods(model: CausalLM | HFLM, pairs: list[tuple[str, str]]) -> list
     return list(model.loglikelihood(requests))
 
 
+def in_our_model(weights: MemoryWeights, settings: Settings, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    """In a process of its own: a process group in the test process would break ranks forked from it later."""
+    return list(run_ranks(1, _in_our_model, weights, settings, pairs)[0])
+
+
+def _in_our_model(weights: MemoryWeights, settings: Settings, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
+    return loglikelihoods(our_model(weights, settings), pairs)
+
+
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[str, str]]:
     """1,000 contexts and continuations of many lengths; some without context, some too long for the model."""
@@ -55,10 +65,10 @@ def test_1000_continuations_as_transformers(
     padding_side: str,
 ) -> None:  # fmt: skip
     """transformers pads on either side under its mask; ours needs none, padding on the right."""
-    ours = our_model(weights, Settings(tokenizer=tokenizer, batch_size=batch_size))
-    found = loglikelihoods(ours, pairs)
+    found = in_our_model(weights, Settings(tokenizer=tokenizer, batch_size=batch_size), pairs)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    encoded = [([EOS], ours.tok_encode(t)) if c == "" else ours._encode_pair(c, t) for c, t in pairs]
+    encoder = hugging_face_model(folder, Settings())
+    encoded = [([EOS], encoder.tok_encode(t)) if c == "" else encoder._encode_pair(c, t) for c, t in pairs]
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         inputs = [(c + t)[-129:-1] for c, t in batch]
@@ -79,34 +89,44 @@ def test_1000_continuations_as_transformers(
     assert any(len(c + t) > 129 for c, t in encoded)
 
 
+Answers = tuple[list[tuple[float, bool]], list[float], list[str]]
+
+
+def answers(model: CausalLM | HFLM, pairs: list[tuple[str, str]]) -> Answers:
+    """Log-likelihoods, rolling log-likelihoods of long texts, and greedy texts up to a stop."""
+    texts = [" ".join(c for c, _ in pairs[i : i + 7]) for i in range(1, 40, 9)]
+    rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+    settings = {"until": ["e", "\n"], "max_gen_toks": 12}
+    asked = [Instance("generate_until", {}, (c, settings), 0) for c, _ in pairs[1:9]]
+    return loglikelihoods(model, pairs[:200]), model.loglikelihood_rolling(rolling), model.generate_until(asked)
+
+
+def our_answers(weights: MemoryWeights, settings: Settings, pairs: list[tuple[str, str]]) -> Answers:
+    return answers(our_model(weights, settings), pairs)
+
+
 def test_harness_own_model_says_the_same(
     weights: MemoryWeights, folder: Path, tokenizer: Path, pairs: list[tuple[str, str]]
 ) -> None:
-    """Log-likelihoods, rolling log-likelihoods of long texts, and greedy text up to a stop."""
-    stock = HFLM(str(folder), device="cpu", batch_size=1, prefix_token_id=EOS, add_bos_token=False)
-    for model in (our_model(weights, Settings(tokenizer=tokenizer)), hugging_face_model(folder, Settings())):
-        for (value, greedy), (expected, expected_greedy) in zip(
-            loglikelihoods(model, pairs[:200]), loglikelihoods(stock, pairs[:200]), strict=True
-        ):
-            assert value == pytest.approx(expected, abs=1e-4)
-            assert greedy == expected_greedy
-        texts = [" ".join(c for c, _ in pairs[i : i + 7]) for i in range(1, 40, 9)]
-        rolling = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
-        assert model.loglikelihood_rolling(rolling) == pytest.approx(stock.loglikelihood_rolling(rolling), abs=1e-3)
-        settings = {"until": ["e", "\n"], "max_gen_toks": 12}
-        asked = [Instance("generate_until", {}, (c, settings), 0) for c, _ in pairs[1:9]]
-        assert model.generate_until(asked) == stock.generate_until(asked)
+    (ours,) = run_ranks(1, our_answers, weights, Settings(tokenizer=tokenizer), pairs)
+    stock = answers(HFLM(str(folder), device="cpu", batch_size=1, prefix_token_id=EOS, add_bos_token=False), pairs)
+    for values, rolling, texts in (ours, answers(hugging_face_model(folder, Settings()), pairs)):
+        assert [v for v, _ in values] == pytest.approx([v for v, _ in stock[0]], abs=1e-4)
+        assert [greedy for _, greedy in values] == [greedy for _, greedy in stock[0]]
+        assert rolling == pytest.approx(stock[1], abs=1e-3)
+        assert texts == stock[2]
 
 
-def test_empty_context_is_eos_and_can_be_bos(weights: MemoryWeights, tokenizer: Path) -> None:
-    eos, bos = (our_model(weights, Settings(tokenizer=tokenizer, empty_context=e)) for e in ("eos", "bos"))
-    ids = eos.tok_encode("the quick")
+def test_empty_context_is_eos_and_can_be_bos(weights: MemoryWeights, folder: Path, tokenizer: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = OurTokenizer(tokenizer).encode("the quick")
     assert ids[0] not in (1, 2)
-    for model, first in ((eos, 2), (bos, 1)):
+    for name, first in (("eos", 2), ("bos", 1)):
         with torch.inference_mode():
-            logits = model._logits(torch.tensor([[first, *ids]])).log_softmax(-1)[0]
+            logits = model(torch.tensor([[first, *ids]])).logits.log_softmax(-1)[0]
         expected = sum(logits[i, token].item() for i, token in enumerate(ids))
-        assert loglikelihoods(model, [("", "the quick")])[0][0] == pytest.approx(expected, abs=1e-5)
+        settings = Settings(tokenizer=tokenizer, empty_context=name)  # type: ignore[arg-type]
+        assert in_our_model(weights, settings, [("", "the quick")])[0][0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_batch_that_does_not_fit_is_halved(pairs: list[tuple[str, str]], folder: Path) -> None:
