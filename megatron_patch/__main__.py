@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 
 from megatron_patch.train import signals
+
+# Megatron-Core says in every process, several times, that apex and Transformer Engine are missing. Neither is needed.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 # Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
 # need torch and Megatron (seconds), some must start at once.
