@@ -105,6 +105,8 @@ class Data(Section):
     order_seed: int = Field(ge=0, description="Segment k is permuted by seed order_seed + k.")
     held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
     held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
+    read_ahead: bool = Field(False, description="Read each segment through before its rows are asked for.")
+    stage_folder: Path | None = Field(None, description="Copy segments to this storage of the node first (two fit).")
 
 
 class Checkpoint(Section):

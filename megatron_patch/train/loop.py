@@ -90,7 +90,13 @@ def main(args: argparse.Namespace) -> int:
 def _open_data(resolved: Recipe) -> Segments:
     if resolved.data.folder is None:
         raise RecipeError("data.folder: not set; name the folder that data_tools/build_amber.py wrote")
-    segments = open_segments(resolved.data.folder, row_length=resolved.row_length, vocab_size=resolved.model.vocab_size)
+    segments = open_segments(
+        resolved.data.folder,
+        row_length=resolved.row_length,
+        vocab_size=resolved.model.vocab_size,
+        read_ahead=resolved.data.read_ahead,
+        stage_folder=resolved.data.stage_folder,
+    )
     if resolved.data.held_out_interval and segments.held_out_rows < resolved.data.held_out_rows:
         raise DataError(
             f"{segments.held_out_rows} held-out rows, the recipe scores {resolved.data.held_out_rows}",

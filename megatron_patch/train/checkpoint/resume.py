@@ -18,7 +18,8 @@ from megatron_patch.zero import ShardedOptimizer
 
 # Settings that change neither the rows nor what is computed from them, beyond the order of sums.
 _FREE = re.compile(
-    r"parallel\..+|batch\.micro_batch_size|recompute|kernels|data\.folder|data\.held_out_.+|checkpoint\..+|watchdog\..+|run\..+"
+    r"parallel\..+|batch\.micro_batch_size|recompute|kernels|data\.(folder|held_out_.+|read_ahead|stage_folder)|"
+    r"checkpoint\..+|watchdog\..+|run\..+"
 )
 
 
