@@ -25,9 +25,10 @@ def measure_all(recipe: Recipe, results: dict[str, Any], small: bool) -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=where, dtype=dtype).requires_grad_()
 
-    def record(kernel: str, by: str, function: Callable[[], Any]) -> None:
+    def record(kernel: str, by: str, make: Callable[[], Callable[[], Any]]) -> None:
+        """Time what `make` returns; an implementation that cannot run here becomes a note."""
         try:
-            seconds = seconds_a_call(function, warmup=2, repeats=repeats)
+            seconds = seconds_a_call(make(), warmup=2, repeats=repeats)
             results["kernels"].append({"kernel": kernel, "by": by, "seconds": seconds})
         except TimeIsUp:
             raise
@@ -69,24 +70,33 @@ def measure_all(recipe: Recipe, results: dict[str, Any], small: bool) -> None:
     decided = {kernel: choice.chosen(kernel) for kernel in choice.ON_GPU}
     try:
         for implementation in ("reference", "compiled", "triton") if device.HAS_GPU else ("reference",):
-            choice.choose(implementation, where)
+            try:
+                choice.choose(implementation, where)
+            except choice.KernelError as error:
+                results["notes"].append(str(error))
+                continue
             for name, make in cases.items():
-                record(name, implementation, make())
+                record(name, implementation, make)
     finally:
         choice._chosen.update(decided)
 
     query, key, value = (random(rows, heads, s, m.head_dim) for _ in range(3))
-    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def attention() -> Callable[[], None]:
+        scaled_dot_product = torch.nn.functional.scaled_dot_product_attention
+        return both_ways(lambda q, k, v: scaled_dot_product(q, k, v, is_causal=True), query, key, value)
+
     if device.HAS_GPU:
         for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
             with sdpa_kernel(backend):
-                call = both_ways(lambda q, k, v: attention(q, k, v, is_causal=True), query, key, value)
-                record("attention", backend.name, call)
-    record(
-        "attention", "torch's choice", both_ways(lambda q, k, v: attention(q, k, v, is_causal=True), query, key, value)
-    )
+                record("attention", backend.name, attention)
+    record("attention", "torch's choice", attention)
 
     main_grad = torch.zeros(2 * m.ffn_hidden_size, h, device=where)
     flat, d_packed = x.detach().flatten(0, 1), packed.detach().flatten(0, 1)
-    record("weight gradient of fc1", "accumulated in fp32", lambda: wgrad_gemm_accum_fp32(flat, d_packed, main_grad))
-    record("weight gradient of fc1", "into a bf16 temporary", lambda: d_packed.t() @ flat)
+    record(
+        "weight gradient of fc1",
+        "accumulated in fp32",
+        lambda: lambda: wgrad_gemm_accum_fp32(flat, d_packed, main_grad),
+    )
+    record("weight gradient of fc1", "into a bf16 temporary", lambda: lambda: d_packed.t() @ flat)
