@@ -92,7 +92,8 @@ def compare(
         raise ComparisonError("a log without a single step; has the run begun?")
     if steps is not None and steps > last:
         raise ComparisonError(f"--steps {steps}: the shorter run ends at step {last}")
-    for point in sorted({p for p in (*a, *b) if p.step <= (steps or last)}, key=lambda p: p.step):
+    points = {p for p in (*a, *b) if p.step <= (steps or last)}
+    for point in sorted(points, key=lambda p: (p.step, VALUES.index(p.value))):
         if point not in a or point not in b:
             raise ComparisonError(f"step {point.step}: {point.value} is in one log only; were both runs whole?")
         x, y = a[point], b[point]
