@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     module = importlib.import_module(VERBS[known.verb][0])
     sub = argparse.ArgumentParser(prog=f"python -m megatron_patch {known.verb}", description=VERBS[known.verb][1])
     module.add_arguments(sub)
-    return module.main(sub.parse_args(rest))
+    return module.main(sub.parse_intermixed_args(rest))
 
 
 if __name__ == "__main__":
