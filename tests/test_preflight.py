@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,10 +74,15 @@ def test_a_broken_link_between_two_fit_nodes_names_both() -> None:
     assert set(judge.unfit_pairs(paces, 0.6)) == {"a", "b"}
 
 
+def die() -> dict[str, float]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
 def test_a_measurement_that_hangs_raises_or_dies_costs_no_more_than_itself() -> None:
     assert preflight.in_child(lambda: {"gemm": 1.0}, patience=10) == {"gemm": 1.0}
     assert preflight.in_child(lambda: {"x": 1 / 0}, patience=10) == {"error": "ZeroDivisionError: division by zero"}
-    assert preflight.in_child(lambda: os.abort(), patience=10) == {"error": "the measurement died with exit code -6"}
+    assert preflight.in_child(die, patience=10) == {"error": "the measurement died with exit code -9"}
     start = time.monotonic()
     assert preflight.in_child(lambda: time.sleep(60) or {}, patience=0.5) == {"error": "no answer after 0.5 s"}
     assert time.monotonic() - start < 10
@@ -113,7 +119,8 @@ def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(tmp_
         for rank in range(4)
     ]
     printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1, 1, 1, 1], printed[0]
+    # Rank 0 speaks for all: four errors of one launcher would say nothing more.
+    assert [rank.returncode for rank in ranks] == [1, 0, 0, 0], printed[0]
     assert (folder / "good").read_text().split() == [hosts[0], hosts[1], hosts[3]]
     bad = (folder / "bad").read_text()
     assert bad.startswith("127.0.0.2: rank 2: ") and "sick" in bad
