@@ -11,6 +11,8 @@ from megatron_patch.train import signals
 
 # Megatron-Core says in every process, several times, that apex and Transformer Engine are missing. Neither is needed.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+# torch 2.13 has new names for collectives that Megatron-Core and torch 2.11 know by the old ones.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 # Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
 # need torch and Megatron (seconds), some must start at once.

@@ -136,6 +136,7 @@ def _train(
     keeper = Keeper(resolved, place, trainer.optimizer, order, status)
     hang.beat("resume")
     state = keeper.resume(segments.digest, accept_changes)
+    status.progress(step=state.step, samples=state.samples, tokens=state.tokens)
     if place.rank == 0:
         write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
     losses = LossWatch(resolved.watchdog, state.spike_window)
