@@ -6,6 +6,7 @@ of a run of the same layout that was left alone.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,8 @@ def test_time_limit(site: Site, undisturbed: Site) -> None:
     wait_for(lambda: site.cluster.job(job)["Restarts"] == "1", "the job to put itself back", 60)
     site.cluster.command("scontrol", "update", f"jobid={job}", "timelimit=60")
     output = site.finish(job)
-    assert "SIGUSR1 on 2 of 2 ranks" in output
+    # The rank that was held may learn of it from the other one.
+    assert re.search("SIGUSR1 on [12] of 2 ranks", output)
     check_like(site, undisturbed, output, attempts=2)
 
 
@@ -147,5 +149,5 @@ def test_a_rank_hangs(site: Site, undisturbed: Site) -> None:
     site.cluster.signal_rank(site.cluster.hosts(job)[1], "STOP")
     output = site.finish(job)
     check_like(site, undisturbed, output, attempts=2)
-    # The rank that waited for it left its stack; the launcher's second attempt set it aside.
-    assert "all_reduce" in (site.run_folder() / "stacks/rank_00000.previous.txt").read_text()
+    # The rank that waited for it left its stack, in the step; the launcher's second attempt set it aside.
+    assert "train/step.py" in (site.run_folder() / "stacks/rank_00000.previous.txt").read_text()
