@@ -14,6 +14,8 @@ namespace amber {
 namespace {
 
 constexpr std::size_t kBatch = 16;
+constexpr std::size_t kUsual = 12;  // ids that end in a block of 64 bytes: Amber's have 6 bytes on the average
+constexpr std::size_t kMost = 22;   // and at most, with sound separators
 
 AMBER_AVX2 inline std::uint64_t mask_of(__m256i low, __m256i high) {
   return static_cast<std::uint32_t>(_mm256_movemask_epi8(low)) |
@@ -38,13 +40,29 @@ AMBER_AVX2 inline BlockMasks masks_of(const std::uint8_t* text) {
   };
 }
 
+// Puts the eight bytes before each of `ends` into the slots from `count` on; returns the count after them.
+AMBER_AVX2 inline std::size_t store_slots(std::uint64_t* slots, std::size_t count, const std::uint8_t* text,
+                                          std::uint64_t ends) {
+  const std::size_t found = static_cast<std::size_t>(_mm_popcnt_u64(ends));
+  // Nearly every block has at most kUsual ids: without a loop there is no branch to guess wrong. Slots beyond the last
+  // id hold anything, and are written again for the next block.
+  for (std::size_t i = 0; i < kUsual; ++i, ends = _blsr_u64(ends)) {
+    std::memcpy(&slots[count + i], text + _tzcnt_u64(ends) - 8, 8);
+  }
+  if (found > kUsual) {
+    for (std::size_t i = kUsual; i < kMost; ++i, ends = _blsr_u64(ends)) {
+      std::memcpy(&slots[count + i], text + _tzcnt_u64(ends) - 8, 8);
+    }
+  }
+  return count + found;
+}
+
 // Four slots to four pairs of 32-bit numbers: digits 1 to 4 and digits 5 to 8 of the eight.
 AMBER_AVX2 inline __m256i halves_of(const std::uint64_t* slots) {
   const __m256i values = _mm256_sub_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(slots)), _mm256_set1_epi8('0'));
-  // Bytes up to the last one that is no digit belong to the id before: spread "no digit" towards the lower bytes.
-  const __m256i digit = _mm256_cmpeq_epi8(_mm256_min_epu8(values, _mm256_set1_epi8(9)), values);
-  __m256i other = _mm256_andnot_si256(digit, _mm256_set1_epi8(-1));
-  other = _mm256_or_si256(other, _mm256_srli_epi64(other, 8));
+  // Bytes up to the last one that is no digit belong to the id before: spread "no digit" towards the lower bytes. Two
+  // such bytes at least stand before each id, so the first step can be two bytes wide.
+  __m256i other = _mm256_cmpeq_epi8(_mm256_max_epu8(values, _mm256_set1_epi8(10)), values);
   other = _mm256_or_si256(other, _mm256_srli_epi64(other, 16));
   other = _mm256_or_si256(other, _mm256_srli_epi64(other, 32));
   const __m256i digits = _mm256_andnot_si256(other, values);
@@ -83,22 +101,20 @@ AMBER_AVX2 const std::uint8_t* ids_avx2(const std::uint8_t* text, std::size_t ro
   for (;; text += 64) {
     const BlockMasks masks = masks_of(text);
     const std::uint64_t others = ~(masks.digits | masks.commas | masks.spaces);
-    const unsigned end = others ? static_cast<unsigned>(_tzcnt_u64(others)) : 64;
-    const std::uint64_t valid = others ? low_bits(end) : ~std::uint64_t{0};
-    std::uint64_t ends = others ? (masks.commas & valid) | (std::uint64_t{1} << end) : masks.commas;
-    separators.add(masks, ends, valid);
-    if (separators.faults()) return nullptr;
-    if (count + static_cast<std::size_t>(_mm_popcnt_u64(ends)) > row_length) return nullptr;
-    while (ends) {
-      std::memcpy(&slots[count++], text + _tzcnt_u64(ends) - 8, 8);
-      ends = _blsr_u64(ends);
-    }
-    if (others) {
+    if (others == 0) {
+      separators.add(masks, masks.commas, ~std::uint64_t{0});
+      count = store_slots(slots, count, text, masks.commas);
+      if (separators.faults() || count > row_length) return nullptr;
+    } else {
+      const unsigned end = static_cast<unsigned>(_tzcnt_u64(others));
+      const std::uint64_t ends = (masks.commas & low_bits(end)) | (std::uint64_t{1} << end);
+      separators.add(masks, ends, low_bits(end));
+      count = store_slots(slots, count, text, ends);
       text += end;
       break;
     }
   }
-  if (*text != ']' || count != row_length) return nullptr;
+  if (separators.faults() || *text != ']' || count != row_length) return nullptr;
   // The last batch is filled up with ids 0.
   for (std::size_t i = count; i % kBatch; ++i) slots[i] = 0x3030303030303030;
   return convert(slots, (count + kBatch - 1) / kBatch * kBatch, vocab_size, ids) ? text : nullptr;

@@ -31,7 +31,8 @@ struct Format {
 //
 // Returns the address of the bracket if there are exactly `row_length` ids, each below `vocab_size`, of one to five digits
 // without leading zeros; nullptr otherwise, with anything in `ids[0 .. row_length + kSlackIds)`. `text` is followed by a
-// byte that is no digit, comma or space, and by kSlackBytes after that one; at least 8 bytes lie before it.
+// byte that is no digit, comma or space, and by kSlackBytes after that one; at least 8 bytes lie before it, the last two
+// of them no digits.
 using IdsKernel = const std::uint8_t* (*)(const std::uint8_t* text, std::size_t row_length, std::uint32_t vocab_size,
                                           std::uint16_t* ids);
 
