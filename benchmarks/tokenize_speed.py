@@ -28,7 +28,7 @@ from typing import Any
 from data_tools.tokenize_source import SAMPLE_DOCUMENTS
 
 VOCAB_SIZE = 32_000
-TASK_BYTES = 1 << 22
+TASK_BYTES = 1 << 23  # a real task has 1 GiB; here each of two workers must have several
 
 
 def make_corpus(folder: Path, megabytes: int) -> None:
