@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError, DatasetManifest
+from data_tools.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError, DatasetManifest
 
 AMBER = Path(__file__).with_name("amber.yaml")
 
@@ -25,6 +26,22 @@ def _segments(text: str) -> range:
     if not chosen or chosen.start < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
     return chosen
+
+
+def _count(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    """A whole number from `lowest` on, up to `highest`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if number < lowest or (highest is not None and number > highest):
+            bound = f"from {lowest} to {highest}" if highest is not None else f"of at least {lowest}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
+        return number
+
+    return read
 
 
 def _command(
@@ -53,7 +70,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help=f"at a bad {what} (stop)")
     parser.add_argument(
-        "--max-rejected", type=int, default=100, metavar="N", help=f"stop when more {what}s of a file are bad (100)"
+        "--max-rejected",
+        type=_count(0),
+        default=100,
+        metavar="N",
+        help=f"stop when more {what}s of a file are bad (100)",
     )
 
 
@@ -77,8 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(tokenize)
     tokenize.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.model or .json")
     tokenize.add_argument("--source", choices=SOURCES, help="--input holds this source alone (default: INPUT/<source>)")
-    tokenize.add_argument("--row-length", type=int, default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
-    tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    tokenize.add_argument("--row-length", type=_count(1), default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
+    tokenize.add_argument(
+        "--workers", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
+    )
     _add_errors(tokenize, "document")
 
     mix = _command(
@@ -88,10 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--input rows --output segments --num-segments 360 --direct",
     )
     _add_output(mix)
-    mix.add_argument("--num-segments", type=int, default=NUM_SEGMENTS, metavar="N", help="(360)")
+    mix.add_argument("--num-segments", type=_count(1), default=NUM_SEGMENTS, metavar="N", help="(360)")
     mix.add_argument("--direct", action="store_true", help="write indexed binaries at once, no JSONL")
-    mix.add_argument("--held-out-per-source", type=int, default=0, metavar="N", help="rows kept from training (0)")
-    mix.add_argument("--seed", type=int, default=11111, metavar="N", help="chooses the held-out rows (11111)")
+    mix.add_argument(
+        "--held-out-per-source", type=_count(0), default=0, metavar="N", help="rows kept from training (0)"
+    )
+    mix.add_argument("--seed", type=_count(0), default=11111, metavar="N", help="chooses the held-out rows (11111)")
     _add_segment(mix)
 
     index = _command(
@@ -101,9 +126,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--input amber --output indexed --segment $SLURM_ARRAY_TASK_ID",
     )
     _add_output(index)
-    index.add_argument("--row-length", type=int, metavar="N", help="ids a row (2049, or what mix.json says)")
-    index.add_argument("--vocab-size", type=int, metavar="N", help="ids are below it (the tokenizer's, or 32000)")
-    index.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads")
+    index.add_argument("--row-length", type=_count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
+    index.add_argument(
+        "--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="ids are below it (the tokenizer's, or 32000)"
+    )
+    index.add_argument(
+        "--threads", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
+    )
     _add_errors(index, "row")
     _add_segment(index)
 
@@ -114,11 +143,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--input amber --output indexed",
     )
     _add_output(merge)
-    merge.add_argument("--row-length", type=int, metavar="N", help="as for index")
-    merge.add_argument("--vocab-size", type=int, metavar="N", help="as for index")
+    merge.add_argument("--row-length", type=_count(1), metavar="N", help="as for index")
+    merge.add_argument("--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="as for index")
 
     verify = _command(commands, "verify", "recompute a data set's digests, ids and counts", "--input indexed")
     verify.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments")
+    verify.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="their JSONL: name the row and byte where a digest differs"
+    )
     _add_fetch_and_run(commands)
     _command(commands, "stats", "show a data set's totals per source against the paper's Table 2", "--input indexed")
     return parser
@@ -147,7 +179,9 @@ def _add_fetch_and_run(commands: argparse._SubParsersAction[argparse.ArgumentPar
     )
     _add_output(run_parser)
     run_parser.add_argument("--config", type=Path, default=AMBER, metavar="YAML", help="the build (amber.yaml)")
-    run_parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
+    run_parser.add_argument(
+        "--workers", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
+    )
     _add_errors(run_parser, "document or row")
 
 
@@ -175,7 +209,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "stats":
         print(stats_table(arguments.input))
         return 0
-    faults = verify(arguments.input, arguments.segment)
+    faults = verify(arguments.input, arguments.segment, arguments.against)
     for fault in faults:
         print(fault, file=sys.stderr)
     if not faults:
@@ -268,12 +302,20 @@ def _say_dataset(folder: Path, manifest: DatasetManifest) -> None:
 
 
 def main() -> int:
-    """Entry point: errors in the data are said in one or two lines, without a traceback."""
+    """Entry point: errors in the data and of the file system are said in one or two lines, without a traceback."""
     try:
         return run(build_parser().parse_args())
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        if error.filename is None:  # not about a file: a fault of ours, whose place is wanted
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}\n  remedy: check the path, its permissions and its file system,"
+            " then run the same command again: finished work is kept",
+            file=sys.stderr,
+        )
+    return 1
 
 
 if __name__ == "__main__":

@@ -24,15 +24,21 @@ from data_tools.format import (
     segment_name,
     sha256_file,
 )
+from data_tools.jsonl_segments import list_segments
 from data_tools.progress import Progress
 from data_tools.segment_files import check_sizes, source_counts
+from data_tools.segment_reader import ErrorPolicy, SegmentReader
 
 BLOCK_ROWS = 1024
 REMEDY = "remove the segment's .json and build the segment again"
 
 
-def verify(folder: Path, segments: range | None = None) -> list[str]:
+def verify(folder: Path, segments: range | None = None, against: Path | None = None) -> list[str]:
     """Checks a data set; with `segments`, only those.
+
+    Args:
+        against: the JSONL segments that it was made from. A digest speaks of a whole file; where one differs, the rows
+            are compared with these, and the first that is not the same is named.
 
     Returns:
         What is wrong, one line a fault, each with segment, row and byte; empty if all is well.
@@ -42,11 +48,15 @@ def verify(folder: Path, segments: range | None = None) -> list[str]:
     records = [(folder / segment_name(k), manifest.segments[k]) for k in wanted]
     if manifest.held_out is not None and segments is None:
         records.append((folder / HELD_OUT_NAME, manifest.held_out))
+    sources = {segment_name(k): path for k, path in list_segments(against)} if against is not None else {}
     faults = list(_tokenizer_faults(folder, manifest))
     with Progress("verify", sum(record.rows for _, record in records), "rows") as progress:
         for base, record in records:
             try:
+                sound = len(faults)
                 faults += segment_faults(base, record)
+                if len(faults) > sound and base.name in sources:
+                    faults += _row_faults(base.with_suffix(".bin"), sources[base.name], record)
             except DataError as error:
                 faults.append(str(error))
             progress.advance(record.rows)
@@ -91,6 +101,26 @@ def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
                     f" {record.vocab_size}\n  remedy: {REMEDY}"
                 )
     yield from _digest_faults(path, record, digest)
+
+
+def _row_faults(path: Path, source: Path, record: SegmentManifest) -> Iterator[str]:
+    """The first row of a `.bin` that is not what its JSONL segment says."""
+    reader = SegmentReader(source, record.row_length, record.vocab_size, ErrorPolicy(True, record.rejected))
+    row_bytes = record.row_length * TOKEN_DTYPE.itemsize
+    at = 0
+    with path.open("rb") as stream:
+        for expected in reader.blocks():
+            actual = np.frombuffer(stream.read(expected.nbytes), dtype=TOKEN_DTYPE)
+            differs = actual != expected[: len(actual)]
+            if differs.any():
+                index = int(np.argmax(differs))
+                row, column = at + index // record.row_length, index % record.row_length
+                yield (
+                    f"{path}: row {row} id {column} byte {row * row_bytes + column * TOKEN_DTYPE.itemsize}:"
+                    f" id {actual[index]}, {source} says {expected[index]}\n  remedy: {REMEDY}"
+                )
+                return
+            at += len(expected) // record.row_length
 
 
 def _source_faults(path: Path, record: SegmentManifest) -> Iterator[str]:

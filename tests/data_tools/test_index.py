@@ -194,6 +194,46 @@ def test_verify_says_which_segment_row_and_byte(amber: Path, suffix: str, at: in
     assert "segment_000" not in result.stderr
 
 
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (7, 4), (ROWS - 1, ROW_LENGTH - 1)])
+def test_verify_against_the_jsonl_names_the_row_whose_id_is_another(amber: Path, row: int, column: int) -> None:
+    index(amber)
+    out = amber.parent / "out"
+    build_amber("verify", "--input", out, "--against", amber)
+    path = out / "segment_001.bin"
+    content = bytearray(path.read_bytes())
+    at = 2 * (row * ROW_LENGTH + column)
+    content[at] ^= 1
+    path.write_bytes(content)
+    result = build_amber("verify", "--input", out, "--against", amber, check=False)
+    assert result.returncode == 1
+    assert f"segment_001.bin: row {row} id {column} byte {at}: id" in result.stderr
+    assert "segment_001.bin: digest" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--vocab-size", "65537"), "'65537' is not a whole number from 1 to 65536"),
+        (("--row-length", "0"), "'0' is not a whole number of at least 1"),
+        (("--threads", "many"), "'many' is not a whole number of at least 1"),
+        (("--max-rejected", "-1"), "'-1' is not a whole number of at least 0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(amber: Path, arguments: tuple[str, str], says: str) -> None:
+    result = build_amber("index", "--input", amber, "--output", amber.parent / "out", *arguments, check=False)
+    assert (result.returncode, says in result.stderr) == (2, True)
+    assert not (amber.parent / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["/proc/nowhere/out", "file/out"])
+def test_a_folder_that_cannot_be_made_is_named_without_a_traceback(amber: Path, output: str) -> None:
+    (amber.parent / "file").touch()
+    folder = amber.parent / output
+    result = build_amber("index", "--input", amber, "--output", folder, "--row-length", ROW_LENGTH, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ") and "remedy: check the path" in result.stderr
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_lines_longer_than_a_block_and_threads_change_nothing(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
