@@ -1,9 +1,10 @@
 """`python -m megatron_patch eval`: score models, fetch the data sets, print the paper's tables, plot a sweep.
 
-eval RUN --data benchmarks_data                           every milestone of a run that has no scores yet
-eval CHECKPOINT | HF_FOLDER | ORG/NAME --data ...         one model; under torchrun the ranks share the work
-eval --download benchmarks_data                           where there is a network
-eval --table evaluations [--format csv]                   Tables 4, 5 and 9, the paper's figures beside ours
+eval --download benchmarks_data                           once, where there is a network
+eval CHECKPOINT | HF_FOLDER | ORG/NAME                    one model; under torchrun the ranks share the work
+eval RUN                                                  every milestone of a run that has no scores yet
+eval RUN --watch                                          those and every later one as it appears, until the run is over
+eval --table                                              Tables 4, 5 and 9, the paper's figures beside ours
 eval --plot evaluations scores.png                        scores against tokens
 """
 
@@ -14,14 +15,23 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
+from megatron_patch.evaluate.results import read_scores
+from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, Benchmark
+from megatron_patch.evaluate.tables import Format, newest, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="run, checkpoint, Hugging Face folder or hub name")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", help="run, checkpoint, folder of them, HF folder, hub name"
+    )
     parser.add_argument("--data", type=Path, default=Path("benchmarks_data"), help="folder filled by --download")
     parser.add_argument("--output", type=Path, default=Path("evaluations"), help="folder of results")
     parser.add_argument("--benchmarks", default=",".join(BY_NAME), help="names from: " + ", ".join(BY_NAME))
+    parser.add_argument("--watch", action="store_true", help="evaluate the milestones of a run as they appear")
+    parser.add_argument("--every", type=float, default=60, help="of --watch: seconds between two looks at the run")
+    parser.add_argument(
+        "--patience", type=float, default=24, help="of --watch: hours of silence after which a run counts as given up"
+    )
     parser.add_argument("--limit", type=int, help="documents a task, for a trial")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as stored")
     parser.add_argument("--batch-size", type=int, help="rows a batch; default: as many as fit")
@@ -37,14 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code of Hugging Face folders")
     parser.add_argument("--download", type=Path, metavar="FOLDER", help="fetch every data set, with checksums")
-    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print Tables 4, 5 and 9")
+    parser.add_argument(
+        "--table", type=Path, metavar="RESULTS", nargs="?", const=Path("evaluations"), help="print Tables 4, 5 and 9"
+    )
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of --table")
     parser.add_argument("--all", action="store_true", help="of --table: every checkpoint, not each run's last")
-    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "PNG"), help="scores against tokens")
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("RESULTS", "IMAGE"), help="scores against tokens")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit code 2: refused, with the remedy."""
+    """Exit code 2: refused, with the remedy; 1: a damaged milestone was left out."""
     try:
         return _main(args)
     except ValueError as error:  # every refusal of ours is one: missing data, damaged weights, unknown names
@@ -54,43 +66,44 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    unknown = [name for name in args.benchmarks.split(",") if name not in BY_NAME]
+    if unknown:
+        raise ValueError(f"--benchmarks: unknown {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
+    benchmarks = tuple(b for b in BENCHMARKS if b.name in args.benchmarks.split(","))
     if args.download:
         from megatron_patch.evaluate.data import all_hub_data, download
 
-        download(args.download, all_hub_data())
+        download(args.download, all_hub_data(benchmarks))
         return 0
     if args.table:
-        from megatron_patch.evaluate.results import read_scores
-        from megatron_patch.evaluate.tables import newest, render
-
-        found = read_scores(args.table)
-        print(render(found if args.all else newest(found), args.format))
+        print(_table(args.table, args.all, args.format))
         return 0
     if args.plot:
         from megatron_patch.evaluate.plot import plot
-        from megatron_patch.evaluate.results import read_scores
 
-        results, png = args.plot
-        plot(read_scores(results), png)
+        plot(*args.plot)
         return 0
-    return _evaluate(args)
+    if not args.models:
+        raise ValueError("no model named; give a run, a checkpoint, a Hugging Face folder or a hub name")
+    if args.watch and len(args.models) > 1:
+        raise ValueError("--watch watches one run; start another command for another run")
+    return _evaluate(args, benchmarks)
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    unknown = [name for name in args.benchmarks.split(",") if name not in BY_NAME]
-    if unknown or not args.models:
-        raise ValueError(
-            f"--benchmarks: unknown {', '.join(unknown)}; known: {', '.join(BY_NAME)}"
-            if unknown
-            else "no model named; give a run, a checkpoint, a Hugging Face folder or a hub name"
-        )
+def _table(results: Path, every_checkpoint: bool, form: Format) -> str:
+    found = read_scores(results)
+    if not found:
+        raise ValueError(f"{results}: no results in it; name the --output of an evaluation, e.g. evaluations")
+    return render(found if every_checkpoint else newest(found), form)
+
+
+def _evaluate(args: argparse.Namespace, benchmarks: tuple[Benchmark, ...]) -> int:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # data sets come from --data alone
-    from megatron_patch.evaluate.models import Settings, find
-    from megatron_patch.evaluate.results import read_scores
+    from megatron_patch.evaluate.models import Settings, find, join_ranks
+    from megatron_patch.evaluate.ranks import is_first_rank
     from megatron_patch.evaluate.run import Plan, run
-    from megatron_patch.evaluate.tables import render
+    from megatron_patch.evaluate.watch import Patience, watch
 
-    wanted = args.benchmarks.split(",")
     settings = Settings(
         precision=args.precision,
         batch_size=args.batch_size,
@@ -99,8 +112,22 @@ def _evaluate(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
         recipe=args.recipe,
     )
-    plan = Plan(tuple(b for b in BENCHMARKS if b.name in wanted), args.data, args.limit)
-    folders = [run(candidate, settings, plan, args.output) for model in args.models for candidate in find(model)]
-    if os.environ.get("RANK", "0") == "0":
-        print(render([s for s in read_scores(args.output) if s["folder"] in {f.name for f in folders}], "markdown"))
-    return 0
+    plan = Plan(benchmarks, args.data, args.limit)
+    join_ranks()
+    if args.watch:
+        patience = Patience(args.every, 3600 * args.patience)
+        folders, went_well = watch(Path(args.models[0]), settings, plan, args.output, patience)
+    else:
+        folders, went_well = [], True
+        for candidate in (c for model in args.models for c in find(model)):
+            if (folder := run(candidate, settings, plan, args.output)) is not None:
+                folders.append(folder)
+            elif is_first_rank():
+                print(f"{candidate.name}: left to another process, which is evaluating it", file=sys.stderr)
+    if is_first_rank():
+        names = {folder.name for folder in folders}
+        found = [s for s in read_scores(args.output) if s["folder"] in names]
+        print(render(newest(found), "markdown"))
+        if len(newest(found)) < len(found):
+            print(f"The last checkpoint of each run; all: python -m megatron_patch eval --table {args.output} --all")
+    return 0 if went_well else 1

@@ -6,20 +6,24 @@ FOLDER/manifest.json                              path, configuration, split -> 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx2
 import pyarrow.parquet as pq
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, HfFileSystem, RepoFile, hf_hub_download
+from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 
-from data_tools.durable import partial_path, publish, write_whole
+from data_tools.durable import folder_lock, write_beside, write_whole
 from data_tools.format import canonical_json, sha256_file
-from megatron_patch.evaluate.suite import BENCHMARKS, HubData
+from megatron_patch.evaluate.suite import BENCHMARKS, Benchmark, HubData
 
 MANIFEST_NAME = "manifest.json"
 
@@ -55,49 +59,104 @@ def read_manifest(folder: Path) -> dict[str, SplitRecord]:
     try:
         return {key: SplitRecord(**record) for key, record in json.loads(file.read_bytes()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{file}: damaged ({error}); {_fetch(folder)}") from None
+        raise EvaluationError(f"{file}: damaged ({error}); {_how_to_fetch(folder)}") from None
 
 
-def store(folder: Path, data: HubData, split: str, rows: datasets.Dataset, revision: str) -> None:
-    """Writes one split and enters it in the manifest."""
-    file = folder / data.path.replace("/", "--") / (data.config or "default") / f"{split}.parquet"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows.to_parquet(partial_path(file))
-    publish(file)
-    record = SplitRecord(file.relative_to(folder).as_posix(), len(rows), sha256_file(file), revision)
-    manifest = {**read_manifest(folder), split_key(data, split): record}
+def store(folder: Path, data: HubData, splits: Mapping[str, datasets.Dataset], revision: str) -> None:
+    """Writes splits of a data set, then enters them in the manifest."""
+    manifest = read_manifest(folder)
+    for split, rows in splits.items():
+        file = folder / data.path.replace("/", "--") / (data.config or "default") / f"{split}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with write_beside(file) as stream:
+            rows.to_parquet(stream)
+        where = file.relative_to(folder).as_posix()
+        manifest[split_key(data, split)] = SplitRecord(where, len(rows), sha256_file(file), revision)
     write_whole(folder / MANIFEST_NAME, canonical_json({key: asdict(record) for key, record in manifest.items()}))
 
 
-def download(folder: Path, wanted: Iterable[HubData]) -> None:
-    """Fetches from the hub every split that is not already there; what is there is not fetched again.
+def download(folder: Path, wanted: Sequence[HubData]) -> None:
+    """Fetches from the hub every split that is not there as it was fetched; what is there is not fetched again.
+
+    All splits of a data set come from one revision: the one that the manifest names, or else the hub's newest.
 
     Raises:
-        EvaluationError: the hub cannot be reached or has no such data set.
+        EvaluationError: the hub cannot be reached, has no such data set, or a file is not what the hub says.
+        DataError: another process fills the folder, or the disk is full.
     """
-    api = HfApi()
-    folder.mkdir(parents=True, exist_ok=True)
-    for data in dict.fromkeys(wanted):
-        have = read_manifest(folder)
-        missing = [split for split in data.splits if split_key(data, split) not in have]
-        if not missing:
-            continue
-        try:
-            revision = api.dataset_info(data.path).sha or "unknown"
+    with folder_lock(folder):
+        for number, data in enumerate(wanted, 1):
+            have = read_manifest(folder)
+            missing = [split for split in data.splits if not _is_there(folder, have.get(split_key(data, split)))]
+            if not missing:
+                continue
+            try:
+                revision = _revision(have, data) or HfApi().dataset_info(data.path).sha or "main"
+                found = _fetch(data, revision)
+            except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
+                raise EvaluationError(
+                    f"{data.path}: cannot be fetched ({_first_line(error)}); run the same command again, what is there "
+                    "is kept, or run it where the hub can be reached and copy the folder here"
+                ) from error
+            store(folder, data, {split: found[split] for split in missing}, revision)
             for split in missing:
-                rows = datasets.load_dataset(data.path, data.config, split=split, revision=revision)
-                store(folder, data, split, rows, revision)
-                print(f"{split_key(data, split)}: {len(rows):,} rows", file=sys.stderr)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise EvaluationError(
-                f"{data.path}: cannot be fetched ({str(error).splitlines()[0]}); run `python -m megatron_patch eval "
-                f"--download {folder}` where the hub can be reached, and copy the folder here"
-            ) from error
+                rows = f"{len(found[split]):,} rows"
+                print(f"{split_key(data, split)}: {rows} ({number}/{len(wanted)})", file=sys.stderr)
+    print(f"{folder}: complete, {len(wanted)} data sets with their SHA-256 in {MANIFEST_NAME}", file=sys.stderr)
 
 
-def all_hub_data() -> list[HubData]:
-    """Every data set of the suite, once."""
-    return list(dict.fromkeys(task.data for benchmark in BENCHMARKS for task in benchmark.all_tasks))
+def _is_there(folder: Path, record: SplitRecord | None) -> bool:
+    return (
+        record is not None and (folder / record.file).is_file() and sha256_file(folder / record.file) == record.sha256
+    )
+
+
+def _revision(manifest: dict[str, SplitRecord], data: HubData) -> str | None:
+    return next((record.revision for key, record in manifest.items() if key.startswith(f"{data.path}/")), None)
+
+
+def _fetch(data: HubData, revision: str) -> datasets.DatasetDict:
+    """All splits of a data set; each file is compared with the hub's digest before anything reads it."""
+    datasets.disable_progress_bars()  # of the conversion; those of the transfer stay
+    builder = datasets.load_dataset_builder(data.path, data.config, revision=revision)
+    for url in (url for urls in builder.config.data_files.values() for url in urls):
+        place = HfFileSystem().resolve_path(url)
+        assert isinstance(place, HfFileSystemResolvedRepositoryPath)  # data sets lie in repositories, not in buckets
+        (repo, path, at) = (place.repo_id, place.path_in_repo, place.revision)
+        (info,) = HfApi().get_paths_info(repo, path, repo_type="dataset", revision=at)
+        file = Path(hf_hub_download(repo, path, repo_type="dataset", revision=at)).resolve()
+        if not (isinstance(info, RepoFile) and _is_the_hubs(file, info)):
+            file.unlink()
+            raise EvaluationError(f"{path} came with another digest than the hub's and was removed")
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _digest(file: Path) -> str:
+    status = file.stat()
+    return _digest_as_of(file, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _digest_as_of(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256; a sweep asks for it at every milestone."""
+    return str(sha256_file(file))
+
+
+def _is_the_hubs(file: Path, info: RepoFile) -> bool:
+    if info.lfs is not None:
+        return sha256_file(file) == info.lfs.sha256
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == info.blob_id  # as git names a file
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def all_hub_data(benchmarks: Iterable[Benchmark] = BENCHMARKS) -> list[HubData]:
+    """Every data set that the benchmarks read, once."""
+    return list(dict.fromkeys(task.data for benchmark in benchmarks for task in benchmark.all_tasks))
 
 
 def loader(folder: Path, data: HubData) -> Callable[..., dict[str, datasets.Dataset]]:
@@ -110,10 +169,10 @@ def loader(folder: Path, data: HubData) -> Callable[..., dict[str, datasets.Data
     for split in data.splits:
         record = manifest.get(split_key(data, split))
         if record is None or not (folder / record.file).is_file():
-            raise EvaluationError(f"{folder}: data set {split_key(data, split)} is missing; {_fetch(folder)}")
-        if sha256_file(folder / record.file) != record.sha256:
+            raise EvaluationError(f"{folder}: data set {split_key(data, split)} is missing; {_how_to_fetch(folder)}")
+        if _digest(folder / record.file) != record.sha256:
             (where, expected) = (folder / record.file, record.sha256[:12])
-            raise EvaluationError(f"{where}: its SHA-256 is not {expected}...; remove it, then {_fetch(folder)}")
+            raise EvaluationError(f"{where}: its SHA-256 is not {expected}...; {_how_to_fetch(folder)}")
 
     def load(**_: Any) -> dict[str, datasets.Dataset]:
         return {
@@ -131,5 +190,5 @@ def data_digests(folder: Path, data: HubData) -> dict[str, str]:
     return {key: manifest[key].sha256 for key in keys if key in manifest}
 
 
-def _fetch(folder: Path) -> str:
+def _how_to_fetch(folder: Path) -> str:
     return f"fetch it with `python -m megatron_patch eval --download {folder}`"

@@ -17,6 +17,8 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from megatron_patch.evaluate.ranks import is_first_rank
+
 Logits = Callable[[torch.Tensor], torch.Tensor]
 """Token ids [batch, sequence] to logits [batch, sequence, vocab], both on the model's device."""
 
@@ -93,7 +95,9 @@ class CausalLM(TemplateLM):
         Raises:
             ValueError: sampling is asked for.
         """
-        return [self._generate(*request.args) for request in tqdm(requests, disable=disable_tqdm or not _is_first())]
+        return [
+            self._generate(*request.args) for request in tqdm(requests, disable=disable_tqdm or not is_first_rank())
+        ]
 
     def _generate(self, context: str, settings: dict[str, Any]) -> str:
         if settings.get("do_sample") or settings.get("temperature"):
@@ -130,7 +134,7 @@ class CausalLM(TemplateLM):
         inputs = sorted(by_input, key=lambda ids: (-len(ids), ids))
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine: dict[int, tuple[float, bool]] = {}
-        with tqdm(total=len(inputs[rank::world]), disable=disable_tqdm or not _is_first(), file=sys.stderr) as bar:
+        with tqdm(total=len(inputs[rank::world]), disable=disable_tqdm or not is_first_rank(), file=sys.stderr) as bar:
             for batch, logits in self._forward(inputs[rank::world]):
                 for ids, row in zip(batch, logits, strict=True):
                     for i in by_input[ids]:
@@ -172,7 +176,3 @@ def _score(logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
     expected = torch.tensor(tail, device=logits.device)
     picked = log_probabilities.gather(1, expected[:, None]).sum()
     return float(picked), bool((log_probabilities.argmax(-1) == expected).all())
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import httpx2
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
@@ -32,6 +33,8 @@ from megatron_patch.train.checkpoint.format import MARKER_NAME
 from megatron_patch.train.checkpoint.reader import open_checkpoint
 
 Precision = Literal["auto", "bf16", "fp32"]
+_SLOWEST_RANK = timedelta(hours=1)
+"""One rank may read the data sets or a model while the others wait."""
 _DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -84,21 +87,19 @@ def find(model: str) -> list[Candidate]:
     """
     path = Path(model)
     if (path / MARKER_NAME).is_file():
-        return [_checkpoint(path)]
+        return [checkpoint(path)]
     if (path / "config.json").is_file():
         return [_hugging_face(path, path.resolve().name)]
     if path.is_dir():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        milestones = sorted(p for p in folder.glob("ckpt_*") if (p / MARKER_NAME).is_file())
-        if milestones:
-            return [_checkpoint(p) for p in milestones]
-        raise EvaluationError(f"{path}: no checkpoint, milestone (ckpt_*) or config.json in it; name a model")
+        if found := checkpoints_in(path):
+            return sorted(map(checkpoint, found), key=lambda candidate: candidate.step or 0)
+        raise EvaluationError(f"{path}: no config.json and no finished checkpoint in it{_restart_point(path)}")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", model):
         raise EvaluationError(f"{model}: no such folder, and not a hub name like MBZUAI/MobiLlama-05B[@revision]")
     name, _, revision = model.partition("@")
     try:
         folder = Path(snapshot_download(name, revision=revision or None))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         raise EvaluationError(
             f"{model}: no such folder, and the hub cannot be reached or has no such model "
             f"({str(error).splitlines()[0]}); fetch it where there is a network and name its folder"
@@ -106,16 +107,43 @@ def find(model: str) -> list[Candidate]:
     return [_hugging_face(folder, model.replace("/", "--"))]
 
 
-def _checkpoint(folder: Path) -> Candidate:
-    with open_checkpoint(folder) as checkpoint:
-        run = checkpoint.recipe.name
-        digest, step, tokens = checkpoint.digest, checkpoint.step, checkpoint.tokens
+def checkpoints_in(folder: Path) -> list[Path]:
+    """A run's milestones, or the finished checkpoints of any other folder, by number and name.
+
+    Restart points are left out, since most of them are gone soon, and so is what a resume has set aside.
+    """
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = [p for p in inside.iterdir() if (p / MARKER_NAME).is_file() and not _PASSING.fullmatch(p.name)]
+    return sorted(found, key=lambda p: (int("".join(re.findall(r"\d+$", p.name)) or 0), p.name))
+
+
+_PASSING = re.compile(r"step_\d+|.*\.(broken|partial)")
+
+
+def _restart_point(run: Path) -> str:
+    points = sorted((run / "checkpoints").glob("step_*"))
+    return f"; the run has no milestone yet, but a restart point: {points[-1]}" if points else "; name a model"
+
+
+def checkpoint(folder: Path) -> Candidate:
+    """One of our checkpoints; its files are compared with their checksums when it is opened, not here.
+
+    It is named after its recipe, and after its run's folder where that has another name.
+
+    Raises CheckpointError where it is unfinished or damaged.
+    """
+    with open_checkpoint(folder, verify=False) as found:
+        run = found.recipe.name
+        digest, step, tokens = found.digest, found.step, found.tokens
+    place = folder.resolve()
+    if place.parent.name == "checkpoints" and place.parent.parent.name != run:
+        run += f"-{place.parent.parent.name}"
 
     def load(settings: Settings) -> CausalLM:
-        with open_checkpoint(folder, verify=False) as checkpoint:
-            return our_model(checkpoint, settings)
+        with open_checkpoint(folder) as found:
+            return our_model(found, settings)
 
-    return Candidate(f"{run}--{folder.resolve().name}", digest, step, tokens, load)
+    return Candidate(f"{run}--{place.name}", digest, step, tokens, load)
 
 
 def _hugging_face(folder: Path, name: str) -> Candidate:
@@ -126,6 +154,14 @@ def _hugging_face(folder: Path, name: str) -> Candidate:
         return our_model(ImportedModel(folder, recipe_of(folder, settings.recipe)), own)
 
     return Candidate(name, HfFolder(folder).digest, None, None, load)
+
+
+def join_ranks() -> None:
+    """Joins the ranks that torchrun or srun started, on this rank's device; alone there is no group to join."""
+    launch.setup_environment()
+    device.use(int(os.environ["LOCAL_RANK"]))
+    if int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        device.init_process_group(_SLOWEST_RANK)
 
 
 def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
@@ -140,8 +176,8 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
     recipe = recipe.model_copy(
         update={"parallel": Parallel.model_validate({}), "recompute": "none", "precision": precision}
     )
-    launch.setup_environment()
-    topology.initialize(recipe.parallel)
+    join_ranks()
+    topology.initialize(recipe.parallel, _SLOWEST_RANK)
     (model,) = build(recipe, device.current())
     with torch.no_grad():
         for whole, parameter in local_parameters([model], recipe.model):
@@ -172,10 +208,7 @@ def hugging_face_model(folder: Path, settings: Settings) -> CausalLM:
         tokenizer = HfTokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise EvaluationError(f"{folder}: transformers cannot load it ({error})") from error
-    launch.setup_environment()
-    device.use(int(os.environ["LOCAL_RANK"]))
-    if int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        device.init_process_group(timedelta(minutes=10))
+    join_ranks()
     model.to(device.current())  # type: ignore[arg-type]
     model.eval()
     empty = tokenizer.raw.eos_token_id if settings.empty_context == "eos" else tokenizer.raw.bos_token_id

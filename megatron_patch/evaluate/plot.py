@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from data_tools.durable import write_beside
+from megatron_patch.evaluate.results import axis_unit, read_scores
 from megatron_patch.evaluate.suite import BENCHMARKS
 
 _COLUMNS = 5
 
 
-def plot(found: list[dict[str, Any]], png: Path) -> None:
-    """Draws the checkpoints among `found` (contents of `scores.json`).
+def plot(results: Path, image: Path) -> None:
+    """Draws the checkpoints among a folder of results; the ending of `image` names its format.
+
+    Processes that draw the same image wait for one another, so that the last one shows every result.
 
     Raises:
-        ValueError: no checkpoint among them.
+        ValueError: no checkpoint among them, or no such format.
     """
+    with image.with_name(f".{image.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        figure = _figure(read_scores(results))
+        with write_beside(image) as stream:
+            figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)
+
+
+def _figure(found: list[dict[str, Any]]) -> Figure:
     checkpoints = [s for s in found if s["tokens"] is not None]
     if not checkpoints:
         raise ValueError("no scores of checkpoints to plot; run `python -m megatron_patch eval RUN` first")
@@ -26,19 +39,20 @@ def plot(found: list[dict[str, Any]], png: Path) -> None:
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(3 * _COLUMNS, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, sharex=True).flat
+    unit, size = axis_unit(max(s["tokens"] for s in checkpoints))
     by_run = sorted(checkpoints, key=lambda s: (_run(s), s["tokens"]))
     for axis, (title, name) in zip(axes, panels, strict=True):
         for run, group in groupby(by_run, _run):
-            points = [(s["tokens"] / 1e9, c) for s in group if (c := _score(s, name)) is not None]
+            points = [(s["tokens"] / size, c) for s in group if (c := _score(s, name)) is not None]
             errors = [c["stderr"] or 0.0 for _, c in points]
             values = [c["value"] for _, c in points]
             axis.errorbar([x for x, _ in points], values, errors, marker=".", elinewidth=0.6, label=run)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
-    figure.supxlabel("billion tokens", fontsize=10)
+    figure.supxlabel(f"{unit} tokens", fontsize=10)
     figure.supylabel("percent, with one standard error", fontsize=10)
     axes[0].legend(fontsize=8)
-    figure.savefig(png, dpi=120)
+    return figure
 
 
 def _run(scores: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Runs the suite on one model, task by task; what is finished is never repeated.
 
+OUTPUT/MODEL--DIGEST/.lock                   held by the process that evaluates the model; lost when it ends
 OUTPUT/MODEL--DIGEST/tasks/hellaswag.json    one finished task, with everything its numbers depend on
 OUTPUT/MODEL--DIGEST/scores.json             the model, its scores so far, versions and shots
 """
@@ -11,7 +12,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,12 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from data_tools.durable import write_whole
-from data_tools.format import canonical_json, new_digest
-from megatron_patch.evaluate.data import data_digests, loader
+from data_tools.durable import folder_lock, write_whole
+from data_tools.format import DataError, canonical_json, new_digest
+from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
+from megatron_patch.evaluate.ranks import is_first_rank, on_first_rank
 from megatron_patch.evaluate.results import SCORES_NAME
 from megatron_patch.evaluate.scores import TaskResult, average, scores
 from megatron_patch.evaluate.suite import BY_NAME, Benchmark, Task
@@ -50,45 +54,71 @@ def result_folder(output: Path, candidate: Candidate) -> Path:
     return output / f"{candidate.name}--{candidate.digest[:12]}"
 
 
-def run(candidate: Candidate, settings: Settings, plan: Plan, output: Path) -> Path:
-    """Evaluates one model and returns its folder. The model is loaded only if a task is left to do.
+def run(candidate: Candidate, settings: Settings, plan: Plan, output: Path) -> Path | None:
+    """Evaluates one model and returns its folder; None where another process is at it.
 
-    Under torchrun or srun every rank calls this; rank 0 writes.
+    The model is loaded only if a task is left to do. Under torchrun or srun every rank calls this; rank 0 decides and
+    writes.
 
     Raises:
         EvaluationError: a data set is missing or damaged (before any task runs), or the model cannot be loaded.
+        CheckpointError: the checkpoint is damaged.
     """
     folder = result_folder(output, candidate)
-    todo = []
-    for benchmark in plan.benchmarks:
-        for task in benchmark.all_tasks:
-            load = loader(plan.data, task.data)
-            key = _key(candidate, settings, plan, benchmark, task)
-            if _finished(folder, task, key) is None:
-                todo.append((benchmark, task, load, key))
-    if todo:
-        # At lower levels it explains its own options for each of the 75 tasks.
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model = candidate.open(settings)
-        manager = task_manager()
-        for number, (benchmark, task, load, key) in enumerate(todo, 1):
-            started = time.perf_counter()
-            report = _evaluate(model, bind(manager, benchmark, task, load), plan.limit)
-            if _is_first():
-                result = _task_result(report, task)
-                record = {"key": key, "result": asdict(result), "seconds": time.perf_counter() - started}
-                record["version"] = report["versions"][task.name]
-                record["prompts_digest"] = _prompts_digest(report["samples"][task.name])
-                (folder / "tasks").mkdir(parents=True, exist_ok=True)
-                write_whole(_task_file(folder, task), canonical_json(record))
-                print(f"{candidate.name}: {task.name} done ({number}/{len(todo)})", file=sys.stderr)
-    if _is_first():
-        _write_scores(folder, candidate, settings, plan)
-    if dist.is_initialized():
-        dist.barrier()
+    with ExitStack() as held:
+        names = on_first_rank(lambda: _claim(held, folder, candidate, settings, plan))
+        if names is None:
+            return None
+        todo = [(b, task) for b in plan.benchmarks for task in b.all_tasks if task.name in names]
+        if todo:
+            _run_tasks(todo, folder, candidate, settings, plan)
+        if is_first_rank():
+            _write_scores(folder, candidate, settings, plan)
+        if dist.is_initialized():
+            dist.barrier()
     return folder
 
 
+def _claim(held: ExitStack, folder: Path, candidate: Candidate, settings: Settings, plan: Plan) -> list[str] | None:
+    """Takes the model for this process, until `held` ends or the process does; names of the tasks that are left."""
+    for data in all_hub_data(plan.benchmarks):
+        loader(plan.data, data)  # raises where the data set is missing or damaged
+    try:
+        held.enter_context(folder_lock(folder))
+    except DataError:
+        return None
+    return [
+        task.name
+        for benchmark in plan.benchmarks
+        for task in benchmark.all_tasks
+        if _finished(folder, task, _key(candidate, settings, plan, benchmark, task)) is None
+    ]
+
+
+def _run_tasks(
+    todo: list[tuple[Benchmark, Task]], folder: Path, candidate: Candidate, settings: Settings, plan: Plan
+) -> None:
+    # At lower levels it explains its own options for each of the 75 tasks.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    model = candidate.open(settings)
+    manager = task_manager()
+    for number, (benchmark, task) in enumerate(todo, 1):
+        started = time.perf_counter()
+        report = _evaluate(model, bind(manager, benchmark, task, loader(plan.data, task.data)), plan.limit)
+        if is_first_rank():
+            record = {
+                "key": _key(candidate, settings, plan, benchmark, task),
+                "result": asdict(_task_result(report, task)),
+                "seconds": time.perf_counter() - started,
+                "version": report["versions"][task.name],
+                "prompts_digest": _prompts_digest(report["samples"][task.name]),
+            }
+            (folder / "tasks").mkdir(parents=True, exist_ok=True)
+            write_whole(_task_file(folder, task), canonical_json(record))
+            print(f"{candidate.name}: {task.name} done ({number}/{len(todo)})", file=sys.stderr)
+
+
+@cache
 def task_manager() -> TaskManager:
     """The harness's task files of the suite and ours; reading all 13,000 of the harness takes seconds."""
     stock = Path(lm_eval.tasks.__file__).parent
@@ -188,9 +218,6 @@ def _write_scores(folder: Path, candidate: Candidate, settings: Settings, plan: 
             for name, r in records.items()
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / SCORES_NAME, canonical_json(content))
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    file = folder / SCORES_NAME
+    if not file.is_file() or file.read_bytes() != canonical_json(content):
+        write_whole(file, canonical_json(content))

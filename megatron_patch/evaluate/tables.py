@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_patch.evaluate.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
+from megatron_patch.evaluate.results import amount
 from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS
 
 Format = Literal["markdown", "csv"]
@@ -111,7 +112,7 @@ def _paper_line(table: Table, row: PaperRow) -> Line:
 def _our_line(table: Table, scores: dict[str, Any]) -> Line:
     found = scores["scores"]
     cells = {n: Cell(found[n]["value"], found[n]["stderr"]) if n in found else None for n in table.benchmarks}
-    tokens = "" if scores["tokens"] is None else f"{scores['tokens'] / 1e9:.2f}B"
+    tokens = "" if scores["tokens"] is None else amount(scores["tokens"])
     limit = scores["settings"]["limit"]
     source = "ours" if limit is None else f"ours, {limit} documents a task"
     return _line(scores["model"], source, tokens, cells, [_mean(cells), _mean(cells, without=CROWS_PAIRS)])

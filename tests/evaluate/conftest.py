@@ -16,7 +16,8 @@ from lm_eval.tasks import TaskManager
 
 from megatron_patch.evaluate.run import task_manager
 from tests.convert.samples import train_tokenizer
-from tests.evaluate.small_data import write_all
+from tests.evaluate import small_data
+from tests.evaluate.hub import Downloaded, Hub
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,26 @@ def keep_environment() -> Iterator[None]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every data set of the suite, small."""
     folder = tmp_path_factory.mktemp("data")
-    write_all(folder)
+    small_data.write_all(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def repositories() -> dict[str, dict[str, bytes]]:
+    """The same data sets as the hub has them."""
+    return small_data.repositories()
+
+
+@pytest.fixture(scope="session")
+def downloaded(
+    repositories: dict[str, dict[str, bytes]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Downloaded]:
+    """Every data set of the suite, fetched from a hub that goes on serving."""
+    place = tmp_path_factory.mktemp("downloaded")
+    with Hub(repositories) as hub:
+        code, errors = hub.evaluate(place / "home", "--download", place / "data")
+        assert code == 0, errors
+        yield Downloaded(place / "data", place / "home", hub, errors, tuple(hub.fetched))
 
 
 @pytest.fixture(scope="session")

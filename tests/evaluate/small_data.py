@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from megatron_patch.evaluate.data import all_hub_data, store
@@ -148,5 +150,24 @@ def rows(data: HubData, split: str) -> Dataset:
 
 def write_all(folder: Path) -> None:
     for data in all_hub_data():
+        store(folder, data, {split: rows(data, split) for split in data.splits}, "0123abc")
+
+
+def repositories() -> dict[str, dict[str, bytes]]:
+    """The same as the hub has them: a repository each, a parquet file a split, configurations named in the card."""
+    found: dict[str, dict[str, bytes]] = {}
+    cards: dict[str, list[dict[str, Any]]] = {}
+    for data in all_hub_data():
+        files = found.setdefault(f"datasets/{data.path}", {})
+        folder = data.config or "data"
         for split in data.splits:
-            store(folder, data, split, rows(data, split), "0123abc")
+            parquet = io.BytesIO()
+            rows(data, split).to_parquet(parquet)
+            files[f"{folder}/{split}-00000-of-00001.parquet"] = parquet.getvalue()
+        places = [{"split": split, "path": f"{folder}/{split}-*"} for split in data.splits]
+        cards.setdefault(f"datasets/{data.path}", []).append(
+            {"config_name": data.config or "default", "data_files": places}
+        )
+    for name, configs in cards.items():
+        found[name]["README.md"] = f"---\n{yaml.safe_dump({'configs': configs})}---\n".encode()
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from megatron_patch.__main__ import main
 from megatron_patch.convert.export import export
 from megatron_patch.evaluate.data import loader
 from megatron_patch.evaluate.results import read_scores
-from megatron_patch.evaluate.run import bind
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
 from megatron_patch.train.checkpoint.write import write_weights
 from tests.convert.samples import MemoryWeights, small_recipe
+from tests.evaluate.hub import Downloaded, Hub
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -73,26 +71,67 @@ def ours(checkpoint: Path, data: Path, tokenizer: Path, tmp_path_factory: pytest
 
 
 def test_scores_are_the_stock_harness_on_the_expanded_export(
-    ours: dict[str, Any], weights: MemoryWeights, data: Path, tokenizer: Path, manager: TaskManager, tmp_path: Path
+    ours: dict[str, Any], weights: MemoryWeights, downloaded: Downloaded, tokenizer: Path, tmp_path: Path
 ) -> None:
+    """`simple_evaluate` with the harness's own model, tasks and data sets, on what `export` wrote."""
     export(weights, tmp_path / "hf", "expanded", tokenizer)
-    stock = HFLM(str(tmp_path / "hf"), device="cpu", batch_size=4, prefix_token_id=2, add_bos_token=False)
-    tasks = {
-        task.name: bind(manager, benchmark, task, loader(data, task.data))
-        for benchmark in BENCHMARKS
-        for task in benchmark.all_tasks
-    }
-    report = evaluate(stock, {"tasks": tasks, "groups": {}, "group_map": {}}, log_samples=False)
-    assert report is not None
-    results = report["results"]
+    process = downloaded.hub.start(downloaded.home, "tests.evaluate.stock", tmp_path / "hf", tmp_path / "stock.json")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    results = json.loads((tmp_path / "stock.json").read_text())
+
+    def stock(task: str, metric: str) -> str:
+        return f"{100 * results[task][f'{metric},none']:.2f}"  # as the harness prints it: four digits of a share
+
     for benchmark in BENCHMARKS:
         mean = sum(results[t.name][f"{benchmark.metric},none"] for t in benchmark.tasks) / len(benchmark.tasks)
-        assert f"{ours['scores'][benchmark.name]['value']:.10g}" == f"{100 * mean:.10g}" or benchmark.name == (
-            "truthfulqa"  # a mean of probabilities, not of hits: equal to the rounding of two fp32 implementations
+        assert f"{ours['scores'][benchmark.name]['value']:.2f}" == f"{100 * mean:.2f}"
+        # Shares of hits are the same to the last bit but for the order of sums; truthfulqa is a mean of probabilities.
+        assert ours["scores"][benchmark.name]["value"] == pytest.approx(
+            100 * mean, rel=1e-5 if benchmark.name == "truthfulqa" else 1e-12
         )
-        assert ours["scores"][benchmark.name]["value"] == pytest.approx(100 * mean, rel=1e-5)
+    for name, task, metric in (
+        ("mmlu", "mmlu", "acc"), ("crows_pairs", "crows_pairs_english", "pct_stereotype"), ("race", "race", "acc"),
+        ("siqa", "social_iqa", "acc"),
+    ):  # fmt: skip
+        assert f"{ours['scores'][name]['stock']:.2f}" == stock(task, metric)
+    for name, task in (("hellaswag", "hellaswag"), ("winogrande", "winogrande"), ("arc_challenge", "arc_challenge")):
+        error = results[task][f"{BY_NAME[name].metric}_stderr,none"]
+        assert ours["scores"][name]["stderr"] == pytest.approx(100 * error, rel=1e-9)
     assert ours["digest"]
     assert ours["tokens"] == weights.tokens
+
+
+def test_a_model_by_its_hub_name_and_a_folder_of_checkpoints(
+    ours: dict[str, Any], checkpoint: Path, weights: MemoryWeights, repositories: dict[str, dict[str, bytes]],
+    data: Path, tokenizer: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    export(weights, tmp_path / "hf", "expanded", tokenizer)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
+    few = ("--data", data, "--benchmarks", "piqa,truthfulqa", "--output", tmp_path / "out")
+    with Hub({"models/someone/small": files}) as hub:
+        code, errors = hub.evaluate(tmp_path / "home", "someone/small@main", *few)
+        assert code == 0, errors
+        assert "model.safetensors" in "".join(hub.fetched)
+        code, errors = hub.evaluate(tmp_path / "home", "someone/other", *few)
+        assert (code, "someone/other: no such folder, and the hub" in errors) == (2, True), errors
+
+    folder = tmp_path / "several"
+    shutil.copytree(checkpoint, folder / "ckpt_000")
+    write_weights(MemoryWeights(weights.recipe, seed=4, step=4266, tokens=2 * weights.tokens), folder / "final")
+    for name in ("step_00004266", "ckpt_000.broken"):
+        shutil.copytree(checkpoint, folder / name)
+    (folder / "ckpt_001").mkdir()  # being written
+    code, table, errors = evaluate_command(folder, *few, "--tokenizer", tokenizer)
+    assert code == 0, errors
+    found = {s["model"]: s for s in read_scores(tmp_path / "out")}
+    assert list(found) == ["mobillama_05b--ckpt_000", "mobillama_05b--final", "someone--small@main"]
+    for model in ("mobillama_05b--ckpt_000", "someone--small@main"):
+        for name, score in found[model]["scores"].items():
+            assert score["value"] == pytest.approx(ours["scores"][name]["value"], rel=1e-5)
+    assert "mobillama_05b--final | ours | 6.989B" in table
+    assert "ckpt_000 | ours" not in table  # the last of the run stands for it
+    assert "--all" in table
 
 
 def test_hugging_face_folder_scores_the_same(
@@ -158,7 +197,7 @@ def test_killed_in_the_middle_repeats_nothing(
 
     code, table, errors = evaluate_command(*arguments)
     assert (code, "done (" in errors) == (0, False), errors
-    assert "| mobillama_05b--ckpt_000 | ours | 3.49B |" in table
+    assert "| mobillama_05b--ckpt_000 | ours | 3.495B |" in table
 
 
 def test_other_settings_do_run_again(checkpoint: Path, data: Path, tokenizer: Path, tmp_path: Path) -> None:
@@ -180,18 +219,29 @@ def test_other_settings_do_run_again(checkpoint: Path, data: Path, tokenizer: Pa
         (["MBZUAI/MobiLlama-05B"], "fetch it where there is a network"),
         (["--download", "fetched"], "Rowan/hellaswag: cannot be fetched"),
         (["not/a/model"], "not/a/model: no such folder"),
+        (["EMPTY"], "no config.json and no finished checkpoint in it; name a model"),
+        (["EMPTY", "--watch"], "--watch takes the folder of a run that has begun"),
+        (["a", "b", "--watch"], "--watch watches one run"),
+        (["DAMAGED", "--data", "DATA"], "damaged"),
         ([], "no model named"),
     ],
 )  # fmt: skip
 def test_refusals(
-    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path,
+    arguments: list[str], message: str, checkpoint: Path, data: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    code, _, errors = evaluate_command(*[str(checkpoint) if a == "CHECKPOINT" else a for a in arguments])
+    Path("empty").mkdir()
+    shutil.copytree(checkpoint, "damaged")
+    (file,) = Path("damaged").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    places = {"CHECKPOINT": checkpoint, "EMPTY": "empty", "DAMAGED": "damaged", "DATA": data}
+    code, _, errors = evaluate_command(*[places.get(a, a) for a in arguments])
     assert code == 2
     assert message in errors
-    assert not Path("evaluations").exists()
+    assert not list(Path().glob("evaluations/*/*.json"))
 
 
 def test_damaged_data_is_named(data: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_markdown(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 46.00 | 43.75 |" in four  # without CrowS-Pairs: facts from the paper's own columns
     ours = [line for line in four.splitlines() if line.startswith("| mobillama_05b")]
     # 40 ... 48: the mean is 44; without the fifth, 44 too. Standard error 0.3 / sqrt(9) and 0.3 / sqrt(8).
-    assert ours[0].startswith("| mobillama_05b--ckpt_001 | ours | 6.99B | 40.00 ± 0.30 | 41.00 ± 0.30 |")
+    assert ours[0].startswith("| mobillama_05b--ckpt_001 | ours | 6.989B | 40.00 ± 0.30 | 41.00 ± 0.30 |")
     assert ours[0].endswith("| 44.00 ± 0.10 | 44.00 ± 0.11 |")
     assert ours[1].split(" | ")[1] == "harness 0.4.13"
     assert [cell.strip() for cell in ours[1].split("|")[4:-1]] == [
@@ -106,8 +106,23 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     image = Image.open(tmp_path / "scores.png")
     assert image.width > 1000
     assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
+    assert main(["eval", "--plot", str(results), str(tmp_path / "scores.svg")]) == 0
+    words = (tmp_path / "scores.svg").read_text()
+    assert "<!-- billion tokens -->" in words
+    assert all(f"<!-- {benchmark.column} -->" in words for benchmark in BENCHMARKS)
     assert main(["eval", "--plot", str(tmp_path / "none"), str(tmp_path / "other.png")]) == 2
     assert "no scores of checkpoints to plot" in capsys.readouterr().err
+    assert main(["eval", "--plot", str(results), str(tmp_path / "scores.xyz")]) == 2
+    assert "Format 'xyz' is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "scores.xyz").exists()
+
+
+def test_refusals(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--table", str(tmp_path / "none")]) == 2
+    assert "none: no results in it; name the --output of an evaluation" in capsys.readouterr().err
+    (results / "gpt-neo-125m" / "scores.json").write_text('{"model": "gp')
+    assert main(["eval", "--table", str(results)]) == 2
+    assert "gpt-neo-125m/scores.json: not a result of `eval`" in capsys.readouterr().err
 
 
 def test_scores_of_unequal_tasks() -> None:
