@@ -1,7 +1,8 @@
 """`python -m megatron_patch report`: a run as one HTML file, or models side by side with the paper's.
 
 report RUN                                writes RUN/report.html; works on a run in progress
-report --compare RUN_OR_RECIPE ...        Table 1 and Figure 1: parameters, tokens, GPU hours, memory, accuracy
+report --compare RUN_OR_RECIPE ...        Table 1 with these models: parameters, tokens, GPU hours, memory, accuracy;
+                                          with --output figure_1.png the same as bars
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ import sys
 from pathlib import Path
 
 from data_tools.durable import write_whole
+from megatron_patch.gpus import GPUS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --compare recipes too")
-    parser.add_argument("--output", type=Path, help="HTML file; default: RUN/report.html")
+    parser.add_argument("--output", type=Path, help="HTML file (RUN/report.html); of --compare: an image")
     parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
-    parser.add_argument("--compare", action="store_true", help="print Table 1 and Figure 1 with these models")
+    parser.add_argument("--compare", action="store_true", help="print Table 1 with these runs and recipes")
+    parser.add_argument("--nodes", type=int, default=20, help="of a planned model, as in `plan`")
+    parser.add_argument("--gpus", choices=GPUS, default="a100-80g", help="of a planned model")
+    parser.add_argument("--mfu", type=float, default=0.45, help="assumed of a planned model")
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 2: refused, with the remedy."""
     try:
         if args.compare:
-            from megatron_patch.report.compare import compare
+            from megatron_patch.report.compare import Assumed, draw, markdown, rows
 
-            print(compare(args.runs, args.evaluations))
+            assumed = Assumed(args.nodes, args.gpus, args.mfu)
+            found = rows(args.runs, args.evaluations, assumed)
+            print(markdown(found, assumed))
+            if args.output:
+                draw(found, args.output)
             return 0
         if args.output and len(args.runs) > 1:
             raise ValueError("--output names one file; give one run, or leave it out")

@@ -1,19 +1,21 @@
-"""Table 1 and Figure 1 of the paper with models of one's own: parameters, tokens, GPU hours, memory, accuracy."""
+"""Table 1 and Figure 1 of the paper with models of one's own, trained or planned, side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from data_tools.durable import write_beside
 from megatron_patch import counts
 from megatron_patch.evaluate.paper import TABLE_1, TABLE_4, TABLE_9
-from megatron_patch.evaluate.results import read_scores
+from megatron_patch.gpus import GPUS
+from megatron_patch.plan import Plan
 from megatron_patch.recipe import Recipe, load
-from megatron_patch.report.read import read_run
+from megatron_patch.report.read import ReportError, read_run
 
-Row = tuple[str, str, str, float | None, float | None, float | None, float | None, float | None]
-
-_HEAD = ("Model", "Source", "Parameters", "Tokens (B)", "GPU hours", "Memory (GB)", "GFLOP a token", "Accuracy")
 _PAPER_TOKENS = 1259.13  # billions, Table 2
 _PAPER_ACCURACY = {
     "MobiLlama": next(r.average for r in TABLE_4 if r.model == "MobiLlama 0.5B"),
@@ -21,36 +23,101 @@ _PAPER_ACCURACY = {
 }
 
 
-_NOTES = (
-    "- Accuracy is the mean of the nine benchmarks (`eval`), CrowS-Pairs included.",
-    "- GPU hours of a run span its first to its last step, pauses included.",
-    "- The paper does not say what its memory counts; a run's is the most ever allocated on rank 0.",
-    "- GFLOP a token count each use of a shared FFN, so MobiLlama and large-base cost the same.",
-)
+@dataclass(frozen=True)
+class Assumed:
+    """What a planned model would be trained on, as in `plan`: nodes, a name of `gpus.GPUS`, a share of its peak."""
+
+    nodes: int
+    gpu: str
+    mfu: float
 
 
-def compare(paths: Sequence[Path], evaluations: Path) -> str:
-    """Markdown: the paper's rows, then a row for each run folder (trained) or recipe file (planned).
+@dataclass(frozen=True)
+class Row:
+    """A model. `parameters`, unique ones, and `tokens` in billions; `memory` in GB a GPU; None where not known."""
+
+    model: str
+    source: str
+    parameters: str
+    tokens: float | None
+    gpu_hours: float | None
+    memory: float | None
+    gflop: float | None
+    accuracy: float | None
+
+
+_COLUMNS = (
+    ("Model", "model"), ("Source", "source"), ("Parameters", "parameters"), ("Tokens (B)", "tokens"),
+    ("GPU hours", "gpu_hours"), ("Memory (GB)", "memory"), ("GFLOP a token", "gflop"), ("Accuracy", "accuracy"),
+)  # fmt: skip
+
+
+def rows(paths: Sequence[Path], evaluations: Path, assumed: Assumed) -> list[Row]:
+    """The paper's rows, then one for each run folder (trained) or recipe file (planned).
 
     Raises:
-        ReportError, RecipeError: neither a run nor a valid recipe.
+        ReportError, RecipeError, ValueError: neither a run nor a valid recipe, or a plan that does not divide.
     """
-    rows: list[Row] = [
-        (r.model, "paper, A100", r.parameters, _PAPER_TOKENS if r.model in _PAPER_ACCURACY else None, r.gpu_hours,
-         r.memory_gb, None, _PAPER_ACCURACY.get(r.model))
+    paper = [
+        Row(r.model, "paper, A100", r.parameters, _PAPER_TOKENS if r.model in _PAPER_ACCURACY else None, r.gpu_hours,
+            r.memory_gb, None, _PAPER_ACCURACY.get(r.model))
         for r in TABLE_1
     ]  # fmt: skip
-    rows += [_planned(load(p)) if p.is_file() else _trained(p, evaluations) for p in paths]
-    lines = [f"| {' | '.join(_HEAD)} |", "|---|---|" + "---:|" * (len(_HEAD) - 2)]
-    lines += [f"| {' | '.join(_cell(c) for c in row)} |" for row in rows]
-    return "\n".join([*lines, "", *_NOTES])
+    return paper + [_row(path, evaluations, assumed) for path in paths]
 
 
-def _planned(recipe: Recipe) -> Row:
-    tokens = None
-    if recipe.run.steps:
-        tokens = recipe.run.steps * recipe.batch.global_batch_size * recipe.model.sequence_length / 1e9
-    return _row(recipe, "planned", tokens, None, None, None)
+def markdown(found: Sequence[Row], assumed: Assumed) -> str:
+    lines = [f"| {' | '.join(title for title, _ in _COLUMNS)} |", "|---|---|" + "---:|" * (len(_COLUMNS) - 2)]
+    lines += [f"| {' | '.join(_cell(getattr(row, name)) for _, name in _COLUMNS)} |" for row in found]
+    notes = (
+        "- Accuracy is the mean of the nine benchmarks (`eval`), CrowS-Pairs included.",
+        "- GPU hours of a run span its first to its last step, pauses included.",
+        f"- GPU hours and memory of a planned model are those of `plan` on {assumed.nodes} nodes of {assumed.gpu} at "
+        f"{assumed.mfu:.0%} MFU.",
+        "- The paper does not say what its memory counts; a run's is the most ever allocated on rank 0.",
+        "- GFLOP a token count each use of a shared FFN, so MobiLlama and large-base cost the same.",
+    )
+    return "\n".join([*lines, "", *notes])
+
+
+def draw(found: Sequence[Row], image: Path) -> None:
+    """Figure 1: a panel of bars for each quantity; the ending of `image` names its format (ValueError: none such)."""
+    panels = _COLUMNS[2:]
+    figure = Figure(figsize=(3.2 * len(panels), 0.9 + 0.32 * len(found)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    names = [f"{row.model} ({row.source.split(',')[0]})" for row in found]
+    for axis, (title, name) in zip(axes, panels, strict=True):
+        values = [_number(getattr(row, name)) for row in found]
+        colours = ["tab:gray" if row.source.startswith("paper") else "tab:blue" for row in found]
+        bars = axis.barh(range(len(found)), [value or 0.0 for value in values], color=colours)
+        axis.bar_label(
+            bars,
+            ["-" if v is None else f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values],
+            fontsize=8,
+            padding=2,
+        )
+        axis.set_yticks(range(len(found)), names, fontsize=9)
+        axis.set_title("Parameters (B)" if name == "parameters" else title, fontsize=10)
+        axis.margins(x=0.3)
+        axis.set_xticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    with write_beside(image) as stream:
+        figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)
+
+
+def _row(path: Path, evaluations: Path, assumed: Assumed) -> Row:
+    if path.is_file():
+        return _planned(load(path), assumed)
+    if not path.is_dir():
+        raise ReportError(f"{path}: no such run folder or recipe file; e.g. runs/mobillama_05b, recipes/baseline1.yaml")
+    return _trained(path, evaluations)
+
+
+def _planned(recipe: Recipe, assumed: Assumed) -> Row:
+    plan = Plan.of(recipe, assumed.nodes, GPUS[assumed.gpu], assumed.mfu, restart_minutes=0)
+    tokens = plan.steps * plan.tokens_per_step
+    return _model(recipe, "planned", tokens, plan.days * 24 * plan.ranks, plan.needed, None)
 
 
 def _trained(folder: Path, evaluations: Path) -> Row:
@@ -60,29 +127,35 @@ def _trained(folder: Path, evaluations: Path) -> Row:
         first, last = run.steps[0], run.steps[-1]
         seconds = last["time"] - first["time"] + first["seconds"]
         hours = seconds / 3600 * run.status["ranks"] if "ranks" in run.status else None
-        memory = max((s["memory"] / 1e9 for s in run.steps if s.get("memory") is not None), default=None)
-        tokens = last["tokens"] / 1e9
-    scores = [s for s in read_scores(evaluations) if s["digest"] in {m["digest"] for m in run.milestones}]
-    average = scores[-1]["average"] if scores else None
-    source = str(run.status.get("state", "not started"))
-    return _row(run.recipe, source, tokens, hours, memory, average["value"] if average else None)
+        memory = max((s["memory"] for s in run.steps if s.get("memory") is not None), default=None)
+        tokens = last["tokens"]
+    average = next((s["average"]["value"] for s in reversed(run.scores) if s["average"]), None)
+    return _model(run.recipe, str(run.status.get("state", "not started")), tokens, hours, memory, average)
 
 
-def _row(
-    recipe: Recipe,
-    source: str,
-    tokens: float | None,
-    hours: float | None,
-    memory: float | None,
-    accuracy: float | None,
+def _model(
+    recipe: Recipe, source: str, tokens: int | None, hours: float | None, memory: int | None, accuracy: float | None
 ) -> Row:
-    unique = counts.parameters(recipe.model).unique
-    return (
-        recipe.name, source, f"{unique:,}", tokens, hours, memory, counts.flops_per_token(recipe.model) / 1e9, accuracy
-    )  # fmt: skip
+    return Row(
+        recipe.name,
+        source,
+        f"{counts.parameters(recipe.model).unique:,}",
+        None if tokens is None else tokens / 1e9,
+        hours,
+        None if memory is None else memory / 1e9,
+        counts.flops_per_token(recipe.model) / 1e9,
+        accuracy,
+    )
+
+
+def _number(value: str | float | None) -> float | None:
+    """Parameters stand as text: 0.52B in the paper, every digit of ours."""
+    if not isinstance(value, str):
+        return value
+    return float(value.removesuffix("B")) if value.endswith("B") else int(value.replace(",", "")) / 1e9
 
 
 def _cell(value: str | float | None) -> str:
     if value is None:
         return "-"
-    return value if isinstance(value, str) else f"{value:,.2f}"
+    return value if isinstance(value, str) else f"{value:,.4g}" if 0 < value < 0.1 else f"{value:,.2f}"

@@ -25,7 +25,7 @@ function format(value) {
 function linearTicks(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= 0.75 * rough);
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(i * step);
   return ticks;
@@ -92,7 +92,7 @@ function draw(figure) {
     above = y(tick);
     element("text", { x: left - 6, y: above + 4, "text-anchor": "end" }, labels).textContent = format(tick);
   }
-  for (const tick of linearTicks(x0, x1, Math.max(2, Math.floor((right - left) / 90)))) {
+  for (const tick of linearTicks(x0, x1, Math.max(1.5, (right - left) / 80))) {
     const anchor = x(tick) > right - 14 ? "end" : x(tick) < left + 14 ? "start" : "middle";
     element("text", { x: x(tick), y: height - 5, "text-anchor": anchor }, labels).textContent = format(tick);
   }

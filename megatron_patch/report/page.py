@@ -12,6 +12,7 @@ from typing import Any
 
 from data_tools.format import TABLE_2_BILLION_TOKENS
 from megatron_patch import counts
+from megatron_patch.evaluate.results import amount, axis_unit
 from megatron_patch.evaluate.suite import BENCHMARKS
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, curve
@@ -44,7 +45,7 @@ def render(run: Run, page: Path) -> str:
         _header(run),
         _section("Training", _grid(figures) or "<p>No step has been logged yet.</p>", _choice(axes)),
         _section("Restarts", _restarts(run)),
-        _section("Scores against tokens", _grid(score_figures, "small") + _score_table(run)) if run.scores else "",
+        _scores(run, score_figures),
         _section("Data mix against the paper's Table 2", _mix(run)),
         _section("Milestones", _milestones(run, page)),
         _section("Recipe and environment", _details(run)),
@@ -75,6 +76,15 @@ def _section(title: str, body: str, beside: str = "") -> str:
     return f'<section><div class="title"><h2>{escape(title)}</h2>{beside}</div>{body}</section>\n'
 
 
+def _scores(run: Run, figures: Sequence[str]) -> str:
+    if not run.scores:
+        hint = f"<p>None yet: <code>python -m megatron_patch eval {escape(str(run.folder))} --watch</code></p>"
+        return _section("Scores against tokens", hint)
+    unit = axis_unit(max(s["tokens"] for s in run.scores))[0]
+    beside = f'<span class="choice">percent, along {unit} tokens</span>'
+    return _section("Scores against tokens", _grid(figures, "small") + _score_table(run), beside)
+
+
 def _grid(figures: Sequence[str], kind: str = "") -> str:
     return f'<div class="charts {kind}">{"".join(figures)}</div>' if figures else ""
 
@@ -101,7 +111,7 @@ def _header(run: Run) -> str:
     step = last.get("step", 0)
     tiles = [
         ("Step", f"{step:,}" + (f" <small>of {total:,}</small>" if total else "")),
-        ("Tokens", _amount(last.get("tokens", 0))),
+        ("Tokens", amount(last.get("tokens", 0))),
         ("Loss", f"{last['loss']:.4f}" if last.get("loss") is not None else "-"),
         ("Held-out loss", f"{run.held_out[-1]['held_out_loss']:.4f}" if run.held_out else "-"),
         ("Tokens per second", f"{_lately(run, 'tokens_per_second'):,.0f}" if run.steps else "-"),
@@ -164,7 +174,7 @@ def _score_charts(run: Run, first: int) -> tuple[list[dict[str, Any]], list[str]
         ]
         if points:
             charts.append({"curves": [curve("", points, "value", axes)], "axis": "tokens"})
-            figures.append(_figure(first + len(figures), title, f"percent, along {axes.token_unit}"))
+            figures.append(_figure(first + len(figures), title, ""))
     return charts, figures
 
 
@@ -176,7 +186,7 @@ def _figure(number: int, title: str, unit: str) -> str:
     return (
         f'<figure class="card" data-chart="{number}"><div class="head"><h3>{escape(title)}</h3>'
         f'<span class="values"></span></div><svg role="img" aria-label="{escape(title)}"></svg>'
-        f"<figcaption>{escape(unit) or '&nbsp;'}</figcaption></figure>"
+        f"<figcaption>{escape(unit)}</figcaption></figure>"
     )
 
 
@@ -195,17 +205,18 @@ def _score_table(run: Run) -> str:
     names = [b for b in BENCHMARKS if any(b.name in s["scores"] for s in run.scores)]
     rows = []
     for s in run.scores:
-        cells = [_score(s, b.name) for b in names] + [s["average"]]
-        rows.append((s["model"].rpartition("--")[2], _amount(s["tokens"]), *(_percent(c) for c in cells)))
+        cells = [s["average"], *(_score(s, b.name) for b in names)]
+        rows.append((escape(s["model"].rpartition("--")[2]), amount(s["tokens"]), *(_percent(c) for c in cells)))
     return _table(
-        ("Milestone", "Tokens", *(b.column for b in names), "Average"), rows, numbers=set(range(1, 3 + len(names)))
-    )
+        ("Milestone", "Tokens", "Average", *(b.column for b in names)), rows, numbers=set(range(1, 3 + len(names))),
+        escaped=True,
+    )  # fmt: skip
 
 
 def _percent(score: dict[str, Any] | None) -> str:
     if score is None:
         return "-"
-    return f"{score['value']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")
+    return f"{score['value']:.2f}" + (f" <small>± {score['stderr']:.2f}</small>" if score["stderr"] is not None else "")
 
 
 def _mix(run: Run) -> str:
@@ -219,11 +230,11 @@ def _mix(run: Run) -> str:
             f'<div class="bars"><span><i class="bar" style="width:{share:.2f}%;background:var(--one)"></i></span>'
             f'<span><i class="bar" style="width:{theirs:.2f}%;background:var(--two)"></i></span></div>'
         )
-        rows.append((escape(source), f"{run.mix.get(source, 0):,}", f"{share:.2f} %", f"{theirs:.2f} %", bars))
+        rows.append((escape(source), bars, f"{share:.2f} %", f"{theirs:.2f} %", f"{run.mix.get(source, 0):,}"))
     return _table(
-        ("Source", "Rows", '<i class="key" style="background:var(--one)"></i>This data set',
-         '<i class="key" style="background:var(--two)"></i>Table 2', ""),
-        rows, numbers={1, 2, 3}, escaped=True,
+        ("Source", "", '<i class="key" style="background:var(--one)"></i>Here',
+         '<i class="key" style="background:var(--two)"></i>Table 2', "Rows"),
+        rows, numbers={2, 3, 4}, escaped=True,
     )  # fmt: skip
 
 
@@ -234,7 +245,7 @@ def _milestones(run: Run, page: Path) -> str:
     rows = [
         (
             f'<a href="{escape(folder)}/{escape(m["name"])}/">{escape(m["name"])}</a>',
-            f"{int(m['step']):,}", _amount(int(m["tokens"])), escape(m["segments"]), escape(m["contents"]),
+            f"{int(m['step']):,}", amount(int(m["tokens"])), escape(m["segments"]), escape(m["contents"]),
             escape(m["wall_time"][:16].replace("T", " ")), f"<code>{escape(m['digest'][:12])}</code>",
         )
         for m in run.milestones
@@ -273,12 +284,6 @@ def _lately(run: Run, key: str) -> float:
 
 def _tokens_of(run: Run, step: int) -> int:
     return step * run.recipe.batch.global_batch_size * run.recipe.model.sequence_length
-
-
-def _amount(tokens: float) -> str:
-    """Four digits and a unit: 3.495B."""
-    unit, per = next((u for u in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)) if tokens >= u[1]), ("", 1.0))
-    return f"{tokens / per:.4g}{unit}"
 
 
 def _span(seconds: float) -> str:

@@ -14,6 +14,9 @@ from megatron_patch.attempts import attempts, read_status
 from megatron_patch.evaluate.results import read_scores
 from megatron_patch.recipe import Recipe, load
 
+_LONGEST_SAVE = 10.0
+"""Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""
+
 
 class ReportError(ValueError):
     """A folder that is no run: names it and what to do."""
@@ -61,7 +64,8 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise ReportError(f"{folder}: no recipe.yaml in it; name a run's folder, e.g. runs/mobillama_05b")
     run = Run(folder, load(folder / "recipe.yaml"), read_status(folder))
-    for record in _records(folder / "log.jsonl"):
+    records = _records(folder / "log.jsonl")
+    for record in records:
         if "loss" in record:
             run.steps.append(record)
         elif "held_out_loss" in record:
@@ -70,9 +74,7 @@ def read_run(folder: Path, evaluations: Path) -> Run:
             run.remarks.append(record)
     started = attempts(folder)
     starts = [a["started"] for a in started]
-    if "attempt_started" in run.status and run.status["attempt_started"] > max(starts, default=0.0) + 600:
-        starts.append(run.status["attempt_started"])  # started by hand, not by a Slurm job that keeps records
-    run.restarts = restarts(run.steps, starts)
+    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(records, starts)])
     table = folder / "checkpoints" / "checkpoints.csv"
     if table.is_file():
         with table.open(newline="") as stream:
@@ -95,6 +97,22 @@ def restarts(steps: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[R
         begun = step["time"] - step["seconds"]
         if not found or found[-1].step != step["step"] - 1:
             found.append(Restart(begun, step["step"] - 1, max(begun - (before["time"] if before else start), 0.0)))
+    return found
+
+
+def unrecorded_starts(records: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[float]:
+    """Starts by hand, of which only Slurm's launcher keeps records: gaps of the log that hold none of `starts`.
+
+    A step's time begins where the record before it ends, but for a save, and a first step where the ranks are ready.
+    """
+    found = []
+    steps = [(i, r["time"] - r["seconds"]) for i, r in enumerate(records) if "seconds" in r]
+    if steps and not any(start <= steps[0][1] for start in starts):
+        found.append(steps[0][1])
+    for i, begun in steps:
+        before = records[i - 1]["time"] if i else begun
+        if begun - before > _LONGEST_SAVE and not any(before < start <= begun for start in starts):
+            found.append(begun)
     return found
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_patch.evaluate.results import axis_unit
+
 MOST_POINTS = 1600
 
 
@@ -39,14 +41,11 @@ class Axes:
     @classmethod
     def of(cls, start: float, seconds: float, tokens: float) -> Axes:
         time_unit, per_time = ("hours", 3600.0) if seconds >= 7200 else ("minutes", 60.0)
-        token_unit, per_token = next(u for u in _TOKEN_UNITS if tokens >= u[1] or u[1] == 1e3)
+        token_unit, per_token = axis_unit(tokens)
         return cls(start, time_unit, per_time, f"{token_unit} tokens", per_token)
 
     def at(self, time: float, tokens: float) -> dict[str, float]:
         return {"time": round((time - self.start) / self.seconds, 5), "tokens": round(tokens / self.tokens, 5)}
-
-
-_TOKEN_UNITS = (("billion", 1e9), ("million", 1e6), ("thousand", 1e3))
 
 
 def curve(name: str, records: Sequence[dict[str, Any]], key: str, axes: Axes) -> dict[str, Any]:

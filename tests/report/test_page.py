@@ -53,6 +53,48 @@ def test_opens_without_error_and_draws(browser: Browser, page: Path, width: int,
     assert len(colours) > 50
 
 
+def test_mfu_and_memory_of_a_gpu_and_restarts_stand_on_the_same_axis(
+    browser: Browser, run: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    """The run's own log with what a GPU would have added."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    lines = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "loss" in record:
+            record |= {"mfu": 0.41, "memory": 23_000_000_000 + record["step"]}
+        lines.append(json.dumps(record) + "\n")
+    (copy / "log.jsonl").write_text("".join(lines))
+    assert main(["report", str(copy), "--evaluations", str(evaluations)]) == 0
+    browser.open(copy / "report.html", 1400)
+    charts = browser.script(
+        "return [...document.querySelectorAll('figure[data-chart]')].filter(f => f.dataset.own === 'false').map(f =>"
+        " [f.querySelector('h3').textContent, f.querySelector('.values').textContent,"
+        "  f.querySelector('.restart')?.getAttribute('x1'), f.querySelector('.lost')?.getAttribute('width')])"
+    )
+    assert [title for title, *_ in charts] == [
+        "Loss", "Gradient norm", "Learning rate", "Tokens per second", "MFU", "Memory",
+    ]  # fmt: skip
+    assert [value for _, value, *_ in charts][-2:] == ["41", "23"]  # percent, GB
+    places = {(place, width) for _, _, place, width in charts}
+    assert len(places) == 1, "the restart stands at one place on every chart, and its cost is drawn"
+    ((_, width),) = places
+    assert float(width) > 0
+    assert browser.console() == []
+
+
+def test_an_error_in_the_page_is_seen(browser: Browser, page: Path, tmp_path: Path) -> None:
+    """So that an empty console says something."""
+    broken = tmp_path / "broken.html"
+    broken.write_text(page.read_text().replace("figures.forEach(draw);", "figures.forEach(paint);", 1))
+    browser.open(broken, 1400)
+    browser.script("dispatchEvent(new Event('resize'))")
+    frame = "return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+    assert browser.script(frame)
+    assert "paint is not defined" in "".join(browser.console())
+
+
 def test_crosshair_and_axis(browser: Browser, page: Path) -> None:
     browser.open(page, 1400)
     values = "return document.querySelector('figure .values').textContent"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_patch.__main__ import main
-from megatron_patch.report.read import read_run, restarts
+from megatron_patch.report.read import read_run, restarts, unrecorded_starts
 from megatron_patch.report.series import Axes, thin
 
 
@@ -33,6 +35,21 @@ def test_starts_that_made_no_step_are_one_restart() -> None:
 def test_a_restart_before_the_first_kept_step() -> None:
     (only,) = restarts(steps(31), [5.0, 25.0])
     assert (only.step, only.lost) == (0, 5.0)
+
+
+def test_starts_by_hand_are_read_off_the_log() -> None:
+    """A held-out loss of 60 s and a save of 5 s are no restart; 30 s without a record are."""
+    records = [
+        *steps(11, 12), {"step": 2, "held_out_loss": 1.0, "time": 72.0},
+        *[{**s, "step": s["step"] + 2} for s in steps(73, 79, 109, 110)],
+    ]  # fmt: skip
+    made = [r for r in records if "seconds" in r]
+    found = unrecorded_starts(records, [])
+    assert found == [10.0, 108.0]
+    (only,) = restarts(made, found)
+    assert (only.step, only.lost) == (4, 29.0)
+    assert unrecorded_starts(records, [5.0, 90.0]) == []  # Slurm's launcher has recorded both
+    assert unrecorded_starts(records, [90.0]) == [10.0]
 
 
 def test_real_run(run: Path, evaluations: Path) -> None:
@@ -64,13 +81,40 @@ def test_units_suit_the_run() -> None:
     assert Axes.of(100, 200, 5e6).at(160, 2e6) == {"time": 1.0, "tokens": 2.0}
 
 
-def test_compare(run: Path, evaluations: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(run: Path, evaluations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained and planned beside the paper's; the planned hours and memory are those that `plan` prints."""
     arguments = [str(run), "recipes/mobillama_05b.yaml", "recipes/baseline1.yaml", "--evaluations", str(evaluations)]
-    assert main(["report", "--compare", *arguments]) == 0
-    lines = {line.split(" | ")[0].removeprefix("| "): line for line in capsys.readouterr().out.splitlines()}
-    assert "| large-base | paper, A100 | 1.2B | 1,259.13 | 46,100.00 | 6.00 | - | 49.06 |" in lines.values()
-    assert lines["mobillama_05b"].startswith("| mobillama_05b | planned | 534,865,920 | -")
-    assert "7.73" in lines["mobillama_05b"]
+    image = tmp_path / "figure_1.svg"
+    assert main(["report", "--compare", *arguments, "--nodes", "10", "--mfu", "0.4", "--output", str(image)]) == 0
+    text = capsys.readouterr().out
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines()}
+    assert "| large-base | paper, A100 | 1.2B | 1,259.13 | 46,100.00 | 6.00 | - | 49.06 |" in text
+    name, source, parameters, tokens, hours, memory, gflop, accuracy = lines["mobillama_05b"].strip("| ").split(" | ")
+    assert (name, source, parameters, gflop, accuracy) == ("mobillama_05b", "planned", "534,865,920", "7.73", "-")
+    assert tokens == f"{360 * 2133 * 800 * 2048 / 1e9:,.2f}"
+    assert main(["plan", "recipes/mobillama_05b.yaml", "--nodes", "10", "--mfu", "0.4"]) == 0
+    plan = capsys.readouterr().out
+    assert f"{float(hours.replace(',', '')) / 1e3:.1f}K GPU hours" in plan
+    (gib,) = re.findall(r"with reserve +([\d.]+) of", plan)
+    assert float(memory) * 1e9 / 2**30 == pytest.approx(float(gib), abs=0.01)
+    assert "on 10 nodes of a100-80g at 40% MFU" in text
     assert "| 100.00 |" in lines["baseline1"]
     assert "| completed |" in lines["demo"]
     assert lines["demo"].endswith("| 32.00 |")
+    hours_of_run = lines["demo"].split(" | ")[4]
+    first, *_, last = read_run(run, evaluations).steps
+    assert float(hours_of_run) == pytest.approx((last["time"] - first["time"] + first["seconds"]) / 3600, rel=1e-3)
+    words = image.read_text()
+    for title in ("Parameters (B)", "Tokens (B)", "GPU hours", "Memory (GB)", "Accuracy", "demo (completed)"):
+        assert f"<!-- {title} -->" in words
+    assert main(["report", "--compare", *arguments, "--output", str(tmp_path / "figure_1.png")]) == 0
+    assert Image.open(tmp_path / "figure_1.png").width > 1000
+
+
+def test_compare_refuses_what_is_neither_run_nor_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in (
+        (tmp_path / "absent", "no such run folder or recipe file; e.g."),
+        (tmp_path, "no recipe.yaml in it"),
+    ):
+        assert main(["report", "--compare", str(path)]) == 2
+        assert message in capsys.readouterr().err
