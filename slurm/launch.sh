@@ -4,7 +4,7 @@
 #     launch.sh train RECIPE [key=value ...]     check the nodes, train, put the job back until the run is complete
 #     launch.sh check RECIPE [key=value ...]     check the nodes only
 #     launch.sh index [option of index ...]      index the segment of this array task
-#     launch.sh evaluate RUN [option ...]        evaluate the milestone of this array task
+#     launch.sh evaluate RUN [option ...]        evaluate milestones as they appear, until the run is over
 #
 # Exit status: 0 the run is complete, was put back, or was stopped on request; 1 it is given up; 2 it was refused.
 set -euo pipefail
@@ -126,10 +126,14 @@ index)
         --output "$SITE_DATA" --segment "$SLURM_ARRAY_TASK_ID" "$@"
     ;;
 evaluate)
-    milestone=$(printf '%s/checkpoints/ckpt_%03d' "$1" "$SLURM_ARRAY_TASK_ID")
-    shift
-    step --nodes=1 --ntasks=1 -- python -m megatron_patch eval "$milestone" --data "$SITE_BENCHMARKS" \
-        --output "$SITE_EVALUATIONS" "$@"
+    # Before the time limit the job is put back in the queue; what the watch is at then is done again, by whoever is next.
+    trap 'log "putting the job back in the queue"; scontrol requeue "$SLURM_JOB_ID"' USR1
+    step --nodes=1 --ntasks=1 -- python -m megatron_patch eval "$@" --watch --data "$SITE_BENCHMARKS" \
+        --output "$SITE_EVALUATIONS" &
+    watch=$!
+    while kill -0 "$watch" 2>/dev/null; do wait "$watch" || true; done
+    wait "$watch"
+    exit
     ;;
 esac
 nodes=$(hosts_by_switch)
