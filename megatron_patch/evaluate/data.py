@@ -106,9 +106,7 @@ def download(folder: Path, wanted: Sequence[HubData]) -> None:
 
 
 def _is_there(folder: Path, record: SplitRecord | None) -> bool:
-    return (
-        record is not None and (folder / record.file).is_file() and sha256_file(folder / record.file) == record.sha256
-    )
+    return record is not None and (folder / record.file).is_file() and _digest(folder / record.file) == record.sha256
 
 
 def _revision(manifest: dict[str, SplitRecord], data: HubData) -> str | None:

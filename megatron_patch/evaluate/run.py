@@ -111,7 +111,7 @@ def _run_tasks(
                 "result": asdict(_task_result(report, task)),
                 "seconds": time.perf_counter() - started,
                 "version": report["versions"][task.name],
-                "prompts_digest": _prompts_digest(report["samples"][task.name]),
+                "prompts_digest": prompts_digest(report["samples"][task.name]),
             }
             (folder / "tasks").mkdir(parents=True, exist_ok=True)
             write_whole(_task_file(folder, task), canonical_json(record))
@@ -152,7 +152,7 @@ def _task_result(report: dict[str, Any], task: Task) -> TaskResult:
     )
 
 
-def _prompts_digest(samples: list[dict[str, Any]]) -> str:
+def prompts_digest(samples: list[dict[str, Any]]) -> str:
     """XXH3-128 of every context and continuation, shots included: equal digests, equal questions."""
     digest = new_digest()
     for sample in samples:

@@ -48,10 +48,10 @@ def watch(folder: Path, settings: Settings, plan: Plan, output: Path, patience: 
         raise EvaluationError(f"{folder}: no status.json in it; --watch takes the folder of a run that has begun")
     results: dict[Milestone, Path] = {}
     broken: set[Milestone] = set()
+    told = -1
     while True:
-        over = on_first_rank(
-            lambda: _over(folder, patience.silence)
-        )  # before the look, or its last one could be missed
+        # Before the look at the milestones, or the last one could be missed.
+        over = on_first_rank(lambda: _over(folder, patience.silence))
         left = [m for m in on_first_rank(lambda: _milestones(folder)) if m not in results and m not in broken]
         num_busy = 0
         for milestone in left:
@@ -71,6 +71,9 @@ def watch(folder: Path, settings: Settings, plan: Plan, output: Path, patience: 
         if over and not left:
             _say(f"{folder}: {over}; {len(results)} milestones have their scores")
             return list(results.values()), not broken
+        if told != len(results):
+            _say(f"{folder}: {len(results)} milestones have their scores; waiting for the next")
+            told = len(results)
         time.sleep(patience.every)
 
 

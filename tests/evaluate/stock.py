@@ -1,7 +1,7 @@
 """`python -m tests.evaluate.stock HF_FOLDER RESULTS.json`: stock lm-evaluation-harness on a Hugging Face folder.
 
 The harness's own model, tasks and data sets (from the hub that HF_ENDPOINT names); only the two tasks that the harness
-lacks are ours. Writes its results by task and group.
+lacks are ours. Writes its results by task and group, and the digest of each task's prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from megatron_patch.evaluate.run import prompts_digest
 from megatron_patch.evaluate.suite import CROWS_PAIRS_BIASES
 
 TASKS_BY_SHOTS = {
@@ -28,11 +29,12 @@ TASKS_BY_SHOTS = {
 def main(folder: str, output: str) -> None:
     model = HFLM(folder, device="cpu", batch_size=4, prefix_token_id=2, add_bos_token=False)
     manager = TaskManager(include_path="megatron_patch/evaluate/tasks")
-    results = {}
+    results, prompts = {}, {}
     for shots, tasks in TASKS_BY_SHOTS.items():
-        report = simple_evaluate(model, tasks=tasks, num_fewshot=shots, task_manager=manager, log_samples=False)
+        report = simple_evaluate(model, tasks=tasks, num_fewshot=shots, task_manager=manager)
         results |= report["results"]
-    Path(output).write_text(json.dumps(results, default=str))
+        prompts |= {task: prompts_digest(samples) for task, samples in report["samples"].items()}
+    Path(output).write_text(json.dumps({"results": results, "prompts": prompts}, default=str))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,11 @@ def test_scores_are_the_stock_harness_on_the_expanded_export(
     process = downloaded.hub.start(downloaded.home, "tests.evaluate.stock", tmp_path / "hf", tmp_path / "stock.json")
     _, errors = process.communicate()
     assert process.returncode == 0, errors
-    results = json.loads((tmp_path / "stock.json").read_text())
+    answer = json.loads((tmp_path / "stock.json").read_text())
+    results = answer["results"]
+    assert {name: answer["prompts"][name] for name in ours["tasks"]} == {
+        name: task["prompts_digest"] for name, task in ours["tasks"].items()
+    }  # every question, shots included, to the last character
 
     def stock(task: str, metric: str) -> str:
         return f"{100 * results[task][f'{metric},none']:.2f}"  # as the harness prints it: four digits of a share

@@ -191,8 +191,9 @@ def test_goes_on_between_two_attempts(watched: WatchedRun, state: str) -> None:
     """Before a time limit, or after a rank has died, the job is put back in the queue."""
     watched.status.end(state, "for a reason")  # type: ignore[arg-type]
     watcher = watched.watch()
+    wait_for(lambda: "0 milestones have their scores; waiting" in watcher.log.read_text(), watcher)
     watched.milestone(0)
-    wait_for(lambda: len(watched.scored()) == 1, watcher)
+    wait_for(lambda: "1 milestones have their scores; waiting" in watcher.log.read_text(), watcher)
     watched.milestone(1)
     wait_for(lambda: len(watched.scored()) == 2, watcher)
     watched.status.end("completed", "", step=100)
