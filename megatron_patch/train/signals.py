@@ -7,6 +7,7 @@ is only remembered. Nothing here imports torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -16,19 +17,41 @@ from types import FrameType
 _TERM, _USR1, _SAVE, _BUDGET = 1, 1 << 11, 1 << 22, 1 << 23
 MAX_RANKS = _USR1 - 1
 
-_NUMBERS = {signal.SIGTERM: _TERM, signal.SIGUSR1: _USR1}
+_NUMBERS = {signal.SIGTERM: _TERM, signal.SIGINT: _TERM, signal.SIGUSR1: _USR1}
 _received: set[int] = set()
 STARTED = time.monotonic()
+# Seconds within which one Ctrl-C may arrive twice, from the terminal and from torchrun.
+_ECHO = 1.0
 
 
 def hold() -> None:
-    """From now on SIGTERM and SIGUSR1 are remembered instead of ending the process; repeated ones do no harm."""
+    """From now on SIGTERM, SIGUSR1 and Ctrl-C are remembered instead of ending the process.
+
+    Repeated ones do no harm, but for a second Ctrl-C: it ends the process at once (KeyboardInterrupt).
+    """
     for number in _NUMBERS:
         signal.signal(number, _remember)
+    signal.signal(signal.SIGINT, _interrupt)
 
 
 def _remember(number: int, _: FrameType | None) -> None:
     _received.add(number)
+
+
+_interrupted: float | None = None  # moment of the first Ctrl-C
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _interrupted
+    now = time.monotonic()
+    if _interrupted is None:
+        _interrupted = now
+        _remember(number, frame)
+        if os.environ.get("RANK", "0") == "0":
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"Ctrl-C: a checkpoint is saved after the step under way; Ctrl-C again ends at once\n")
+    elif now - _interrupted > _ECHO:
+        raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class Requests:
 
     def number(self) -> float:
         """What this rank asks for now."""
-        asked = sum(_NUMBERS[signal.Signals(number)] for number in _received)
+        asked = sum({_NUMBERS[signal.Signals(number)] for number in _received})
         if self._first:
             now = time.monotonic()
             asked += _SAVE * bool(self._interval and now - self._last_save >= self._interval)
@@ -68,7 +91,7 @@ class Requests:
         asked = int(total)
         reasons = [
             f"{name} on {count} of {self._world_size} ranks"
-            for name, count in (("SIGTERM", asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
+            for name, count in (("SIGTERM or Ctrl-C", asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
             if count
         ]
         if asked & _BUDGET:

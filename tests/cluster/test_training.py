@@ -131,7 +131,7 @@ def test_preemption(site: Site, undisturbed: Site) -> None:
     urgent = ["--partition=urgent", f"--nodelist={hosts}", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
     site.cluster.command("sbatch", "--nodes=2", *urgent)
     output = site.finish(job)
-    assert "SIGTERM on" in output
+    assert "SIGTERM or Ctrl-C on" in output
     check_like(site, undisturbed, output, attempts=2)
 
 

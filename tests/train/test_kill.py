@@ -118,7 +118,9 @@ def test_sigterm_to_torchrun_leaves_a_durable_checkpoint(data_folder: Path, undi
             job.wait()
         status = json.loads((run / "status.json").read_text())
         # torchrun signals one rank after the other: those that come too late for the step learn of it from the sum.
-        assert status["state"] == "stopped" and re.search(rf"SIGTERM on [1-{RANKS}] of {RANKS} ranks", status["reason"])
+        assert status["state"] == "stopped" and re.search(
+            rf"SIGTERM or Ctrl-C on [1-{RANKS}] of {RANKS} ranks", status["reason"]
+        )
         assert newest(run).step == status["step"] == len(history(run))
         subprocess.run(command, stdout=output, stderr=output, env=ONE_THREAD, check=True, timeout=180)
     assert_bit_equal(newest(run), newest(undisturbed))

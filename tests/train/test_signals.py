@@ -7,13 +7,14 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_patch.train import loop
+from megatron_patch.train import loop, signals
 from megatron_patch.train.checkpoint import save
 from megatron_patch.train.signals import Requests
 from megatron_patch.train.step import Trainer
@@ -92,7 +93,8 @@ def test_it_stops_with_a_durable_checkpoint(
     Job(RANKS, settings, tmp_path / "log", before).run()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "stopped"
-    asked = re.match(rf"{number.name} on (\d) of {RANKS} ranks", status["reason"])
+    name = "SIGUSR1" if number == signal.SIGUSR1 else "SIGTERM or Ctrl-C"
+    asked = re.match(rf"{name} on (\d) of {RANKS} ranks", status["reason"])
     assert asked is not None
     # Writing threads signal when they please, so one rank may be a step ahead of another.
     assert int(asked[1]) == len(victims) or (plant is in_a_save and int(asked[1]) < len(victims))
@@ -111,8 +113,41 @@ def test_a_signal_from_outside_while_it_trains(data_folder: Path, tmp_path: Path
     for _ in range(3):
         job.signal(signal.SIGTERM, [1])
     job.run()
-    assert "SIGTERM on 1 of 4 ranks" in json.loads((run / "status.json").read_text())["reason"]
+    assert "SIGTERM or Ctrl-C on 1 of 4 ranks" in json.loads((run / "status.json").read_text())["reason"]
     assert newest(run).step == len(history(run))
+
+
+def test_ctrl_c_saves_although_torchrun_repeats_it(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = Job(RANKS, run_settings(data_folder, run), tmp_path / "log")
+    job.wait_for(lambda: (run / "log.jsonl").exists() and "step" in (run / "log.jsonl").read_text())
+    for _ in range(2):
+        job.signal(signal.SIGINT)
+    said = job.run()
+    assert said.count("Ctrl-C: a checkpoint is saved after the step under way") == 1
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped" and f"SIGTERM or Ctrl-C on {RANKS} of {RANKS} ranks" in status["reason"]
+    assert newest(run).step == status["step"] == len(history(run))
+
+
+def test_a_second_ctrl_c_ends_at_once(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        signals._ECHO = 0.0  # the second one comes as soon as the first was answered
+
+        def stuck(*_: object) -> None:
+            (tmp_path / "stuck").touch()
+            threading.Event().wait()
+
+        Trainer.step = stuck  # type: ignore[method-assign,assignment]
+
+    alone = ["parallel.tensor=1", "parallel.pipeline=1"]
+    job = Job(1, run_settings(data_folder, tmp_path / "run", *alone), tmp_path / "log", before)
+    job.wait_for((tmp_path / "stuck").exists)
+    job.signal(signal.SIGINT)
+    job.wait_for(lambda: "Ctrl-C again ends at once" in job.log.read_text())
+    job.signal(signal.SIGINT)
+    assert any(job.wait(timeout=30))
+    assert json.loads((tmp_path / "run/status.json").read_text())["reason"].startswith("KeyboardInterrupt")
 
 
 def test_the_wall_time_budget_stops_a_run(data_folder: Path, tmp_path: Path) -> None:
@@ -152,12 +187,12 @@ def test_the_sum_of_requests_says_who_asked(monkeypatch: pytest.MonkeyPatch, wor
     assert quiet.decide(quiet.number() * world_size) == quiet.decide(0)
     assert quiet.decide(0).stop is None and not quiet.decide(0).save
     assert due.decide(due.number()).save and "wall_minutes" in str(due.decide(due.number()).stop)
-    monkeypatch.setattr("megatron_patch.train.signals._received", {signal.SIGTERM, signal.SIGUSR1})
+    monkeypatch.setattr("megatron_patch.train.signals._received", {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     total = due.number() + quiet.number() * (world_size - 1)
     assert total < 2**24, "fp32 adds up exactly below"
     decision = due.decide(total)
     assert decision.save
-    for name in ("SIGTERM", "SIGUSR1"):
+    for name in ("SIGTERM or Ctrl-C", "SIGUSR1"):
         assert f"{name} on {world_size} of {world_size} ranks" in str(decision.stop)
 
 
