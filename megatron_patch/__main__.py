@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
+from typing import NamedTuple
 
+from megatron_patch.launch import LaunchError
 from megatron_patch.train import signals
 
 # Megatron-Core says in every process, several times, that apex and Transformer Engine are missing. Neither is needed.
@@ -14,34 +17,98 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 # torch 2.13 has new names for collectives that Megatron-Core and torch 2.11 know by the old ones.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
-# Verb -> (module with add_arguments and main, help). A verb's module is imported only when it is called for: some
-# need torch and Megatron (seconds), some must start at once.
+
+class Verb(NamedTuple):
+    """A verb's module, imported only when it is called for: some need torch and Megatron (seconds)."""
+
+    module: str  # has add_arguments and main
+    help: str
+    example: str  # a whole command
+
+
 VERBS = {
-    "plan": ("megatron_patch.plan", "what a recipe needs on a cluster: memory, time, bytes, storage"),
-    "check": ("megatron_patch.preflight", "find sick nodes (under srun or torchrun, one process a rank)"),
-    "status": ("megatron_patch.status", "how runs stand"),
-    "summary": ("megatron_patch.summary", "what a finished run reached: table, loss curve, a sample of its text"),
-    "export": ("megatron_patch.convert.export", "a checkpoint as a Hugging Face folder"),
-    "import": ("megatron_patch.convert.imported", "a Hugging Face folder as a checkpoint"),
-    "eval": ("megatron_patch.evaluate.command", "score models on the paper's nine benchmarks; print its tables"),
-    "report": ("megatron_patch.report.command", "a run as one HTML file; models side by side with the paper's"),
-    "loss_compare": ("megatron_patch.loss_compare", "do two runs lose alike, step by step?"),
-    "train": ("megatron_patch.train.loop", "train a recipe (under torchrun or srun, one process a rank)"),
+    "plan": Verb(
+        "megatron_patch.plan",
+        "what a recipe needs on a cluster: memory, time, bytes, storage",
+        "python -m megatron_patch plan recipes/mobillama_05b.yaml --nodes 20 --gpus a100-80g",
+    ),
+    "check": Verb(
+        "megatron_patch.preflight",
+        "find sick nodes (under srun or torchrun, one process a rank)",
+        "torchrun --standalone --nproc-per-node 8 -m megatron_patch check recipes/mobillama_05b.yaml",
+    ),
+    "status": Verb("megatron_patch.status", "how runs stand", "python -m megatron_patch status runs/mobillama_05b"),
+    "summary": Verb(
+        "megatron_patch.summary",
+        "what a finished run reached: table, loss curve, a sample of its text",
+        "python -m megatron_patch summary demo/run --prompt 'The function returns'",
+    ),
+    "export": Verb(
+        "megatron_patch.convert.export",
+        "a checkpoint as a Hugging Face folder",
+        "python -m megatron_patch export runs/mobillama_05b/checkpoints/ckpt_359 mobillama-05b --form expanded",
+    ),
+    "import": Verb(
+        "megatron_patch.convert.imported",
+        "a Hugging Face folder as a checkpoint",
+        "python -m megatron_patch import MobiLlama-05B imported/mobillama_05b --recipe recipes/mobillama_05b.yaml",
+    ),
+    "eval": Verb(
+        "megatron_patch.evaluate.command",
+        "score models on the paper's nine benchmarks; print its tables",
+        "python -m megatron_patch eval runs/mobillama_05b/checkpoints/ckpt_359 --data benchmarks_data",
+    ),
+    "report": Verb(
+        "megatron_patch.report.command",
+        "a run as one HTML file; models side by side with the paper's",
+        "python -m megatron_patch report runs/mobillama_05b --evaluations evaluations",
+    ),
+    "loss_compare": Verb(
+        "megatron_patch.loss_compare",
+        "do two runs lose alike, step by step?",
+        "python -m megatron_patch loss_compare runs/before runs/after --assert-equal",
+    ),
+    "train": Verb(
+        "megatron_patch.train.loop",
+        "train a recipe (under torchrun or srun, one process a rank)",
+        "torchrun --standalone --nproc-per-node 4 -m megatron_patch train recipes/demo.yaml run.folder=runs/trial",
+    ),
 }
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_patch", description="MobiLlama pre-training")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (_, text) in VERBS.items():
-        verbs.add_parser(verb, help=text, add_help=False)
+    for name, verb in VERBS.items():
+        verbs.add_parser(name, help=verb.help, add_help=False)
     known, rest = parser.parse_known_args(argv)
-    if known.verb == "train":
+    name, verb = known.verb, VERBS[known.verb]
+    if name == "train":
         signals.hold()  # before the seconds that the imports take
-    module = importlib.import_module(VERBS[known.verb][0])
-    sub = argparse.ArgumentParser(prog=f"python -m megatron_patch {known.verb}", description=VERBS[known.verb][1])
+    module = importlib.import_module(verb.module)
+    sub = argparse.ArgumentParser(
+        prog=f"python -m megatron_patch {name}",
+        description=verb.help,
+        epilog=f"example:\n  {verb.example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     module.add_arguments(sub)
-    return module.main(sub.parse_intermixed_args(rest))
+    try:
+        return int(module.main(sub.parse_intermixed_args(rest)))
+    except LaunchError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Whether a run is started (again): the decisions of slurm/launch.sh before and after an attempt.
 
-    python -m megatron_patch.attempts begin RECIPE [key=value ...]    prints: go ATTEMPT FOLDER | complete|stop|give-up
-    python -m megatron_patch.attempts end FOLDER                      prints: again | complete | stop | give-up
+    python -m megatron_patch.attempts begin RECIPE [key=value ...]
+                                            prints: go ATTEMPT FOLDER | complete | stop | give-up | busy
+    python -m megatron_patch.attempts end FOLDER
+                                            prints: again | complete | stop | give-up
 
 An attempt is one start of all ranks. Its record, RUN/environment/attempt_N.json, is written before the ranks start, so
 that an attempt that a dead node cut short counts too. Nothing here imports torch.
@@ -10,7 +12,6 @@ that an attempt that a dead node cut short counts too. Nothing here imports torc
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import time
@@ -18,18 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch import launch, recipe
+from megatron_patch.run_lock import RunBusy, wait_until_free
 
-Decision = Literal["go", "again", "complete", "stop", "give-up"]
+Decision = Literal["go", "again", "complete", "stop", "give-up", "busy"]
 
 STOP_NAME = "STOP"
 
 
 def read_status(run: Path) -> dict[str, Any]:
-    """RUN/status.json; empty where the run has none yet."""
-    try:
-        return json.loads((run / "status.json").read_text())
-    except FileNotFoundError:
-        return {}
+    """RUN/status.json; empty where the run has none yet, or a damaged one: the checkpoints say where it stands."""
+    return launch.read_json(run / "status.json")
 
 
 def checkpoint_step(run: Path) -> int:
@@ -44,8 +43,8 @@ def checkpoint_step(run: Path) -> int:
 
 def attempts(run: Path) -> list[dict[str, Any]]:
     """Records of the run's attempts, oldest first."""
-    records = [json.loads(p.read_text()) for p in (run / "environment").glob("attempt_*.json")]
-    return sorted(records, key=lambda record: record["attempt"])
+    records = [launch.read_json(path) for path in (run / "environment").glob("attempt_*.json")]
+    return sorted(filter(None, records), key=lambda record: record["attempt"])
 
 
 def fruitless(run: Path, series: str) -> int:
@@ -74,9 +73,26 @@ def decide(run: Path, series: str, limit: int) -> tuple[Decision, str]:
     return "again", f"the run stands at checkpoint step {checkpoint_step(run)}"
 
 
-def begin(run: Path, settings: recipe.Recipe, series: str, limit: int, nodes: list[str]) -> tuple[Decision, str]:
-    """Decide, and record the attempt that starts."""
+def goes_further(run: Path, settings: recipe.Recipe) -> bool:
+    """Whether a run that is complete was asked for other steps than now: training finds out what is left to do."""
+    try:
+        return recipe.load(run / "recipe.yaml").run.steps != settings.run.steps
+    except recipe.RecipeError:
+        return False
+
+
+def begin(
+    run: Path, settings: recipe.Recipe, series: str, limit: int, nodes: list[str], patience: float
+) -> tuple[Decision, str]:
+    """Decide, and record the attempt that starts. A training that still ends there is given `patience` seconds."""
+    try:
+        wait_until_free(run, patience, lambda text: print(text, file=sys.stderr, flush=True))
+    except RunBusy as error:
+        return "busy", f"{error}; submit again when it has ended, or give this one another run.folder"
     decision, why = decide(run, series, limit)
+    if decision == "complete" and goes_further(run, settings):
+        launch.write_json(run / "status.json", {**read_status(run), "state": "stopped", "reason": "run.steps changed"})
+        decision, why = decide(run, series, limit)
     if decision != "again":
         return decision, why
     number = 1 + max((record["attempt"] for record in attempts(run)), default=0)
@@ -98,6 +114,8 @@ def main(argv: list[str]) -> int:
     first.add_argument("recipe", type=Path)
     first.add_argument("overrides", nargs="*")
     first.add_argument("--nodes", nargs="*", default=[])
+    # The file system of a node that died lets go of its locks after a minute or two.
+    first.add_argument("--patience", type=float, default=240, help="seconds to wait for a training that still ends")
     last = phases.add_parser("end")
     last.add_argument("run", type=Path)
     for phase in (first, last):
@@ -111,7 +129,7 @@ def main(argv: list[str]) -> int:
             print(error, file=sys.stderr)
             return 2
         run = settings.run_folder.resolve()
-        decision, why = begin(run, settings, args.series, args.limit, args.nodes)
+        decision, why = begin(run, settings, args.series, args.limit, args.nodes, args.patience)
         if decision == "go":
             print(decision, why, run)
             return 0

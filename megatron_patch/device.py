@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_patch.gpus import PEAK_FLOPS
+from megatron_patch.launch import LaunchError
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -42,7 +43,10 @@ def make_deterministic() -> None:
 
 
 def init_process_group(timeout: timedelta) -> None:
-    """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port."""
+    """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port.
+
+    Raises LaunchError where the ranks cannot meet there.
+    """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that `flight_record` remembers
     backend = "nccl" if HAS_GPU else "gloo"
     if int(os.environ["WORLD_SIZE"]) == 1:
@@ -50,7 +54,16 @@ def init_process_group(timeout: timedelta) -> None:
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     else:
-        torch.distributed.init_process_group(backend, timeout=timeout, device_id=current() if HAS_GPU else None)
+        address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        if not address or not port:
+            raise LaunchError("MASTER_ADDR and MASTER_PORT say where ranks meet, but are not set; start with torchrun")
+        try:
+            torch.distributed.init_process_group(backend, timeout=timeout, device_id=current() if HAS_GPU else None)
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            raise LaunchError(
+                f"ranks cannot meet at {address}, port {port}: {error}; if the port is in use, set another MASTER_PORT "
+                "(torchrun: --master-port, or --standalone), else see that every node resolves and reaches that address"
+            ) from None
 
 
 def flight_record() -> bytes:

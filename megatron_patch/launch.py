@@ -21,13 +21,19 @@ from typing import Any
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 
 
+class LaunchError(ValueError):
+    """A process that cannot take its place among the ranks: names the variable and what to do."""
+
+
 def setup_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are missing.
 
     torchrun has set them already. In a Slurm step they come from SLURM_*; anywhere else the process is a world of one.
     A batch script is no step: SLURM_PROCID is set there too, but no other rank would ever come.
+    Raises LaunchError where RANK is set but the others that torchrun sets with it are not, or make no sense.
     """
     if "RANK" in environment:
+        _check_place(environment)
         return
     if "SLURM_STEP_ID" in environment:
         tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
@@ -47,6 +53,21 @@ def setup_environment(environment: MutableMapping[str, str] = os.environ) -> Non
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in place.items():
         environment.setdefault(name, value)
+
+
+def _check_place(environment: Mapping[str, str]) -> None:
+    remedy = "start with torchrun or srun, or unset RANK to run alone"
+    place: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = environment.get(name)
+        if text is None:
+            raise LaunchError(f"RANK is set in the environment, but {name} is not; {remedy}")
+        if not text.isdecimal():
+            raise LaunchError(f"{name} is {text!r} in the environment, not a number; {remedy}")
+        place[name] = int(text)
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if place[rank] >= place[size]:
+            raise LaunchError(f"{rank} is {place[rank]}, but {size} is {place[size]}; {remedy}")
 
 
 def job_port(job_id: int) -> int:
@@ -169,13 +190,26 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a file that `write_json` wrote; empty where there is none or it was damaged since."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a small JSON file that is never seen half-written: beside, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

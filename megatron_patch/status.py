@@ -6,6 +6,7 @@ Reads what training and the launcher left in the run folder; starts at once, imp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -32,11 +33,14 @@ def main(args: argparse.Namespace) -> int:
         if not (args.run / "status.json").exists():
             print(f"{args.run}: no run here (status.json is missing); runs are folders below runs/", file=sys.stderr)
             return 2
+        if not read_status(args.run):
+            print(f"{args.run / 'status.json'}: damaged; the next attempt writes a new one", file=sys.stderr)
+            return 2
         print("\n".join(Standing.of(args.run).lines()))
         return 0
     runs = sorted(path.parent for path in args.runs.glob("*/status.json"))
     if not runs:
-        print(f"{args.runs}: no runs", file=sys.stderr)
+        print(f"{args.runs}: no runs; name a run folder, or the folder of runs with --runs", file=sys.stderr)
         return 2
     print(f"{'run':<28} {'state':<10} {'step':>17} {'ETA':>16} {'effective':>9}  last word")
     for run in runs:
@@ -72,6 +76,9 @@ class Standing:
 
     @property
     def state(self) -> str:
+        """As the file says, `silent` where it has said nothing for long, `damaged` where it cannot be read."""
+        if not self.status:
+            return "damaged"
         if self.status["state"] in ("starting", "running") and time.time() - self.status["updated"] > SILENCE:
             return "silent"
         return str(self.status["state"])
@@ -79,7 +86,7 @@ class Standing:
     @property
     def effective(self) -> float | None:
         """Share of the time since the first attempt began that went into steps that count."""
-        if self.started is None or self.status["updated"] <= self.started:
+        if self.started is None or not self.status or self.status["updated"] <= self.started:
             return None
         return min(self.stepping / (self.status["updated"] - self.started), 1.0)
 
@@ -121,17 +128,22 @@ class Standing:
 
 
 def _steps(log: Path) -> dict[int, dict[str, Any]]:
-    """Step records by step; of a step that was done again the last one. A line that is being written is left out."""
+    """Step records by step; of a step that was done again the last one.
+
+    What is no record is left out: a line that is being written, one that a full disk cut short.
+    """
     steps: dict[int, dict[str, Any]] = {}
     if log.exists():
-        with log.open() as file:
+        with log.open("rb") as file:
             for line in file:
-                if line.endswith("}\n"):
+                with contextlib.suppress(ValueError):
                     record = json.loads(line)
-                    if "seconds" in record:
+                    if isinstance(record, dict) and "seconds" in record:
                         steps[record["step"]] = record
     return steps
 
 
 def _ago(moment: float) -> str:
-    return f"as of {datetime.fromtimestamp(moment):%F %T} ({timedelta(seconds=round(time.time() - moment))} ago)"
+    return (
+        f"as of {datetime.fromtimestamp(moment):%F %T} ({timedelta(seconds=max(0, round(time.time() - moment)))} ago)"
+    )

@@ -163,6 +163,7 @@ complete | stop)
     end_chain
     exit 0
     ;;
+busy) exit 2 ;;
 *) give_up "see the reason above and in status.json" ;;
 esac
 log "attempt $attempt of $run on $SLURM_JOB_NUM_NODES nodes"

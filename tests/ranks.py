@@ -30,7 +30,7 @@ class RankFailed(AssertionError):
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Run `function(*args)` on `world_size` forked ranks with a process group; return their results in rank order.
 
-    RANK, WORLD_SIZE and LOCAL_RANK are set as torchrun sets them. Results travel through torch.save.
+    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set as torchrun sets them. Results travel through torch.save.
     Raises RankFailed with the first failing rank's traceback after killing the others.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,8 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
 def _rank(
     rank: int, world_size: int, folder: str, send: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    size = str(world_size)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=size)
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(str(Path(folder) / "store"), world_size)

@@ -39,7 +39,7 @@ def test_the_launcher_s_master_and_torchrun_s_ranks_are_kept() -> None:
     environment = {**STEP, "MASTER_ADDR": "dgx11"}
     launch.setup_environment(environment)
     assert environment["MASTER_ADDR"] == "dgx11"
-    torchrun = {**STEP, "RANK": "3", "WORLD_SIZE": "4"}
+    torchrun = {**STEP, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     launch.setup_environment(torchrun)
     assert (torchrun["RANK"], torchrun["WORLD_SIZE"]) == ("3", "4")
 
@@ -62,6 +62,23 @@ def test_a_batch_script_waits_for_nobody() -> None:
 )
 def test_first_host(nodelist: str, first: str) -> None:
     assert launch.first_host(nodelist) == first
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"WORLD_SIZE": None}, "RANK is set in the environment, but WORLD_SIZE is not"),
+        ({"LOCAL_RANK": None}, "RANK is set in the environment, but LOCAL_RANK is not"),
+        ({"LOCAL_WORLD_SIZE": None}, "RANK is set in the environment, but LOCAL_WORLD_SIZE is not"),
+        ({"RANK": "first"}, "RANK is 'first' in the environment, not a number"),
+        ({"RANK": "4"}, "RANK is 4, but WORLD_SIZE is 4"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but LOCAL_WORLD_SIZE is 2"),
+    ],
+)
+def test_half_a_place_among_the_ranks_is_refused(changes: dict[str, str | None], reason: str) -> None:
+    place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **changes}
+    with pytest.raises(launch.LaunchError, match=f"{reason}.*torchrun"):
+        launch.setup_environment({name: value for name, value in place.items() if value is not None})
 
 
 def test_ports_of_neighbouring_jobs_differ_and_stay_out_of_the_ephemeral_range() -> None:

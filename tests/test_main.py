@@ -1,8 +1,21 @@
 """Every verb has its module and says what it takes."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from megatron_patch.__main__ import VERBS, main
+
+
+@pytest.fixture(autouse=True)
+def my_own_signals():
+    """`train` takes over signals, which belong to pytest here."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -10,7 +23,9 @@ def test_help_of_every_verb(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0
-    assert f"usage: python -m megatron_patch {verb}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"usage: python -m megatron_patch {verb}" in told
+    assert f"-m megatron_patch {verb} " in told[told.index("\nexample:") :], "a whole command"
 
 
 def test_unknown_verb_is_refused_with_the_known_ones(capsys):
@@ -18,3 +33,25 @@ def test_unknown_verb_is_refused_with_the_known_ones(capsys):
         main(["trian"])
     assert ended.value.code == 2
     assert "trian" in capsys.readouterr().err
+
+
+def test_a_rank_without_a_world_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert main(["check", "recipes/demo.yaml"]) == 2
+    assert "refused: RANK is set in the environment, but WORLD_SIZE is not" in capsys.readouterr().err
+
+
+def test_a_file_of_the_system_that_is_in_the_way_is_named(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["status", str(tmp_path / "file" / "status.json")]) == 2
+    assert main(["report", str(tmp_path / "file" / "run")]) != 0
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and str(tmp_path / "file") in told
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    plan = [sys.executable, "-m", "megatron_patch", "plan"]
+    with subprocess.Popen(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        job.stdout.close()
+        assert "Traceback" not in job.stderr.read() and "Error" not in job.stderr.read()

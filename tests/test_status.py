@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from megatron_patch import attempts, launch, recipe, status
+from megatron_patch.run_lock import RunLock
 
 SETTINGS = recipe.load("recipes/demo.yaml")
 
@@ -19,8 +23,10 @@ def finish_checkpoint(run: Path, step: int) -> None:
     (run / "checkpoints/latest").write_text(f"step_{step:08d}\n")
 
 
-def begin(run: Path, series: str = "job-1", limit: int = 2) -> attempts.Decision:
-    return attempts.begin(run, SETTINGS, series, limit, ["dgx01"])[0]
+def begin(
+    run: Path, series: str = "job-1", limit: int = 2, settings: recipe.Recipe = SETTINGS, patience: float = 0
+) -> attempts.Decision:
+    return attempts.begin(run, settings, series, limit, ["dgx01"], patience)[0]
 
 
 def test_attempts_without_progress_are_counted_even_when_nothing_ended_them(tmp_path: Path) -> None:
@@ -47,6 +53,35 @@ def test_a_complete_run_and_a_stop_file_start_nothing(tmp_path: Path) -> None:
     launch.write_json(tmp_path / "status.json", {"state": "completed", "step": 5})
     assert begin(tmp_path) == "complete"
     assert not attempts.attempts(tmp_path)
+
+
+def test_a_complete_run_that_is_asked_for_more_steps_goes_on(tmp_path: Path) -> None:
+    launch.write_json(tmp_path / "status.json", {"state": "completed", "step": 200})
+    (tmp_path / "recipe.yaml").write_text(SETTINGS.to_yaml())
+    assert begin(tmp_path) == "complete"
+    longer = recipe.load("recipes/demo.yaml", ["run.steps=300"])
+    assert begin(tmp_path, settings=longer) == "go"
+    # Should its ranks never start, the old word must not end the series.
+    assert attempts.decide(tmp_path, "job-1", 2)[0] == "again"
+
+
+def test_a_run_that_trains_elsewhere_is_not_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch.write_json(tmp_path / "status.json", {"state": "running", "step": 7})
+    other = RunLock(tmp_path)
+    decision, why = attempts.begin(tmp_path, SETTINGS, "job-2", 2, ["dgx01"], 0)
+    assert decision == "busy" and f"another training runs here: process {os.getpid()} on {platform.node()}" in why
+    assert status.read_status(tmp_path) == {"state": "running", "step": 7}
+    assert not attempts.attempts(tmp_path)
+    threading.Timer(0.2, other.release).start()
+    assert begin(tmp_path, patience=60) == "go", "one that is about to end is waited for"
+    assert "waiting up to 60 s for its end" in capsys.readouterr().err
+
+
+def test_a_damaged_record_does_not_end_a_series(tmp_path: Path) -> None:
+    assert begin(tmp_path) == "go"
+    (tmp_path / "status.json").write_text("{")
+    (tmp_path / "environment/attempt_1.json").write_bytes(b"\0\0")
+    assert begin(tmp_path) == "go"
 
 
 def test_ten_attempts_are_in_order(tmp_path: Path) -> None:
@@ -106,6 +141,28 @@ def test_a_run_that_says_nothing_is_silent(tmp_path: Path, capsys: pytest.Captur
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:3] == ["a", "silent", "80/200"]
     assert lines[2].split()[:3] == ["b", "completed", "80/200"] and lines[2].endswith("all 200 steps are done")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_damaged_status_is_said_and_the_other_runs_are_told(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs" / name)
+    (tmp_path / "runs/a/status.json").write_bytes(content)
+    assert run_status(str(tmp_path / "runs/a")) == 2
+    assert "status.json: damaged" in capsys.readouterr().err
+    assert run_status("--runs", str(tmp_path / "runs")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["a", "damaged"] and lines[2].split()[:2] == ["b", "running"]
+
+
+def test_a_damaged_line_of_the_log_counts_for_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a")
+    with (tmp_path / "a/log.jsonl").open("ab") as log:
+        log.write(b'"loss": 3.0}\n\xff\0\n')
+    assert run_status(str(tmp_path / "a")) == 0
+    assert "effective    80.0% of" in capsys.readouterr().out
 
 
 def test_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,13 +15,15 @@ attempt_started, updated    seconds since 1970
 
 from __future__ import annotations
 
-import json
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch import launch
+from megatron_patch.recipe import RecipeError
+from megatron_patch.run_lock import RunBusy, RunLock
 
 State = Literal["starting", "running", "completed", "stopped", "failed"]
 STATUS_NAME = "status.json"
@@ -29,18 +31,32 @@ _SECONDS_BETWEEN_WRITES = 5.0
 
 
 class StatusFile:
-    """Rank 0 keeps the file up to date; any rank may write why it failed."""
+    """Rank 0 holds the run folder and keeps the file up to date; any rank may write why it failed.
+
+    A disk that is full or gone must not end a training that could go on without this file: after `start`, what cannot
+    be written is said on standard error and left out.
+    """
 
     def __init__(self, run_folder: Path, rank: int) -> None:
+        """Raises RecipeError (rank 0) where the run folder cannot be written or another training holds it."""
         self._path, self._rank = run_folder / STATUS_NAME, rank
         self._content: dict[str, Any] = {}
         self._written = 0.0
+        if rank == 0:
+            try:
+                self._lock = RunLock(run_folder)
+            except RunBusy as error:
+                raise RecipeError(f"run.folder {error}; wait for its end, or choose another run.folder") from None
+            except OSError as error:
+                raise RecipeError(
+                    f"run.folder {run_folder}: cannot be written ({error}); choose another run.folder"
+                ) from None
 
     def start(self, **content: Any) -> None:
-        """A new attempt begins; what the attempt before left is kept in the log, not here."""
+        """A new attempt begins; what the attempt before left is kept in the log, not here. Raises OSError."""
         if self._rank == 0:
             self._content = {"state": "starting", "reason": None, "checkpoint": None, "attempt_started": time.time()}
-            self._write(content)
+            self._write(content, must=True)  # what the attempt before left would be taken for this one's
 
     def progress(self, **content: Any) -> None:
         """The run goes on; written at most every few seconds."""
@@ -60,24 +76,23 @@ class StatusFile:
 
     def refuse(self, reason: str) -> None:
         """Bad input: no attempt began. A completed run stays completed."""
-        if self._rank == 0 and self._read().get("state") != "completed":
-            self._content = self._read()
+        if self._rank == 0 and launch.read_json(self._path).get("state") != "completed":
+            self._content = launch.read_json(self._path)
             self._write({"state": "failed", "reason": f"refused: {reason}", "rank": 0, "node": platform.node()})
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on. The first rank to fail is the cause; what others say after it is left out."""
-        content = self._read()
+        content = launch.read_json(self._path)
         if content.get("state") not in ("failed", "stopped", "completed"):
             self._content = {**content, **self._content}
             self._write({"state": "failed", "reason": reason, "rank": self._rank, "node": platform.node()})
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads(self._path.read_bytes())
-        except FileNotFoundError:
-            return {}
-
-    def _write(self, content: dict[str, Any]) -> None:
+    def _write(self, content: dict[str, Any], must: bool = False) -> None:
         self._content |= {**content, "updated": time.time()}
-        launch.write_json(self._path, self._content)
         self._written = time.monotonic()
+        try:
+            launch.write_json(self._path, self._content)
+        except OSError as error:
+            if must:
+                raise
+            print(f"{self._path}: cannot be written ({error})", file=sys.stderr, flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from megatron_patch.train.status_file import StatusFile
 from tests.train.conftest import run_settings
 from tests.train.job import Job
@@ -35,6 +37,19 @@ def test_an_end_that_all_agree_on_stands(tmp_path: Path) -> None:
     status.fail("torn down")
     said = status_of(tmp_path)
     assert (said["state"], said["step"], said["checkpoint"]["name"]) == ("stopped", 4, "step_00000004")
+
+
+def test_a_disk_that_is_gone_costs_the_word_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    status = StatusFile(run, 0)
+    status.start()
+    run.rename(tmp_path / "elsewhere")
+    run.touch()
+    status.end("stopped", "SIGTERM")
+    assert f"{run / 'status.json'}: cannot be written" in capsys.readouterr().err
+    # At the start it must be there: the word of the attempt before would stand.
+    with pytest.raises(OSError):
+        status.start()
 
 
 def test_refused_input_is_a_reason_but_never_undoes_a_completed_run(data_folder: Path, tmp_path: Path) -> None:
