@@ -10,18 +10,46 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: names the file or key, what was expected and what to do."""
 
 
+def _home(folder: Path) -> Path:
+    """`~/x` as the shell would read it, which leaves `key=~/x` alone."""
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+Folder = Annotated[Path, AfterValidator(_home)]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `yes`, `on` and `true` as true, which pydantic would take for the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a switch (true or false) is given where none is expected")
+        return value
 
 
 class Model(Section):
@@ -97,16 +125,21 @@ class Optimizer(Section):
     def _ordered(self) -> Optimizer:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} is not after warmup_steps {self.warmup_steps}: the cosine follows "
+                "the warm-up"
+            )
         return self
 
 
 class Data(Section):
-    folder: Path | None = Field(None, description="Data set written by data_tools/build_amber.py.")
+    folder: Folder | None = Field(None, description="Data set written by data_tools/build_amber.py.")
     order_seed: int = Field(ge=0, description="Segment k is permuted by seed order_seed + k.")
     held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
     held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
     read_ahead: bool = Field(False, description="Read each segment through before its rows are asked for.")
-    stage_folder: Path | None = Field(None, description="Copy segments to this storage of the node first (two fit).")
+    stage_folder: Folder | None = Field(None, description="Copy segments to this storage of the node first (two fit).")
 
 
 class Checkpoint(Section):
@@ -131,7 +164,7 @@ class Watchdog(Section):
 
 
 class Run(Section):
-    folder: Path | None = Field(None, description="Run folder; null: runs/NAME.")
+    folder: Folder | None = Field(None, description="Run folder; null: runs/NAME.")
     steps: int | None = Field(None, gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
     log_interval: int = Field(1, gt=0)
     tensorboard: bool = Field(False, description="Write event files where tensorboard is installed.")
@@ -140,7 +173,7 @@ class Run(Section):
 
 
 class Recipe(Section):
-    name: str = Field(min_length=1)
+    name: str = Field(pattern="^[^/.][^/]*$", description="Names the run folder: no slash, no dot in front.")
     seed: int = Field(ge=0, description="Initialisation is a function of (seed, parameter name).")
     precision: Literal["bf16", "fp32"] = Field(description="bf16: bf16 weights; fp32 master, moments and gradients.")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -270,16 +303,20 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     if path.resolve() in seen:
         raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in the folder recipes/") from e
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     alternatives = tree.pop("alternatives", None) or {}
+    if not (isinstance(alternatives, dict) and all(isinstance(a, dict) for a in alternatives.values())):
+        raise RecipeError(f"{path}: alternatives: expected settings under each name, as in recipes/base.yaml")
     base = tree.pop("extends", None)
     if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: expected the name of a file beside it, found {base!r}")
         base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
         tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
     return tree, alternatives
@@ -319,6 +356,8 @@ def _explain(error: Any) -> str:
         return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
-        return f"{place}: missing; every recipe that extends base.yaml inherits it"
+        return f"{place}: missing; write it, or inherit it with `extends: base.yaml` where base.yaml has it"
+    if error["type"] == "model_type":
+        return f"{place}: expected a section of settings (given: {error['input']!r})"
     given = f" (given: {error['input']!r})" if place and not isinstance(error["input"], Mapping) else ""
     return f"{place + ': ' if place else ''}{message}{given}"

@@ -53,6 +53,11 @@ def test_overrides_and_alternatives():
         (["batch.micro_batch_size=801"], "micro_batch_size 801 is larger than batch.global_batch_size 800"),
         (["optimizer.min_learning_rate=1"], "min_learning_rate 1.0 is above learning_rate"),
         (["optimizer.learning_rate=.nan"], "optimizer.learning_rate"),
+        (["optimizer.decay_steps=2000"], "decay_steps 2000 is not after warmup_steps 2000"),
+        (["checkpoint.keep=yes"], "checkpoint.keep: a switch .* where none is expected"),
+        (["run.wall_minutes=true"], "run.wall_minutes: a switch .* where none is expected"),
+        (["model=5"], r"model: expected a section of settings \(given: 5\)"),
+        (["name=../../elsewhere"], "name: .*pattern"),
     ],
 )
 def test_refused_with_the_arithmetic(overrides, message):
@@ -70,12 +75,27 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "twice.yaml").write_text("name: x\nname: y\n")
     with pytest.raises(RecipeError, match="written twice: \\['name'\\]"):
         load(tmp_path / "twice.yaml")
+    for name, text, reason in (
+        ("latin.yaml", b"name: caf\xe9\n", "not valid YAML: 'utf-8'"),
+        ("number.yaml", b"extends: 5\n", "extends: expected the name of a file beside it, found 5"),
+        ("names.yaml", b"alternatives: [a]\n", "alternatives: expected settings under each name"),
+        ("flat.yaml", b"alternatives: {a: 5}\n", "alternatives: expected settings under each name"),
+    ):
+        (tmp_path / name).write_bytes(text)
+        with pytest.raises(RecipeError, match=f"{name}: {reason}"):
+            load(tmp_path / name)
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(RecipeError, match="expected a mapping"):
         load(tmp_path / "list.yaml")
     (tmp_path / "short.yaml").write_text("name: x\n")
     with pytest.raises(RecipeError, match="model: missing"):
         load(tmp_path / "short.yaml")
+
+
+def test_a_folder_at_home_is_meant_as_the_shell_means_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load("recipes/demo.yaml", ["data.folder=~/amber", "run.folder=~/a run"])
+    assert (recipe.data.folder, recipe.run_folder) == (tmp_path / "amber", tmp_path / "a run")
 
 
 def test_differences_name_the_setting():
