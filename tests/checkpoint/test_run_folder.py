@@ -124,6 +124,22 @@ def test_another_recipe_is_refused(
     assert names(run) == names(finished) and history(run) == history(finished)
 
 
+def test_another_end_of_the_cosine_is_refused_however_it_is_written(
+    finished: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for overrides, end in ((["run.steps=null"], 75), (["run.steps=33"], 33)):
+        job = Job(1, settings(data_folder, run, "optimizer.decay_steps=null", *overrides), tmp_path / f"{end}.log")
+        assert job.wait() == [2]
+        shown = f"last step of the learning rate's cosine: 60 -> {end} (optimizer.decay_steps=60 keeps it there)"
+        assert shown in job.log.read_text() and "--accept-changes" in job.log.read_text()
+    Job(1, settings(data_folder, run, "run.steps=33"), tmp_path / "log").run()
+    same = ["optimizer.decay_steps=null", "run.steps=60"]
+    Job(1, settings(data_folder, run, *same), tmp_path / "log").run()
+    assert newest(run).step == 60 and not newest(run).state.accepted_changes
+
+
 @pytest.mark.parametrize(
     ("overrides", "shown"),
     [

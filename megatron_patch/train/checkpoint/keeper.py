@@ -28,7 +28,7 @@ class Keeper:
         self, recipe: Recipe, topology: Topology, optimizer: ShardedOptimizer, order: SampleOrder, status: StatusFile
     ) -> None:
         self._recipe, self._topology, self._optimizer = recipe, topology, optimizer
-        self._steps_per_segment, self._status = order.steps_per_segment, status
+        self._order, self._status = order, status
         self._cadence = Cadence(recipe.checkpoint, order.steps_per_segment)
         self._folder = RunFolder(recipe)
         self._saver = Saver(recipe, topology, optimizer)
@@ -39,6 +39,7 @@ class Keeper:
         found = resume(
             self._recipe,
             data_digest,
+            self._order.total_steps,
             accept_changes,
             self._optimizer,
             self._topology,
@@ -91,14 +92,14 @@ class Keeper:
 
     def _milestone_durable(self, saved: Saved) -> None:
         step = saved.state.step
-        first = (step - self._cadence.milestone_steps) // self._steps_per_segment
+        first = (step - self._cadence.milestone_steps) // self._order.steps_per_segment
         self._folder.record(
             Milestone(
                 name=saved.folder.name,
                 step=step,
                 samples=saved.state.samples,
                 tokens=saved.state.tokens,
-                segments=f"{first}-{(step - 1) // self._steps_per_segment}",
+                segments=f"{first}-{(step - 1) // self._order.steps_per_segment}",
                 wall_time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 contents=saved.contents,
                 digest=saved.digest,

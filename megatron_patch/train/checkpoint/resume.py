@@ -30,6 +30,7 @@ class ResumeRefused(CheckpointError):
 def resume(
     recipe: Recipe,
     data_digest: str,
+    data_steps: int,
     accept_changes: bool,
     optimizer: ShardedOptimizer,
     topology: Topology,
@@ -38,7 +39,8 @@ def resume(
 ) -> State | None:
     """Restore the newest good checkpoint of the run and return where it stands; None where the run has none yet.
 
-    Every rank must call it. `note` receives lines for people: what was unfinished, broken, fallen back to, changed.
+    Every rank must call it. `data_steps` are those of the whole data set, once. `note` receives lines for people: what
+    was unfinished, broken, fallen back to, changed.
     Raises ResumeRefused where data or recipe changed and `accept_changes` is not set, CheckpointError where there
     are checkpoints and none of them is good.
     """
@@ -67,7 +69,7 @@ def resume(
     with open_checkpoint(folder, verify=False) as checkpoint:
         if (obstacle := _obstacle(checkpoint.recipe, recipe)) is not None:
             raise ResumeRefused(folder, obstacle, "restore the setting, or use another run.folder")
-        changes = _changes(checkpoint, recipe, data_digest, note)
+        changes = _changes(checkpoint, recipe, data_digest, data_steps, note)
         if changes and not accept_changes:
             raise ResumeRefused(
                 folder,
@@ -108,14 +110,28 @@ def _obstacle(trained: Recipe, recipe: Recipe) -> str | None:
     return None
 
 
-def _changes(checkpoint: Checkpoint, recipe: Recipe, data_digest: str, note: Callable[[str], None]) -> list[str]:
+def _changes(
+    checkpoint: Checkpoint, recipe: Recipe, data_digest: str, data_steps: int, note: Callable[[str], None]
+) -> list[str]:
     """Differences that training would not survive unnoticed; the harmless ones are noted."""
     changes = []
     for line in checkpoint.recipe.differences(recipe):
-        if _FREE.match(line.split(": ")[0]):
+        setting = line.split(": ")[0]
+        if setting == "optimizer.decay_steps":
+            continue  # what matters is where the cosine ends
+        if _FREE.match(setting):
             note(f"changed since the checkpoint: {line}")
         else:
             changes.append(line)
+    was, now = (_cosine_end(r, data_steps) for r in (checkpoint.recipe, recipe))
+    if was != now:
+        changes.append(
+            f"last step of the learning rate's cosine: {was} -> {now} (optimizer.decay_steps={was} keeps it there)"
+        )
     if checkpoint.data_digest != data_digest:
         changes.append(f"data set: {checkpoint.data_digest} -> {data_digest}")
     return changes
+
+
+def _cosine_end(recipe: Recipe, data_steps: int) -> int:
+    return recipe.optimizer.decay_steps or recipe.run.steps or data_steps
