@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from megatron_patch.arguments import amount, count
 
 VALUES = ("loss", "grad_norm", "held_out_loss")
 
@@ -30,11 +34,11 @@ class ComparisonError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("a", type=Path, help="run folder or log.jsonl")
     parser.add_argument("b", type=Path, help="run folder or log.jsonl")
-    parser.add_argument("--steps", type=int, metavar="N", help="compare steps 1 to N; default: the shorter run's")
+    parser.add_argument("--steps", type=count, metavar="N", help="compare steps 1 to N; default: the shorter run's")
     demand = parser.add_mutually_exclusive_group()
     demand.add_argument("--assert-equal", action="store_true", help="every number the same bits, else exit code 1")
     demand.add_argument(
-        "--bound", type=float, metavar="X", help="every relative difference at most X, else exit code 1"
+        "--bound", type=amount, metavar="X", help="every relative difference at most X, else exit code 1"
     )
 
 
@@ -65,18 +69,27 @@ def main(args: argparse.Namespace) -> int:
 
 
 def read(place: Path) -> dict[Point, float | None]:
-    """The numbers of a log. Where a resumed run logged a step again, the later line counts."""
+    """The numbers of a log. Where a resumed run logged a step again, the later line counts.
+
+    A last line that is still being written is left out.
+    """
     file = place / "log.jsonl" if place.is_dir() else place
     points: dict[Point, float | None] = {}
-    number = 0
-    try:
-        with file.open() as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - names the line that cannot be read
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
                 record = json.loads(line)
-                points |= {Point(v, record["step"]): record[v] for v in VALUES if v in record}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ComparisonError(f"{file}, line {number}: not a line of a log.jsonl ({error})") from error
+                step = operator.index(record["step"])
+                points |= {Point(v, step): _number(record[v]) for v in VALUES if v in record}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ComparisonError(f"{file}, line {number}: not a line of a log.jsonl ({error})") from error
     return points
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def compare(

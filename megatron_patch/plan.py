@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_patch import counts, recipe
+from megatron_patch.arguments import amount, count, share
 from megatron_patch.gpus import GIB, GPUS, Gpu
 from megatron_patch.launch import check_rank_map
 from megatron_patch.memory import Memory, Place, Traffic, memory, traffic
@@ -38,10 +39,14 @@ TABLE_1 = {  # paper Table 1 and section 4: parameters in billions, GPU hours in
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, nargs="?", help="a file of recipes/; none: the paper's models in a table")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--nodes", type=int, default=20)
-    parser.add_argument("--gpus", choices=GPUS, default="a100-80g")
-    parser.add_argument("--mfu", type=float, default=0.45, help="assumed model FLOP utilisation, all waits included")
-    parser.add_argument("--restart-minutes", type=float, default=5, help="assumed loss a restart, beside redone steps")
+    parser.add_argument("--nodes", type=count, default=20, help="nodes to run on (20)")
+    parser.add_argument("--gpus", choices=GPUS, default="a100-80g", help="what the nodes hold (a100-80g)")
+    parser.add_argument(
+        "--mfu", type=share, default=0.45, help="assumed model FLOP utilisation, all waits included (0.45)"
+    )
+    parser.add_argument(
+        "--restart-minutes", type=amount, default=5, help="assumed loss a restart, beside redone steps (5)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch import device, launch, recipe
+from megatron_patch.arguments import amount, share
 from megatron_patch.judge import PHASES, Limits, judge
 
 GIB = 2**30
@@ -55,11 +56,13 @@ SIZE = Size(8192, 4 * GIB, 4 * GIB, GIB) if device.HAS_GPU else Size(256, 2**24,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a file of recipes/: its run folder's disk is measured")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--folder", type=Path, help="shared folder for answers and verdict; default: RUN/check")
-    parser.add_argument("--slow", type=float, default=0.8, help="a GPU below this share of the median pace is bad")
-    parser.add_argument("--slow-network", type=float, default=0.6, help="the same for all-reduce between two nodes")
-    parser.add_argument("--slow-disk", type=float, default=0.2, help="the same for the checkpoint path")
-    parser.add_argument("--patience", type=float, default=120, help="seconds that one measurement may take")
+    parser.add_argument(
+        "--folder", type=Path, help="new shared folder for answers and verdict; default: one in RUN/check"
+    )
+    parser.add_argument("--slow", type=share, default=0.8, help="a GPU below this share of the median pace is bad")
+    parser.add_argument("--slow-network", type=share, default=0.6, help="the same for all-reduce between two nodes")
+    parser.add_argument("--slow-disk", type=share, default=0.2, help="the same for the checkpoint path")
+    parser.add_argument("--patience", type=amount, default=120, help="seconds that one measurement may take")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -73,8 +76,11 @@ def main(args: argparse.Namespace) -> int:
         if rank == 0:
             print(f"refused: {error}", file=sys.stderr)
         return 2
-    folder = args.folder or settings.run_folder / "check"
+    folder = args.folder or settings.run_folder / "check" / name_of_start()
     folder.mkdir(parents=True, exist_ok=True)
+    if answer_file(folder, "node", rank).exists():
+        print(f"refused: {folder} holds answers of an earlier check; name a new --folder", file=sys.stderr)
+        return 2
     hosts = hosts_of_ranks(folder, world_size)
     if rank == 0:
         limits = Limits(args.slow, args.slow_network, args.slow_disk, args.patience)
@@ -83,8 +89,17 @@ def main(args: argparse.Namespace) -> int:
     take_part(folder, rank, hosts[rank], settings.run_folder / "checkpoints", args.patience)
     bad = (folder / "bad").read_text().splitlines()
     if rank == 0:
-        print(*bad, f"{len((folder / 'good').read_text().split())} nodes are fit", sep="\n")
+        print(*bad, f"fit nodes: {len((folder / 'good').read_text().split())}; details in {folder}", sep="\n")
     return 1 if bad and rank == 0 else 0  # one voice is enough
+
+
+def name_of_start(environment: Mapping[str, str] = os.environ) -> str:
+    """A name that the ranks of one start share, and no other start has."""
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return environment["TORCHELASTIC_RUN_ID"]
+    if "SLURM_STEP_ID" in environment:
+        return f"{environment['SLURM_JOB_ID']}.{environment['SLURM_STEP_ID']}"
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
 
 
 def hosts_of_ranks(folder: Path, world_size: int) -> list[str]:
@@ -108,7 +123,11 @@ def take_part(folder: Path, rank: int, host: str, checkpoints: Path, patience: f
 
 
 def answer(folder: Path, phase: str, rank: int, measure: Callable[[], Result], patience: float) -> None:
-    launch.write_json(folder / f"{phase}.{rank}.json", in_child(measure, patience))
+    launch.write_json(answer_file(folder, phase, rank), in_child(measure, patience))
+
+
+def answer_file(folder: Path, phase: str, rank: int) -> Path:
+    return folder / f"{phase}.{rank}.json"
 
 
 def in_child(measure: Callable[[], Result], patience: float) -> Result:

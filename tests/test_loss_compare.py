@@ -79,7 +79,7 @@ def test_a_resumed_run_counts_its_last_words(tmp_path):
 def test_what_cannot_be_compared(tmp_path, capsys, text, message):
     a = write(tmp_path / "a", [3.0, 2.0])
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "log.jsonl").write_text(text)
+    (tmp_path / "b" / "log.jsonl").write_text(f"{text}\n" if text else "")
     assert run(a, tmp_path / "b") == 2
     assert message in capsys.readouterr().err
     assert run(a, a, "--steps", 3) == 2
@@ -91,3 +91,39 @@ def test_two_runs_of_one_recipe_are_the_same_bits(tmp_path):
         answer = run_ranks(2, train_toy, ["precision=bf16", "model.shared_ffn=true"], 4)[0]
         runs.append(write(tmp_path / name, answer["losses"], answer["norms"]))
     assert run(*runs, "--assert-equal") == 0
+
+
+@pytest.mark.parametrize(
+    "demand", [["--steps", "0"], ["--steps", "-3"], ["--bound", "nan"], ["--bound", "-1"], ["--bound", "inf"]]
+)
+def test_a_demand_that_everything_meets_is_refused(tmp_path, demand, capsys):
+    a, b = write(tmp_path / "a", [3.0, 2.0]), write(tmp_path / "b", [9.0, 9.0])
+    with pytest.raises(SystemExit) as ended:
+        run(a, b, *demand)
+    assert ended.value.code == 2
+    assert "is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b'{"step": "1", "loss": 2.0}', b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": [2.0]}', b"\xff\xfe"],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, capsys):
+    a, b = write(tmp_path / "a", [3.0, 2.0]), write(tmp_path / "b", [3.0, 2.0])
+    with (b / "log.jsonl").open("ab") as log:
+        log.write(line + b"\n")
+    assert run(a, b) == 2
+    assert f"{b / 'log.jsonl'}, line 3: not a line of a log.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_in_progress_is_compared_as_far_as_it_is(tmp_path, capsys):
+    a, b = write(tmp_path / "a", [3.0, 2.0]), write(tmp_path / "b", [3.0])
+    with (b / "log.jsonl").open("a") as log:
+        log.write('{"step": 2, "lo')
+    assert run(a, b, "--assert-equal") == 0
+    assert "1 steps, 1 equal" in capsys.readouterr().out
+
+
+def test_not_a_number_is_no_number_within_a_bound(tmp_path):
+    a, b = write(tmp_path / "a", [3.0]), write(tmp_path / "b", [float("nan")], [3.0])
+    assert run(a, b, "--bound", "1") == 1

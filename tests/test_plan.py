@@ -213,6 +213,26 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments: list[str], 
     assert re.search(reason, error, re.DOTALL), error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nodes", "0"],
+        ["--nodes", "-3"],
+        ["--mfu", "0"],
+        ["--mfu", "45"],
+        ["--mfu", "nan"],
+        ["--restart-minutes", "-1"],
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_intermixed_args(["recipes/mobillama_05b.yaml", *arguments])
+    assert ended.value.code == 2
+    assert f"argument {arguments[0]}: {arguments[1]} is given" in capsys.readouterr().err
+
+
 def test_the_papers_models_side_by_side() -> None:
     code, text, _ = plan_of()
     assert code == 0

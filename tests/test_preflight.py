@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch import judge, preflight
+from megatron_patch.__main__ import main
 
 LIMITS = judge.Limits(slow=0.8, slow_network=0.6, slow_disk=0.2, patience=30)
 
@@ -97,6 +98,24 @@ def test_measurements_come_out_and_leave_no_file(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
+def test_answers_of_an_earlier_check_are_never_taken_for_new_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "node.0.json").write_text('{"device": "CPU"}')
+    (tmp_path / "verdict.json").write_text('{"good": ["a"], "bad": {}}')
+    assert main(["check", "recipes/demo.yaml", "parallel.tensor=1", "--folder", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds answers of an earlier check" in capsys.readouterr().err
+
+
+def test_the_ranks_of_one_start_share_a_name_and_no_other_start_has_it() -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2"}
+    assert preflight.name_of_start(step) == "7.2"
+    assert preflight.name_of_start({**step, "TORCHELASTIC_RUN_ID": "x"}) == "x"
+    assert str(os.getpid()) in preflight.name_of_start({})
+
+
 def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(tmp_path: Path) -> None:
     """Real gloo ranks under real processes; the host names stand for nodes that all live here."""
     folder = tmp_path / "check"
@@ -124,4 +143,4 @@ def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(tmp_
     assert (folder / "good").read_text().split() == [hosts[0], hosts[1], hosts[3]]
     bad = (folder / "bad").read_text()
     assert bad.startswith("127.0.0.2: rank 2: ") and "sick" in bad
-    assert printed[0] == bad + "3 nodes are fit\n"
+    assert printed[0] == bad + f"fit nodes: 3; details in {folder}\n"
