@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
 DEMO_ENV := OMP_NUM_THREADS=1
 
-.PHONY: env demo test test-cluster lint soak bench-gpu bench-data asan clean
+.PHONY: help env demo test test-cluster lint soak bench-gpu bench-data asan clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,11 +19,27 @@ help:
 	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
 	@echo "make soak          the long runs of the test suite"
+	@echo "make env           the environment alone, in .venv (PYTHON=python3.12 chooses its interpreter)"
+	@echo "make clean         removes the demo and build leftovers: the demo then starts over"
 
 env: $(VENV)/ready
 
-# Markers are made last: an interrupted installation is done again.
+# What pip would find out after downloading gigabytes. Any Python must be able to read this, the oldest too.
+define MACHINE
+import os, sys, sysconfig
+if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+    sys.exit("Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is " + sys.version.split()[0] + ": make $(MAKECMDGOALS) PYTHON=python3.11")
+if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+    sys.exit("Python's headers are needed for the C++ core (Debian: apt-get install python3-dev)")
+endef
+export MACHINE
+
+# Markers are made last: an interrupted installation is done again. An environment of another Python is made anew.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/csrc/*)
+	@$(PYTHON) -c "$$MACHINE"
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	    { echo "A C++17 compiler is needed for the C++ core (Debian: apt-get install g++; or name yours with CXX)" >&2; exit 1; }
+	@test ! -e $(BIN)/python || test "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" || rm -rf $(VENV)/*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@

@@ -25,6 +25,9 @@ from pydantic import (
 )
 
 
+RECIPES = Path(__file__).parent.parent / "recipes"  # where this repository's recipes are
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run: names the file or key, what was expected and what to do."""
 
@@ -305,7 +308,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
-        raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in the folder recipes/") from e
+        raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(tree, dict):
