@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan. Exit code 2: the recipe cannot be run so, with the reason."""
     if args.recipe is None:
-        print(table(Path(__file__).parent.parent / "recipes", args.nodes, args.gpus, args.mfu))
+        print(table(recipe.RECIPES, args.nodes, args.gpus, args.mfu))
         return 0
     try:
         settings = recipe.load(args.recipe, args.overrides)

@@ -24,7 +24,6 @@ from pydantic import (
     model_validator,
 )
 
-
 RECIPES = Path(__file__).parent.parent / "recipes"  # where this repository's recipes are
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from megatron_patch import counts, launch
+from megatron_patch.arguments import count
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
 from megatron_patch.recipe import Recipe, load
@@ -28,11 +29,13 @@ from matplotlib.ticker import EngFormatter
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--prompt", default="The function returns", help="text that the sample continues")
-    parser.add_argument("--tokens", type=int, default=60, help="tokens to sample")
+    parser.add_argument("--tokens", type=count, default=60, help="tokens to sample (60)")
 
 
 def main(args: argparse.Namespace) -> int:
     try:
+        if not args.prompt:
+            raise ValueError("--prompt is empty; give the sample a text to continue")
         recipe = load(args.run / "recipe.yaml")
         history = History.read(args.run / "log.jsonl")
         if recipe.data.folder is None:
@@ -41,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         print(_table(recipe, history, segments))
         launch.setup_environment()
         checkpoint = _newest(args.run)
-        tokenizer = SentencePieceProcessor(model_file=str(segments.tokenizer_path))
+        tokenizer = _tokenizer(segments)
         text = sample(
             load_model(checkpoint),
             tokenizer,
@@ -58,6 +61,13 @@ def main(args: argparse.Namespace) -> int:
     _draw(history, curve, unigram_loss(segments, recipe.data.held_out_rows) if history.held_out else None)
     print(f"\nloss curve     {curve}")
     return 0
+
+
+def _tokenizer(segments: Segments) -> SentencePieceProcessor:
+    path = segments.tokenizer_path
+    if path is None or path.suffix != ".model":
+        raise ValueError(f"{path or segments.folder}: no tokenizer.model with the data, so no text can be sampled")
+    return SentencePieceProcessor(model_file=str(path))
 
 
 def _newest(run: Path) -> Checkpoint:

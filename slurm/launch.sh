@@ -126,6 +126,10 @@ index)
         --output "$SITE_DATA" --segment "$SLURM_ARRAY_TASK_ID" "$@"
     ;;
 evaluate)
+    if (($# == 0)); then
+        log "name the run: sbatch slurm/evaluate.sbatch runs/mobillama_05b"
+        exit 2
+    fi
     # Before the time limit the job is put back in the queue; what the watch is at then is done again, by whoever is next.
     trap 'log "putting the job back in the queue"; scontrol requeue "$SLURM_JOB_ID"' USR1
     step --nodes=1 --ntasks=1 -- python -m megatron_patch eval "$@" --watch --data "$SITE_BENCHMARKS" \

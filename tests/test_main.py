@@ -1,5 +1,6 @@
 """Every verb has its module and says what it takes."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from megatron_patch.__main__ import VERBS, main
+from megatron_patch.launch import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +57,16 @@ def test_a_reader_who_has_seen_enough_is_no_error():
     with subprocess.Popen(plan, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         job.stdout.close()
         assert "Traceback" not in job.stderr.read() and "Error" not in job.stderr.read()
+
+
+def test_an_empty_prompt_is_refused(tmp_path, capsys):
+    assert main(["summary", str(tmp_path), "--prompt", ""]) == 2
+    assert "--prompt is empty" in capsys.readouterr().err
+
+
+def test_a_terminal_that_cannot_show_a_letter_shows_another(tmp_path):
+    write_json(tmp_path / "läuft/status.json", {"state": "completed", "step": 5, "updated": 0.0})
+    status = [sys.executable, "-m", "megatron_patch", "status", str(tmp_path / "läuft")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(status, capture_output=True, env=environment, check=True).stdout
+    assert b"l?uft" in told and b"completed" in told

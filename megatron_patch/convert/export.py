@@ -53,21 +53,27 @@ def export(source: WeightsSource, folder: Path, form: Form, tokenizer: Path) -> 
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_tokenizer(tokenizer, partial, source.recipe.model)
-    dtype = _write_shards(source, tensors, partial)
-    _write_json(partial / "config.json", hf_config(source.recipe.model, form, dtype))
-    _write_json(
-        partial / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False}
-    )
-    if form == "shared":
-        shutil.copyfile(MODELING_FILE, partial / MODELING_FILE.name)
-    provenance = _provenance(source, form)
-    _write_json(partial / PROVENANCE_NAME, provenance)
-    (partial / "recipe.yaml").write_text(source.recipe.to_yaml())
-    (partial / "README.md").write_text(_model_card(source, form, provenance))
-    fsync_folder(partial)
-    partial.rename(folder)
+    try:
+        _write(source, partial, form, tensors, tokenizer)
+        fsync_folder(partial)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     fsync_folder(folder.parent)
+
+
+def _write(source: WeightsSource, folder: Path, form: Form, tensors: list[HfTensor], tokenizer: Path) -> None:
+    write_tokenizer(tokenizer, folder, source.recipe.model)
+    dtype = _write_shards(source, tensors, folder)
+    _write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype))
+    _write_json(folder / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False})
+    if form == "shared":
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+    provenance = _provenance(source, form)
+    _write_json(folder / PROVENANCE_NAME, provenance)
+    (folder / "recipe.yaml").write_text(source.recipe.to_yaml())
+    (folder / "README.md").write_text(_model_card(source, form, provenance))
 
 
 def hf_config(model: Model, form: Form, dtype: torch.dtype) -> dict[str, Any]:
@@ -266,6 +272,10 @@ def main(args: argparse.Namespace) -> int:
     from megatron_patch.train.checkpoint.reader import open_checkpoint
 
     try:
+        if (args.checkpoint / "checkpoints").is_dir():
+            raise ConvertError(
+                f"{args.checkpoint}: a run; name one of the checkpoints in {args.checkpoint}/checkpoints"
+            )
         with open_checkpoint(args.checkpoint) as checkpoint:
             export(checkpoint, args.folder, args.form, args.tokenizer or tokenizer_of(checkpoint.recipe))
     except ValueError as error:  # ConvertError, CheckpointError, DataError

@@ -135,7 +135,15 @@ def recipe_of(folder: Path, recipe_file: Path | None) -> Recipe:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     file = folder / PROVENANCE_NAME
-    return json.loads(file.read_bytes()) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    try:
+        provenance = json.loads(file.read_bytes())
+        if not isinstance(provenance, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ConvertError(f"{file}: damaged ({error}); fetch it again, or remove it to count from step 0") from None
+    return provenance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -40,3 +40,20 @@ def test_checkpoint_to_folder_and_back(
     next((tmp_path / "one").glob("*.safetensors")).unlink()
     assert main(["export", str(tmp_path / "one"), again, "--form", form]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_what_is_refused_leaves_nothing_and_is_named(
+    weights: MemoryWeights, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    write_weights(weights, run / "checkpoints/ckpt_000")
+    form = ["--form", "expanded", "--tokenizer"]
+    (tmp_path / "odd.json").write_text("{")
+    assert main(["export", str(run / "checkpoints/ckpt_000"), str(hf), *form, str(tmp_path / "odd.json")]) == 2
+    assert not list(tmp_path.glob("hf*"))
+    assert main(["export", str(run), str(hf), *form, str(tokenizer)]) == 2
+    assert "a run; name one of the checkpoints in" in capsys.readouterr().err
+    assert main(["export", str(run / "checkpoints/ckpt_000"), str(hf), *form, str(tokenizer)]) == 0
+    (hf / "provenance.json").write_text("{")
+    assert main(["import", str(hf), str(tmp_path / "back")]) == 2
+    assert f"{hf / 'provenance.json'}: damaged" in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""The house as its documents draw it: imports run one way, and what a document names is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A room imports from lower floors alone, never from its own or a higher one (CONTRIBUTING.md).
+FLOORS = (
+    {"recipe", "arguments", "gpus", "launch", "run_lock"},
+    {"counts", "device", "attempts", "judge", "kernels"},
+    {"patches", "model"},
+    {"topology", "data"},
+    {"gradients"},
+    {"zero", "memory"},
+    {"train"},
+    {"convert", "generate", "plan", "preflight", "status", "loss_compare"},
+    {"evaluate", "summary"},
+    {"report"},
+    {"__main__"},
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+DOCUMENTS = subprocess.run(
+    ["git", "-C", str(ROOT), "ls-files", "*.md"], capture_output=True, text=True, check=True
+).stdout.split()
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Modules of ours that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "megatron_patch":
+            yield from (f"megatron_patch.{name.name}" for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def rooms() -> list[str]:
+    return sorted({path.stem for path in (ROOT / "megatron_patch").iterdir() if path.suffix == ".py" or path.is_dir()})
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room for room in rooms() if room not in ("__init__", "__pycache__", "README")} == set(FLOOR_OF)
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR_OF))
+def test_imports_run_downwards(room: str) -> None:
+    path = ROOT / "megatron_patch" / room
+    for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        used = {name.split(".")[1] for name in imports(file) if name.startswith("megatron_patch.")} - {room}
+        upwards = {other for other in used if FLOOR_OF[other] >= FLOOR_OF[room]}
+        assert not upwards, f"{file} imports {upwards}"
+
+
+def test_the_data_tools_know_nothing_of_training() -> None:
+    for file in (ROOT / "data_tools").rglob("*.py"):
+        assert not [name for name in imports(file) if name.startswith("megatron_patch")], file
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_names_what_is_there(document: str) -> None:
+    """Links, and paths in backticks that begin with a folder of the repository."""
+    text, folder = (ROOT / document).read_text(), (ROOT / document).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert not [link for link in links if not (folder / link).exists()]
+    tracked = "megatron_patch|data_tools|recipes|slurm|tests|benchmarks|docs"
+    named = re.findall(rf"`((?:{tracked})/[\w./]*\w/?)`", text)
+    assert not [name for name in named if "NAME" not in name and "MODEL" not in name and not (ROOT / name).exists()]
