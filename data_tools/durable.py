@@ -98,4 +98,10 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) ->
                 place=name,
                 remedy="wait for it to end, or choose another --output",
             ) from None
+        except OSError as error:
+            raise DataError(
+                f"this file system has no locks ({error.strerror}), so two runs could spoil each other's work",
+                file=folder,
+                remedy="mount it with locks (Lustre: -o flock), or choose an --output elsewhere",
+            ) from None
         yield

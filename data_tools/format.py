@@ -174,7 +174,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError("no such file", file=path, remedy=remedy) from None
     except ValueError as error:
         raise DataError(f"not JSON ({error})", file=path, remedy=remedy) from None

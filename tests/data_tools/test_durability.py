@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -184,6 +185,15 @@ def test_the_command_says_it_in_one_line(stages: dict[str, Stage], small_corpus:
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {tmp_path / 'wikipedia'}: .lock: another run is writing this folder\n")
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:  # what Lustre answers that is mounted without them
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("data_tools.durable.fcntl.flock", no_locks)
+    with pytest.raises(DataError, match=r"has no locks .*(?s:.)*-o flock"), folder_lock(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("name", ["tokenize", "mix", "mix --direct", "index"])
