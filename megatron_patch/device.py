@@ -88,30 +88,26 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
-class Stopwatch:
-    """Time on the device between `start` and `stop`, taken without waiting for it."""
+class Moment:
+    """A point in this rank's queue of work for the device, marked without waiting for it."""
 
     def __init__(self) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if HAS_GPU else []
-        self._times = [0.0, 0.0]
-
-    def start(self) -> None:
-        self._mark(0)
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def seconds(self) -> float:
-        """Call it when the device has passed `stop`, e.g. after a result of later work was read."""
         if HAS_GPU:
-            return self._events[0].elapsed_time(self._events[1]) / 1000
-        return self._times[1] - self._times[0]
-
-    def _mark(self, which: int) -> None:
-        if HAS_GPU:
-            self._events[which].record()
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
         else:
-            self._times[which] = time.perf_counter()
+            self._time = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until the device has passed it."""
+        if HAS_GPU:
+            self._event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds of the device's time since an earlier moment; it must have passed both."""
+        if HAS_GPU:
+            return earlier._event.elapsed_time(self._event) / 1000
+        return self._time - earlier._time
 
 
 def peak_memory() -> int | None:
@@ -122,3 +118,10 @@ def peak_memory() -> int | None:
 def upload(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a host tensor to the device without waiting for it."""
     return tensor.pin_memory().to(current(), non_blocking=True) if HAS_GPU else tensor
+
+
+def download(tensor: torch.Tensor) -> torch.Tensor:
+    """The host tensor into which `tensor` is being copied; whole once a Moment marked after this call has passed."""
+    if not HAS_GPU:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,7 +1,9 @@
 """DeepSpeed ZeRO holds the optimizer state: fp32 master weights and both AdamW moments, 1/DP of them on each rank.
 
 DeepSpeed's own gradient hooks fire once per use of a shared weight and average over ranks, so gradients go their own
-way (gradients.py); DeepSpeed receives the reduced shard, updates its part of the weights and gathers the whole.
+way (gradients.py). DeepSpeed's own step is not called either: it runs AdamW on every group before it gathers the first
+one, all at once and before it returns, and whether a step is withheld it would have to know on the host. What it holds
+is updated here, group by group, and gathered under the next forward pass (weights.py).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from megatron_patch.gradients import GradientBuffer, local_norm_squared, paramet
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Mpu, Topology
+from megatron_patch.weights import FlatWeights, gather_before_use
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # DeepSpeed would compile a shared-memory all-reduce for CPUs at start-up wherever it finds a compiler; ours is gloo's.
@@ -48,7 +51,8 @@ class ShardedOptimizer:
     """AdamW under DeepSpeed ZeRO-1 or ZeRO-2, with fp32 gradients of our own.
 
     A step is: `clear_gradients`, forward and backward of every micro-batch, `reduce_gradients`,
-    `local_norm_squared` (to be summed over all ranks), `step`.
+    `local_norm_squared` (to be summed over all ranks), `step`. After it the model can run at once, as each layer waits
+    for its weights; who reads them in another way calls `gather` first.
     """
 
     def __init__(
@@ -81,7 +85,12 @@ class ShardedOptimizer:
             GradientBuffer(group, flat, recipe, topology)
             for group, flat in zip(self.groups, self.zero.bit16_groups_flat, strict=True)
         ]
+        self._weights = [FlatWeights(flat, topology) for flat in self.zero.bit16_groups_flat]
+        # Groups stand in the order of backward, except the norms of all layers, which the first layer waits for.
+        self._forward_order = sorted(range(len(self.groups)), key=lambda i: (self.groups[i].replication != "norm", -i))
         if topology.data_size > 1:
+            of_parameter = {id(p): w for g, w in zip(self.groups, self._weights, strict=True) for p in g.parameters}
+            gather_before_use(chunks, of_parameter)
             reduce_during_backward((layer for chunk in chunks for layer in chunk.decoder.layers), self.buffers)  # type: ignore[union-attr]
 
     @property
@@ -111,10 +120,26 @@ class ShardedOptimizer:
         return local_norm_squared(self.buffers)
 
     @torch.no_grad()
-    def step(self, learning_rate: float, scale: torch.Tensor) -> None:
-        """Update the weights from the reduced gradients times `scale` (the clip coefficient, a scalar tensor)."""
-        for param_group in self.zero.optimizer.param_groups:
-            param_group["lr"] = learning_rate
-        for i, buffer in enumerate(self.buffers):
-            self.zero.averaged_gradients[i] = [buffer.shard.mul_(scale)]
-        self.zero.step()
+    def step(self, learning_rate: float, scale: torch.Tensor, withheld: torch.Tensor) -> None:
+        """Update the weights from the reduced gradients times `scale` (the clip coefficient, a scalar tensor).
+
+        Where `withheld` (fp32 scalar tensor) is 1, weights, moments and their step count stay as they are; it is read
+        on the device. Groups are updated and gathered in the order in which the next forward pass uses them.
+        """
+        adamw = self.zero.optimizer
+        param_groups = adamw.param_groups
+        adamw.found_inf = withheld  # as torch's gradient scaler tells it
+        for i in self._forward_order:
+            master = self.master_shards[i]
+            master.grad = self.buffers[i].shard.mul_(scale)
+            param_groups[i]["lr"] = learning_rate
+            adamw.param_groups = [param_groups[i]]
+            adamw.step()
+            master.grad = None
+            self._weights[i].publish(master)
+        adamw.param_groups = param_groups
+
+    def gather(self) -> None:
+        """Wait until the weights that `step` began to gather are whole on this rank."""
+        for weights in self._weights:
+            weights.wait()

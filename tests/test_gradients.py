@@ -1,9 +1,12 @@
 """The shared FFN's gradient: against an untied twin, against float64, and who counts it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_patch.model.parameters import local_parameters
+from megatron_patch.train.watchdog import Ceiling
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_share, toy_trainer
 
@@ -132,16 +135,33 @@ def test_norm_counts_every_parameter_once():
         assert answer[0] == pytest.approx(by_hand, rel=1e-5)
 
 
-def withheld_update() -> tuple[bool, bool]:
-    trainer = toy_trainer(toy_recipe("model.shared_ffn=true"))
-    before = [p.detach().clone() for _, p in local_parameters(trainer.chunks, trainer.recipe.model)]
-    with torch.no_grad():
-        trainer.chunks[0].decoder.final_layernorm.weight[0] = float("nan")
-    result = trainer.step(toy_share(trainer, 0), 1e-2)
-    after = [p.detach() for _, p in local_parameters(trainer.chunks, trainer.recipe.model)]
-    return result.applied, sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True)) == 1
+def state_of(trainer) -> list[torch.Tensor]:
+    """Weights, master weights, moments and their step counts of this rank."""
+    optimizer = trainer.optimizer
+    moments = [t for group in range(len(optimizer.groups)) for t in optimizer.moments(group).values()]
+    return [t.detach().clone() for t in (*optimizer.zero.bit16_groups_flat, *optimizer.master_shards, *moments)]
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    for applied, only_the_poison_differs in run_ranks(2, withheld_update):
-        assert not applied and only_the_poison_differs
+def withheld_update(precision: str, wrong: str) -> tuple[bool, bool, bool]:
+    """(was the wrong step applied, is the state as before it, was the next one applied and the state another)."""
+    trainer = toy_trainer(toy_recipe("model.shared_ffn=true", f"precision={precision}"))
+    share = toy_share(trainer, 0)
+    usual = trainer.step(share, 1e-2).loss
+    before = state_of(trainer)
+    ceiling = Ceiling(usual - 1.0, 0.5) if wrong == "too high" else None
+    bad = share
+    if wrong == "not finite" and trainer.topology.data_rank == 1:
+        bad = replace(share, weights=share.weights * float("nan"))
+    trainer.compute(bad)
+    result = trainer.update(1e-2, ceiling=ceiling).result()
+    trainer.optimizer.gather()
+    same = all(torch.equal(a, b) for a, b in zip(before, state_of(trainer), strict=True))
+    after = trainer.step(share, 1e-2).applied
+    return result.applied, same, after and not torch.equal(before[0], state_of(trainer)[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("wrong", ["not finite", "too high"])
+def test_a_withheld_step_changes_nothing(precision, wrong):
+    for applied, same, goes_on in run_ranks(2, withheld_update, precision, wrong):
+        assert not applied and same and goes_on

@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.durable import write_whole
@@ -24,7 +25,7 @@ from megatron_patch.train.metrics import Log, note
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.signals import Requests
 from megatron_patch.train.status_file import StatusFile
-from megatron_patch.train.step import Trainer
+from megatron_patch.train.step import Step, Trainer
 from megatron_patch.train.watchdog import LossWatch, SlowWatch
 
 
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         if is_first:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
             print(f"{resolved.to_yaml()}# {layout}", flush=True)
-        _train(resolved, place, segments, order, total_steps, args.accept_changes, status)
+        _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
     except (TrainingError, CheckpointError) as error:
         status.fail(str(error))
         if is_first:
@@ -118,106 +119,160 @@ def _total_steps(resolved: Recipe, order: SampleOrder) -> int:
     return steps
 
 
-def _train(
-    resolved: Recipe,
-    place: topology.Topology,
-    segments: Segments,
-    order: SampleOrder,
-    total: int,
-    accept_changes: bool,
-    status: StatusFile,
-) -> None:
-    batch = resolved.batch
-    multiple = resolved.parallel.pipeline if resolved.parallel.virtual_pipeline > 1 else 1
-    micro_batches = deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
-    requests = Requests(place.rank, place.world_size, resolved.checkpoint.interval_minutes, resolved.run.wall_minutes)
-    hang = HangWatch(resolved.watchdog.hang_minutes, resolved.run_folder, place.rank, place.world_size, status)
-    trainer = Trainer(resolved, place, micro_batches)
-    keeper = Keeper(resolved, place, trainer.optimizer, order, status)
-    hang.beat("resume")
-    state = keeper.resume(segments.digest, accept_changes)
-    status.progress(step=state.step, samples=state.samples, tokens=state.tokens)
-    if place.rank == 0:
-        write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
-    losses = LossWatch(resolved.watchdog, state.spike_window)
-    slow = SlowWatch(resolved.watchdog.slow_factor)
-    held_out = list(
-        held_out_shares(
-            segments,
-            num_rows=resolved.data.held_out_rows if resolved.data.held_out_interval else 0,
-            global_batch_size=batch.global_batch_size,
-            data_parallel_rank=place.data_rank,
-            data_parallel_size=place.data_size,
-            micro_batch_size=batch.micro_batch_size,
-            num_micro_batches=micro_batches,
+@dataclass
+class _Queued:
+    """A step whose work is queued, and whose numbers are read while the device computes the next one."""
+
+    number: int  # from 1
+    rate: float
+    begun: device.Moment
+    computed: device.Moment
+    step: Step
+
+
+class _Attempt:
+    """The steps of one start of a run, every rank alike.
+
+    The host stays up to a step ahead of the device. Step n's numbers are read when step n + 1 is computed and before
+    its update is queued: whatever they ask for finds weights and moments as step n left them, and what was computed of
+    step n + 1 can be dropped.
+    """
+
+    def __init__(
+        self,
+        resolved: Recipe,
+        place: topology.Topology,
+        segments: Segments,
+        order: SampleOrder,
+        total: int,
+        accept_changes: bool,
+        status: StatusFile,
+    ) -> None:
+        batch = resolved.batch
+        multiple = resolved.parallel.pipeline if resolved.parallel.virtual_pipeline > 1 else 1
+        micro_batches = deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
+        self._resolved, self._place, self._order, self._total, self._status = resolved, place, order, total, status
+        self._requests = Requests(
+            place.rank, place.world_size, resolved.checkpoint.interval_minutes, resolved.run.wall_minutes
         )
-    )
-    log = Log(resolved, place.world_size, total, state.step) if place.rank == 0 else None
-    loader = Loader(
-        segments,
-        order,
-        data_parallel_rank=place.data_rank,
-        data_parallel_size=place.data_size,
-        micro_batch_size=batch.micro_batch_size,
-        num_micro_batches=micro_batches,
-        samples_consumed=state.samples,
-    )
-    stop: str | None = None
-    try:
-        while state.step < total and stop is None:
-            hang.beat(f"step {state.step + 1}")
-            trainer.stopwatch.start()
-            share = next(loader)
-            rate = learning_rate(state.step, resolved.optimizer, total)
-            result = trainer.step(share, rate, requests.number(), losses.accept)
-            if losses.action != "go on":
-                segment, rows = order.batch(state.samples)
-                if log:
-                    log.remarkable(state.step + 1, losses.reason, result.applied, segment, rows.tolist())
-                if losses.action == "stop":
-                    hang.beat("saving the last good step")
-                    keeper.finish(state)
-                    raise _stopped(state.step + 1, losses.reason, segment, rows.tolist())
-            state = state.after_batch(
-                batch.global_batch_size, batch.global_batch_size * resolved.model.sequence_length, losses.window
-            )
-            done = state.step
-            if log:
-                log.step(done, result.loss, result.grad_norm, rate)
-                status.progress(
-                    step=done,
-                    samples=state.samples,
-                    tokens=state.tokens,
-                    loss=result.loss,
-                    tokens_per_second=log.tokens_per_second,
-                    eta_seconds=log.eta_seconds,
-                )
-            if (verdict := slow.check(trainer.stopwatch.seconds())) is not None:
-                note(f"step {done}: rank {place.rank} on {platform.node()} {verdict}")
-            decision = requests.decide(result.request)
-            stop = decision.stop
-            # Scored before it is saved: what is saved is not done again, and a last step is always scored.
-            scored = held_out and (done == total or (done % resolved.data.held_out_interval == 0 and stop is None))
-            if scored:
-                loss = trainer.held_out_loss(_beating(held_out, hang, done), resolved.data.held_out_rows)
-                if log:
-                    log.held_out(done, loss)
-            hang.beat(f"save after step {done}")
-            if keeper.after_step(state, due=decision.save):
-                requests.saved()
-        hang.beat("last save")
-        keeper.finish(state)
-        if state.step < total:
-            status.end("stopped", f"{stop}; a checkpoint of step {state.step} is durable", step=state.step)
-            if log:
-                note(f"stopped after step {state.step}: {stop}; start the same command again to go on")
+        self._hang = HangWatch(
+            resolved.watchdog.hang_minutes, resolved.run_folder, place.rank, place.world_size, status
+        )
+        self._trainer = Trainer(resolved, place, micro_batches)
+        self._keeper = Keeper(resolved, place, self._trainer.optimizer, order, status)
+        self._hang.beat("resume")
+        self._state = self._keeper.resume(segments.digest, accept_changes)
+        status.progress(step=self._state.step, samples=self._state.samples, tokens=self._state.tokens)
+        if place.rank == 0:
+            write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
+        self._losses = LossWatch(resolved.watchdog, self._state.spike_window)
+        self._slow = SlowWatch(resolved.watchdog.slow_factor)
+        dealt = {
+            "data_parallel_rank": place.data_rank,
+            "data_parallel_size": place.data_size,
+            "micro_batch_size": batch.micro_batch_size,
+            "num_micro_batches": micro_batches,
+        }
+        rows = resolved.data.held_out_rows if resolved.data.held_out_interval else 0
+        self._held_out = list(
+            held_out_shares(segments, num_rows=rows, global_batch_size=batch.global_batch_size, **dealt)
+        )
+        self._log = Log(resolved, place.world_size, total, self._state.step) if place.rank == 0 else None
+        self._loader = Loader(segments, order, samples_consumed=self._state.samples, **dealt)
+        self._last_end = device.Moment()
+        self._stop: str | None = None
+
+    def run(self) -> None:
+        """To the last step, or to the one after which any rank was asked to stop; that step's checkpoint is durable."""
+        try:
+            self._steps()
+            self._hang.beat("last save")
+            self._keeper.finish(self._state)
+        finally:
+            self._hang.close()
+            self._loader.close()
+            if self._log:
+                self._log.close()
+        step = self._state.step
+        if step < self._total:
+            self._status.end("stopped", f"{self._stop}; a checkpoint of step {step} is durable", step=step)
+            if self._log:
+                note(f"stopped after step {step}: {self._stop}; start the same command again to go on")
         else:
-            status.end("completed", f"all {total} steps are done", step=total)
-    finally:
-        hang.close()
-        loader.close()
-        if log:
-            log.close()
+            self._status.end("completed", f"all {self._total} steps are done", step=self._total)
+
+    def _steps(self) -> None:
+        queued: _Queued | None = None
+        for number in range(self._state.step + 1, self._total + 1):
+            self._hang.beat(f"step {number}")
+            begun = device.Moment()
+            computed = self._trainer.compute(next(self._loader))
+            if queued is not None:
+                self._finish(queued)
+                if self._stop is not None:
+                    return
+                self._hang.beat(f"step {number}")
+            rate = learning_rate(number - 1, self._resolved.optimizer, self._total)
+            step = self._trainer.update(rate, self._requests.number(), self._losses.ceiling)
+            queued = _Queued(number, rate, begun, computed, step)
+            if number == self._total or self._is_scored(number):
+                self._finish(queued)
+                queued = None
+            if self._stop is not None:
+                return
+
+    def _is_scored(self, number: int) -> bool:
+        """A last step always is."""
+        return bool(self._held_out) and (number == self._total or number % self._resolved.data.held_out_interval == 0)
+
+    def _finish(self, queued: _Queued) -> None:
+        """Read a step's numbers, log it and do what it asks for; before the next step's update is queued."""
+        result = queued.step.result()
+        self._losses.judge(result.loss, result.grad_norm, result.applied)
+        self._report_loss(queued.number, result.applied)
+        batch = self._resolved.batch.global_batch_size
+        self._state = self._state.after_batch(batch, batch * self._resolved.model.sequence_length, self._losses.window)
+        if self._log:
+            seconds = queued.step.end.since(self._last_end)
+            self._log.step(queued.number, result.loss, result.grad_norm, queued.rate, seconds)
+            self._status.progress(
+                step=queued.number,
+                samples=self._state.samples,
+                tokens=self._state.tokens,
+                loss=result.loss,
+                tokens_per_second=self._log.tokens_per_second,
+                eta_seconds=self._log.eta_seconds,
+            )
+        self._last_end = queued.step.end
+        if (verdict := self._slow.check(queued.computed.since(queued.begun))) is not None:
+            note(f"step {queued.number}: rank {self._place.rank} on {platform.node()} {verdict}")
+        decision = self._requests.decide(result.request)
+        self._stop = decision.stop
+        # Scored before it is saved: what is saved is not done again.
+        if self._is_scored(queued.number) and (self._stop is None or queued.number == self._total):
+            self._score(queued.number)
+        self._hang.beat(f"save after step {queued.number}")
+        if self._keeper.after_step(self._state, due=decision.save):
+            self._requests.saved()
+
+    def _report_loss(self, number: int, applied: bool) -> None:
+        """Log what the watchdog found. Raises TrainingError where the run must stop, the step before being saved."""
+        if self._losses.action == "go on":
+            return
+        segment, rows = self._order.batch(self._state.samples)
+        if self._log:
+            self._log.remarkable(number, self._losses.reason, applied, segment, rows.tolist())
+        if self._losses.action == "stop":
+            self._hang.beat("saving the last good step")
+            self._keeper.finish(self._state)
+            raise _stopped(number, self._losses.reason, segment, rows.tolist())
+
+    def _score(self, number: int) -> None:
+        shares = _beating(self._held_out, self._hang, number)
+        loss = self._trainer.held_out_loss(shares, self._resolved.data.held_out_rows)
+        if self._log:
+            self._log.held_out(number, loss)
+        self._last_end = device.Moment()  # its time is not the next step's
 
 
 def _beating(shares: Iterable[BatchShare], hang: HangWatch, step: int) -> Iterator[BatchShare]:

@@ -20,8 +20,8 @@ from megatron_patch.recipe import Recipe
 class Log:
     """Writes RUN/log.jsonl, standard output and event files. Only rank 0 makes one.
 
-    `tokens_per_second` is per job, over the wall time since the last logged step; MFU counts applied layers (causal,
-    no recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
+    `tokens_per_second` is per job, over the time between the ends of two steps; MFU counts applied layers (causal, no
+    recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
     """
 
     def __init__(self, recipe: Recipe, world_size: int, total_steps: int, done: int) -> None:
@@ -36,15 +36,14 @@ class Log:
         _keep_until(done, lines)
         self._lines = lines.open("a", buffering=1)
         self._events = _summary_writer(recipe.run_folder / "tensorboard") if recipe.run.tensorboard else None
-        self._last = time.perf_counter()
         self._recent: deque[float] = deque(maxlen=50)
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
 
-    def step(self, step: int, loss: float, grad_norm: float, learning_rate: float, **extra: Any) -> None:
-        """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it."""
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
+    def step(
+        self, step: int, loss: float, grad_norm: float, learning_rate: float, seconds: float, **extra: Any
+    ) -> None:
+        """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it, `seconds` it took."""
         self._recent.append(seconds)
         rate = self.tokens_per_second = self._tokens_a_step / seconds
         self.eta_seconds = sum(self._recent) / len(self._recent) * (self._total_steps - step)
@@ -75,14 +74,9 @@ class Log:
             )
 
     def held_out(self, step: int, loss: float) -> None:
-        """Log a held-out loss (nats a token) after `step`; its time does not count as the next step's."""
+        """Log a held-out loss (nats a token) after `step`."""
         self._write({"step": step, "held_out_loss": _finite(loss), "time": time.time()})
         print(f"step {step}  held-out loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.1f}", flush=True)
-        self.skip_time()
-
-    def skip_time(self) -> None:
-        """Do not count the time since the last step (a save, an evaluation) as part of the next one."""
-        self._last = time.perf_counter()
 
     def remarkable(self, step: int, reason: str, applied: bool, segment: int, rows: list[int]) -> None:
         """Log what the watchdog found about a step, with the row numbers of its batch in their segment."""

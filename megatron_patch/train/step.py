@@ -1,4 +1,4 @@
-"""One optimizer step: every micro-batch through Megatron's schedule, reduce, clip, update.
+"""One optimizer step: every micro-batch through Megatron's schedule, reduce, clip, update; nothing waits for the host.
 
 The loss is the sum over the global batch divided by its tokens, never a mean of means: each micro-batch's summed loss
 is divided by the tokens of the whole global batch, rows of zero weight pad ranks that fall short, and gradients are
@@ -7,7 +7,6 @@ summed, so the result does not depend on how rows were dealt to ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from megatron_patch.model.gpt import MobiLlama
 from megatron_patch.model.initialise import initialise
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
+from megatron_patch.train.watchdog import Ceiling
 from megatron_patch.zero import ShardedOptimizer
 
 
@@ -33,11 +33,21 @@ class StepResult(NamedTuple):
     loss: float  # nats a token, mean over the global batch
     grad_norm: float  # global norm before clipping
     request: float  # sum of the ranks' `request` arguments
-    applied: bool  # False where `accept` withheld the update
+    applied: bool  # False where the update was withheld: weights and moments are those before the step
 
 
-def _finite(loss: float, grad_norm: float) -> bool:
-    return math.isfinite(loss) and math.isfinite(grad_norm)
+class Step:
+    """A step whose work is queued on the device and whose numbers are on their way to the host."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self._numbers = device.download(numbers)
+        self.end = device.Moment()
+
+    def result(self) -> StepResult:
+        """Waits for the step's end."""
+        self.end.wait()
+        loss, norm_squared, request, withheld = self._numbers.tolist()
+        return StepResult(loss, norm_squared**0.5, request, not withheld)
 
 
 class Trainer:
@@ -50,35 +60,45 @@ class Trainer:
         initialise(self.chunks, recipe.model, recipe.seed, topology.tensor_rank, topology.tensor_size)
         self.optimizer = ShardedOptimizer(self.chunks, recipe, topology, micro_batches)
         self._schedule = get_forward_backward_func()
-        self.stopwatch = device.Stopwatch()  # stopped by `step` where this rank begins to wait for the others
+        self._loss = torch.zeros(())  # this rank's part of the step's loss, from `compute` to `update`
 
-    def step(
-        self,
-        share: BatchShare,
-        learning_rate: float,
-        request: float = 0.0,
-        accept: Callable[[float, float], bool] = _finite,
-    ) -> StepResult:
-        """Train on this rank's share of one global batch.
+    def compute(self, share: BatchShare) -> device.Moment:
+        """Forward and backward of this rank's share of one global batch, and the reduction of gradients.
 
-        `request` travels with the loss in the step's one world-wide reduction, so that all ranks learn in the same
-        step that any of them was asked to stop. `accept` sees loss and gradient norm before the update: where it
-        says no, weights and moments stay as they were, on every rank.
+        Returns the moment at which this rank begins to wait for the others. Weights stay as they are: what was
+        computed may be dropped, by all ranks alike, by computing another share.
         """
-        tokens_of_batch = self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
         self.optimizer.clear_gradients()
-        loss = self._run(share, tokens_of_batch, forward_only=False)
-        self.stopwatch.stop()
+        tokens_of_batch = self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
+        self._loss = self._run(share, tokens_of_batch, forward_only=False)
+        computed = device.Moment()
         self.optimizer.reduce_gradients()
-        sums = torch.stack([loss, self.optimizer.local_norm_squared(), loss.new_tensor(request)])
+        return computed
+
+    def update(self, learning_rate: float, request: float = 0.0, ceiling: Ceiling | None = None) -> Step:
+        """Update the weights from what `compute` left, unless loss or norm is not finite or above the ceiling.
+
+        The device decides, equally on every rank, and the host waits for nothing: the numbers are read from the
+        result, while the device computes the next step. `request` travels with the loss in the step's one world-wide
+        reduction, so that all ranks learn from the same step that any of them was asked to stop.
+        """
+        sums = torch.stack([self._loss, self.optimizer.local_norm_squared(), torch.full_like(self._loss, request)])
         dist.all_reduce(sums)
-        total_loss, norm_squared, requests = sums.tolist()
-        norm = norm_squared**0.5
-        applied = accept(total_loss, norm)
-        if applied:
-            clip = self.recipe.optimizer.clip_grad_norm / (sums[1].sqrt() + 1e-6)
-            self.optimizer.step(learning_rate, clip.clamp(max=1.0))
-        return StepResult(total_loss, norm, requests, applied)
+        loss, norm = sums[0], sums[1].sqrt()
+        withheld = ~(loss.isfinite() & norm.isfinite())
+        if ceiling is not None:  # in fp64, as the host compares
+            withheld |= loss.double() - ceiling.mean > ceiling.margin
+        withheld = withheld.float()
+        clip = self.recipe.optimizer.clip_grad_norm / (norm + 1e-6)
+        self.optimizer.step(learning_rate, clip.clamp(max=1.0), withheld)
+        return Step(torch.cat([sums, withheld[None]]))
+
+    def step(self, share: BatchShare, learning_rate: float) -> StepResult:
+        """Compute and update, to the end: the numbers are read, and the whole weights gathered."""
+        self.compute(share)
+        result = self.update(learning_rate).result()
+        self.optimizer.gather()
+        return result
 
     @torch.no_grad()
     def held_out_loss(self, shares: Iterable[BatchShare], rows: int) -> float:

@@ -6,15 +6,26 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_patch.recipe import Watchdog
 
 Action = Literal["go on", "log", "skip", "stop"]
 
 
+class Ceiling(NamedTuple):
+    """A loss more than `margin` above `mean` is too high."""
+
+    mean: float
+    margin: float
+
+
 class LossWatch:
-    """Judges a step by its loss and gradient norm before the update. Equal input, so equal verdict, on every rank."""
+    """Judges a step by its loss and gradient norm. Equal input, so equal verdict, on every rank.
+
+    The device withholds the update of a step that is not finite, or whose loss is above `ceiling` (train/step.py);
+    what else follows is decided here, once the host has read the numbers.
+    """
 
     def __init__(self, policy: Watchdog, window: Iterable[float] = ()) -> None:
         """`window` holds the losses that a checkpoint carries on."""
@@ -27,24 +38,30 @@ class LossWatch:
     def window(self) -> list[float]:
         return list(self._window)
 
-    def accept(self, loss: float, grad_norm: float) -> bool:
-        """Whether the update is made; `action` and `reason` say what else to do about the step."""
+    @property
+    def ceiling(self) -> Ceiling | None:
+        """Above it the next step's update is withheld; None: no loss is too high."""
+        return self._spike() if self._policy.spike in ("skip", "stop") else None
+
+    def _spike(self) -> Ceiling | None:
+        if len(self._window) < self._policy.spike_window:
+            return None
+        return Ceiling(statistics.fmean(self._window), self._policy.spike_zscore * statistics.pstdev(self._window))
+
+    def judge(self, loss: float, grad_norm: float, applied: bool) -> None:
+        """Leaves in `action` and `reason` what to do about a step; a loss that was trained on joins the window."""
         self.action, self.reason = "go on", ""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.action, self.reason = self._policy.non_finite, f"loss {loss}, gradient norm {grad_norm}"
-            return False
-        if self._policy.spike != "ignore" and len(self._window) == self._policy.spike_window:
-            mean, deviation = statistics.fmean(self._window), statistics.pstdev(self._window)
-            if loss - mean > self._policy.spike_zscore * deviation:
-                self.action = self._policy.spike
-                self.reason = (
-                    f"loss {loss:.4f} is more than {self._policy.spike_zscore:g} standard deviations of "
-                    f"{deviation:.4f} above the mean {mean:.4f} of the last {len(self._window)} steps"
-                )
-        if self.action in ("skip", "stop"):
-            return False
-        self._window.append(loss)
-        return True
+        elif self._policy.spike != "ignore" and (usual := self._spike()) and loss - usual.mean > usual.margin:
+            self.action = self._policy.spike
+            self.reason = (
+                f"loss {loss:.4f} is more than {self._policy.spike_zscore:g} standard deviations of "
+                f"{usual.margin / self._policy.spike_zscore:.4f} above the mean {usual.mean:.4f} of the last "
+                f"{len(self._window)} steps"
+            )
+        if applied:
+            self._window.append(loss)
 
 
 class SlowWatch:

@@ -14,13 +14,13 @@ from tests.train.job import Job
 
 def test_two_runs_give_the_same_bits(data_folder: Path, tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        real = Trainer.step
+        real = Trainer.compute
 
-        def step(self: Trainer, *args):
+        def compute(self: Trainer, *args):
             assert torch.are_deterministic_algorithms_enabled()
             return real(self, *args)
 
-        Trainer.step = step
+        Trainer.compute = compute
 
     for name in ("one", "other"):
         settings = run_settings(data_folder, tmp_path / name, "run.deterministic=true", "run.steps=6")

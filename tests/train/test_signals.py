@@ -30,14 +30,14 @@ def at_start_up(send: Callable[[], None]) -> None:
 
 
 def in_warm_up(send: Callable[[], None]) -> None:
-    real = Trainer.step
+    real = Trainer.update
 
-    def step(self: Trainer, *args, **kwargs):
-        if args[1] > 0:  # the second step: LR(0) is 0, the warm-up has three
+    def update(self: Trainer, learning_rate: float, *args):
+        if learning_rate > 0:  # the second step: LR(0) is 0, the warm-up has three
             send()
-        return real(self, *args, **kwargs)
+        return real(self, learning_rate, *args)
 
-    Trainer.step = step
+    Trainer.update = update
 
 
 def in_resume(send: Callable[[], None]) -> None:

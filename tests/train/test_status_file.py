@@ -69,10 +69,10 @@ def test_an_error_of_any_rank_is_the_reason(data_folder: Path, tmp_path: Path) -
         if rank == 2:
             from megatron_patch.train.step import Trainer
 
-            def step(*_: object) -> None:
+            def compute(*_: object) -> None:
                 raise RuntimeError("the third rank is unwell")
 
-            Trainer.step = step  # type: ignore[method-assign,assignment]
+            Trainer.compute = compute  # type: ignore[method-assign,assignment]
 
     run = tmp_path / "run"
     assert any(Job(4, run_settings(data_folder, run), tmp_path / "log", before).wait())

@@ -122,6 +122,7 @@ class Saver:
         """
         started = time.perf_counter()
         self.wait()
+        self._optimizer.gather()  # a gather under way still writes to the flat weights
         tensors = self._copy.fill(stored_whats(contents, self._recipe.precision))
         stall = time.perf_counter() - started
         arguments = (folder, state, contents, tensors, durable, started, stall)
