@@ -69,7 +69,8 @@ def measure_all(recipe: Recipe, results: dict[str, Any], small: bool) -> None:
     }
     decided = {kernel: choice.chosen(kernel) for kernel in choice.ON_GPU}
     try:
-        for implementation in ("reference", "compiled", "triton") if device.HAS_GPU else ("reference",):
+        # The compiled one last: its compilation may take what time is left.
+        for implementation in ("reference", "triton", "compiled") if device.HAS_GPU else ("reference",):
             try:
                 choice.choose(implementation, where)
             except choice.KernelError as error:

@@ -69,7 +69,9 @@ def init_process_group(timeout: timedelta) -> None:
 def flight_record() -> bytes:
     """The last collectives of this process and their state, as JSON: torch's flight recorder."""
     c10d: Any = torch._C._distributed_c10d
-    return c10d._dump_nccl_trace_json() if HAS_GPU else c10d._dump_fr_trace_json()
+    if HAS_GPU and hasattr(c10d, "_dump_nccl_trace_json"):
+        return c10d._dump_nccl_trace_json()
+    return c10d._dump_fr_trace_json()
 
 
 def name() -> str:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_patch.kernels import choice, loss, norm, rotary, swiglu
 from megatron_patch.kernels.choice import Implementation, Kernel
-from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
+from megatron_patch.kernels.weight_gradient import Accumulate
 
 # Relative to the norm of the reference's answer, both rounded to bf16 (2^-9 each).
 _TOLERANCE = 1e-2
@@ -27,7 +27,7 @@ def difference(kernel: Kernel, wish: Implementation, device: torch.device) -> st
             choice._chosen[kernel] = implementation
             answers[implementation] = [t.float() for t in _CASES[kernel](device)]
     except Exception as error:  # whatever a compiler may raise: its first line is the reason
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        return _first_line(error)
     finally:
         choice._chosen[kernel] = before
     for i, (expected, got) in enumerate(zip(answers["reference"], answers[wish], strict=True)):
@@ -37,19 +37,23 @@ def difference(kernel: Kernel, wish: Implementation, device: torch.device) -> st
     return None
 
 
-def weight_gradient_difference(device: torch.device) -> str | None:
-    """None where the weight-gradient GEMM adds in fp32 and is right on this device, else what is wrong."""
+def weight_gradient_difference(accumulate: Accumulate, device: torch.device) -> str | None:
+    """None where a way to accumulate weight gradients adds in fp32 and is right on this device, else what is wrong."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(96, width, generator=generator).to(device, torch.bfloat16) for width in (48, 80))
     start = torch.randn(80, 48, generator=generator).to(device)
     main_grad = start.clone()
     try:
-        wgrad_gemm_accum_fp32(x, dy, main_grad)
-    except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
-    expected = start.double() + dy.double().t() @ x.double()
-    off = ((main_grad.double() - expected).norm() / expected.norm()).item()
+        accumulate(x, dy, main_grad)
+        off = ((main_grad.double() - (start.double() + dy.double().t() @ x.double())).norm() / main_grad.norm()).item()
+    except Exception as error:  # an argument or a dtype that this torch does not know
+        return _first_line(error)
     return None if off < 1e-5 else f"off by {off:.1e} of its norm: it does not add in fp32"
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0] if said else 'no message'}"
 
 
 def _loss(device: torch.device) -> Iterator[torch.Tensor]:

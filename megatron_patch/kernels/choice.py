@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_patch.kernels import weight_gradient
+
 Implementation = Literal["reference", "compiled", "triton"]
 Kernel = Literal["loss", "swiglu", "norm", "rotary"]
 
@@ -38,16 +40,13 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
     """Decide for this process and return the decision.
 
     Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, with a warning
-    that gives the reason. Raises KernelError where an implementation that was named cannot run, or where weight
-    gradients cannot be accumulated in fp32.
+    that gives the reason; so is a slower way to accumulate weight gradients in fp32 than the fastest there is. Raises
+    KernelError where an implementation that was named cannot run, or where no such way is right.
     """
     from megatron_patch.kernels import check
 
-    if device.type == "cuda" and (fault := check.weight_gradient_difference(device)):
-        raise KernelError(
-            f"the weight-gradient GEMM does not accumulate in fp32 here: {fault}; install torch 2.11 or newer "
-            "(addmm with out_dtype), or apex's fused_weight_gradient_mlp_cuda built for this torch"
-        )
+    if device.type == "cuda":
+        choose_weight_gradient(device)
     wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
     for kernel in ON_GPU:
         _chosen[kernel] = "reference"
@@ -65,6 +64,22 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
             raise KernelError(f"kernel {kernel}: {wish} cannot run here: {reason}; use kernels=auto or =reference")
     _chosen.update(accepted)
     return dict(_chosen)
+
+
+def choose_weight_gradient(device: torch.device) -> str:
+    """Take the fastest way to accumulate weight gradients that is right on this device; its name."""
+    from megatron_patch.kernels import check
+
+    faults: list[str] = []
+    for way, accumulate in weight_gradient.ON_GPU.items():
+        fault = check.weight_gradient_difference(accumulate, device)
+        if fault is None:
+            weight_gradient.use(way)
+            if faults:
+                warnings.warn(f"weight gradients are accumulated by {way}: {'; '.join(faults)}", stacklevel=3)
+            return way
+        faults.append(f"{way}: {fault}")
+    raise KernelError(f"weight gradients cannot be accumulated in fp32 here: {'; '.join(faults)}")
 
 
 def implementation(kernel: Kernel, reference: Callable[..., Any], triton: str) -> Callable[..., Any]:
