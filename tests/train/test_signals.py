@@ -126,7 +126,9 @@ def test_ctrl_c_saves_although_torchrun_repeats_it(data_folder: Path, tmp_path: 
     said = job.run()
     assert said.count("Ctrl-C: a checkpoint is saved after the step under way") == 1
     status = json.loads((run / "status.json").read_text())
-    assert status["state"] == "stopped" and f"SIGTERM or Ctrl-C on {RANKS} of {RANKS} ranks" in status["reason"]
+    assert status["state"] == "stopped"
+    # Ranks learn of it one after the other, some of them from the first.
+    assert re.match(rf"SIGTERM or Ctrl-C on [1-{RANKS}] of {RANKS} ranks", status["reason"])
     assert newest(run).step == status["step"] == len(history(run))
 
 
@@ -138,7 +140,7 @@ def test_a_second_ctrl_c_ends_at_once(data_folder: Path, tmp_path: Path) -> None
             (tmp_path / "stuck").touch()
             threading.Event().wait()
 
-        Trainer.step = stuck  # type: ignore[method-assign,assignment]
+        Trainer.compute = stuck  # type: ignore[method-assign,assignment]
 
     alone = ["parallel.tensor=1", "parallel.pipeline=1"]
     job = Job(1, run_settings(data_folder, tmp_path / "run", *alone), tmp_path / "log", before)
