@@ -2,8 +2,10 @@
 
 import argparse
 import io
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +71,20 @@ def test_refused_before_the_first_step(data_folder, tmp_path, overrides, message
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_a_damaged_row_ends_the_run_with_its_place(data_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    path = folder / f"{segment_name(0)}.bin"
+    content = np.fromfile(path, "<u2").reshape(ROWS, ROW_LENGTH)
+    content[:, 3] = VOCAB
+    content.tofile(path)
+    settings = [*TOY, f"data.folder={folder}", f"run.folder={tmp_path / 'run'}", "run.steps=4"]
+    code, errors = run_ranks(1, run_main, settings)[0]
+    assert code == 1
+    assert re.search(rf"stopped on rank 0: .*{segment_name(0)}.bin: row \d+, position 3: id {VOCAB} is beyond", errors)
+    assert "beyond the vocabulary" in json.loads((tmp_path / "run" / "status.json").read_text())["reason"]
 
 
 def test_a_rank_that_dies_ends_the_job_with_its_error_shown(data_folder, tmp_path):

@@ -35,7 +35,9 @@ class TrainingError(RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a file of recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="e.g. batch.micro_batch_size=4")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="e.g. batch.micro_batch_size=4"
+    )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -81,6 +83,10 @@ def main(args: argparse.Namespace) -> int:
         if is_first:
             print(f"stopped: {error}", file=sys.stderr)
         return 2 if isinstance(error, ResumeRefused) else 1
+    except DataError as error:  # a row that this rank alone has read
+        status.fail(str(error))
+        print(f"stopped on rank {place.rank}: {error}", file=sys.stderr)
+        return 1
     except BaseException as error:
         status.fail(f"{type(error).__name__}: {error}")
         raise
@@ -199,7 +205,7 @@ class _Attempt:
             if self._log:
                 note(f"stopped after step {step}: {self._stop}; start the same command again to go on")
         else:
-            self._status.end("completed", f"all {self._total} steps are done", step=self._total)
+            self._status.end("completed", f"all {self._total} steps are done", step=step)
 
     def _steps(self) -> None:
         queued: _Queued | None = None
