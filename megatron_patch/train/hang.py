@@ -30,7 +30,7 @@ class HangWatch:
         self._folder, self._rank, self._world_size, self._status = run_folder / "stacks", rank, world_size, status
         self._phase, self._last = "start-up", time.monotonic()
         self._closed = threading.Event()
-        faulthandler.enable()  # a data file cut short under its memory map ends the process by SIGBUS: say where
+        faulthandler.enable(2)  # a data file cut short under its memory map ends the process by SIGBUS: say where
         if self._seconds:
             self._folder.mkdir(parents=True, exist_ok=True)
             if self._path.exists():  # of an attempt before
