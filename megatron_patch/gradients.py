@@ -192,9 +192,11 @@ def _watch(buffers: Sequence[GradientBuffer]) -> Any:
 
 
 def _into_main_grad(parameter: torch.nn.Parameter) -> None:
-    # A linear layer's weight arrives without a gradient: its GEMM has added to main_grad already.
+    # A linear layer's weight arrives without a gradient: its GEMM has added to main_grad already. Where somebody has
+    # given the weight `grad_added_to_main_grad`, mcore says the same with that and hands back uninitialised memory.
     if parameter.grad is not None:
-        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        if not getattr(parameter, "grad_added_to_main_grad", False):
+            parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
         parameter.grad = None
 
 

@@ -41,6 +41,26 @@ def test_shared_gradient_is_the_sum_over_the_layers_of_an_untied_twin(recompute)
             assert (shared[name] - untied[name]).norm() < 1e-6 * untied[name].norm(), name
 
 
+def with_and_without_dummy_gradients(recompute: str):
+    """Gradients of one batch, and of the same where mcore hands back a dummy of NaNs for every linear layer."""
+    trainer = toy_trainer(toy_recipe("model.shared_ffn=true", f"recompute={recompute}", "batch.micro_batch_size=4"))
+    expected = gradients(trainer)
+    marked = [w for c in trainer.chunks for n, w in c.decoder.named_parameters() if ".linear_" in n]
+    for weight in marked:
+        weight.grad_added_to_main_grad = False
+    torch.use_deterministic_algorithms(True)  # torch then fills what nobody has initialised
+    got = gradients(trainer)
+    return expected, got, all(weight.grad_added_to_main_grad and weight.grad is None for weight in marked)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_dummy_gradient_of_mcore_is_not_added(recompute):
+    expected, got, said = run_ranks(1, with_and_without_dummy_gradients, recompute)[0]
+    assert said, "mcore has not handed back a dummy: the test shows nothing"
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+
+
 def bf16_error_against_float64() -> dict[str, tuple[float, float]]:
     """By FFN matrix: relative error of our fp32 gradient and of autograd's own bf16 sum, 22 layers, one micro-batch."""
     trainer = toy_trainer(
