@@ -16,6 +16,10 @@ PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
 
 
+class FolderBusy(DataError):
+    """Another process holds a folder."""
+
+
 def fsync_folder(folder: Path) -> None:
     """Makes renames in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -84,7 +88,8 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) ->
     Tasks of a Slurm array that each do a part hold the folder `shared` and their own part, by `name`, alone.
 
     Raises:
-        DataError: another process holds it.
+        FolderBusy: another process holds it.
+        DataError: the file system has no locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
@@ -92,7 +97,7 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) ->
         try:
             fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(
+            raise FolderBusy(
                 "another run is writing this folder",
                 file=folder,
                 place=name,

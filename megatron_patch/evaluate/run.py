@@ -25,8 +25,8 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from data_tools.durable import folder_lock, write_whole
-from data_tools.format import DataError, canonical_json, new_digest
+from data_tools.durable import FolderBusy, folder_lock, write_whole
+from data_tools.format import canonical_json, new_digest
 from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
@@ -85,7 +85,7 @@ def _claim(held: ExitStack, folder: Path, candidate: Candidate, settings: Settin
         loader(plan.data, data)  # raises where the data set is missing or damaged
     try:
         held.enter_context(folder_lock(folder))
-    except DataError:
+    except FolderBusy:
         return None
     return [
         task.name

@@ -6,6 +6,8 @@ job under Slurm is followed in the same way: tests/cluster/test_evaluate.py.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import re
 import shutil
@@ -24,6 +26,7 @@ from megatron_patch.evaluate.results import read_scores
 from megatron_patch.train.checkpoint.write import write_weights
 from megatron_patch.train.status_file import StatusFile
 from tests.convert.samples import MemoryWeights, small_recipe
+from tests.ranks import run_ranks
 
 _FORK = multiprocessing.get_context("fork")
 TASKS = ("piqa", "winogrande", "truthfulqa_mc2")
@@ -63,7 +66,7 @@ class WatchedRun:
     def __init__(self, folder: Path, data: Path, tokenizer: Path) -> None:
         self.folder, self.output = folder / "run", folder / "evaluations"
         self._logs = folder
-        self._arguments = [
+        self.arguments = [
             "eval", str(self.folder), "--watch", "--every=0.05", "--data", str(data), "--tokenizer", str(tokenizer),
             "--output", str(self.output), "--benchmarks=piqa,winogrande,truthfulqa",
         ]  # fmt: skip
@@ -79,7 +82,7 @@ class WatchedRun:
         return self.folder / "checkpoints" / f"ckpt_{number:03d}"
 
     def watch(self, *more: str) -> Watcher:
-        self.watchers.append(Watcher(self._logs / f"watcher_{len(self.watchers)}.log", [*self._arguments, *more]))
+        self.watchers.append(Watcher(self._logs / f"watcher_{len(self.watchers)}.log", [*self.arguments, *more]))
         return self.watchers[-1]
 
     def scored(self) -> list[str]:
@@ -99,8 +102,30 @@ def watched(tmp_path: Path, data: Path, tokenizer: Path) -> Iterator[WatchedRun]
         watcher.process.kill()
 
 
+def watch_on_this_rank(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of the command on one of several ranks."""
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        return main(arguments), errors.getvalue()
+
+
 def every_task(*numbers: int) -> dict[str, int]:
     return {f"ckpt_{n:03d}: {task}": 1 for n in numbers for task in TASKS}
+
+
+def test_two_ranks_watch_as_one_process(watched: WatchedRun) -> None:
+    for number in range(2):
+        watched.milestone(number)
+    broken = watched.milestone(2)
+    next(broken.glob("*.safetensors")).unlink()
+    watched.status.end("completed", "all 100 steps are done", step=100)
+    (first, said), (second, silence) = run_ranks(2, watch_on_this_rank, watched.arguments)
+    assert (first, second) == (1, 1) and "left out" in said
+    assert watched.scored() == ["ckpt_000", "ckpt_001"]
+    assert "2 milestones have their scores" in said
+    assert Counter(re.findall(r"--(ckpt_\d+: \S+) done", said)) == every_task(0, 1)
+    assert " done (" not in silence
+    assert (watched.output / "scores.png").is_file()
 
 
 def test_each_milestone_once_as_it_appears_by_two_processes(watched: WatchedRun) -> None:
