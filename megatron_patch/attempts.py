@@ -24,6 +24,8 @@ from megatron_patch.run_lock import RunBusy, wait_until_free
 Decision = Literal["go", "again", "complete", "stop", "give-up", "busy"]
 
 STOP_NAME = "STOP"
+REFUSED = "refused: "
+"""How the reason of an attempt begins that ended before its first step because its input does not fit."""
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -71,6 +73,12 @@ def decide(run: Path, series: str, limit: int) -> tuple[Decision, str]:
         last = f"; the last one: {status['reason']}" if status.get("reason") else ""
         return "give-up", f"{count} attempts without a new checkpoint after step {checkpoint_step(run)}{last}"
     return "again", f"the run stands at checkpoint step {checkpoint_step(run)}"
+
+
+def is_refused(run: Path) -> bool:
+    """Whether the last attempt found that recipe, data set and checkpoint do not fit: the next would find the same."""
+    status = read_status(run)
+    return status.get("state") == "failed" and str(status.get("reason")).startswith(REFUSED)
 
 
 def goes_further(run: Path, settings: recipe.Recipe) -> bool:
@@ -136,6 +144,8 @@ def main(argv: list[str]) -> int:
     else:
         run = args.run
         decision, why = decide(run, args.series, args.limit)
+        if decision == "again" and is_refused(run):
+            decision, why = "give-up", read_status(run)["reason"]
     if decision in ("stop", "give-up"):
         launch.write_json(
             run / "status.json",

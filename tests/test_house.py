@@ -17,7 +17,7 @@ FLOORS = (
     {"counts", "device", "attempts", "judge", "kernels"},
     {"patches", "model"},
     {"topology", "data"},
-    {"gradients"},
+    {"gradients", "weights"},
     {"zero", "memory"},
     {"train"},
     {"convert", "generate", "plan", "preflight", "status", "loss_compare"},

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_patch import attempts, launch, recipe, status
 from megatron_patch.run_lock import RunLock
+from megatron_patch.train.status_file import StatusFile
 
 SETTINGS = recipe.load("recipes/demo.yaml")
 
@@ -43,6 +44,20 @@ def test_attempts_without_progress_are_counted_even_when_nothing_ended_them(tmp_
 
 def test_a_new_submission_starts_with_a_clean_slate(tmp_path: Path) -> None:
     assert [begin(tmp_path) for _ in range(3)] == ["go", "go", "give-up"]
+    assert begin(tmp_path, series="job-2") == "go"
+
+
+def test_refused_input_is_not_tried_again_until_it_is_submitted_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert begin(tmp_path) == "go"
+    training = StatusFile(tmp_path, 0)
+    training.refuse("data.folder: not set")
+    assert attempts.main(["end", str(tmp_path), "--series", "job-1", "--limit", "3"]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("give-up\n", "refused: data.folder: not set\n")
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "refused: data.folder: not set"
+    del training  # lets go of the run folder
     assert begin(tmp_path, series="job-2") == "go"
 
 

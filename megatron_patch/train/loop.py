@@ -12,6 +12,7 @@ from pathlib import Path
 
 from data_tools.durable import write_whole
 from megatron_patch import device, launch, recipe, topology
+from megatron_patch.attempts import REFUSED
 from megatron_patch.data.deal import deal
 from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
@@ -79,10 +80,11 @@ def main(args: argparse.Namespace) -> int:
             print(f"{resolved.to_yaml()}# {layout}", flush=True)
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
     except (TrainingError, CheckpointError) as error:
-        status.fail(str(error))
+        refused = isinstance(error, ResumeRefused)
+        status.fail(REFUSED + str(error) if refused else str(error))
         if is_first:
-            print(f"stopped: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ResumeRefused) else 1
+            print(f"{'refused' if refused else 'stopped'}: {error}", file=sys.stderr)
+        return 2 if refused else 1
     except DataError as error:  # a row that this rank alone has read
         status.fail(str(error))
         print(f"stopped on rank {place.rank}: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch import launch
+from megatron_patch.attempts import REFUSED
 from megatron_patch.recipe import RecipeError
 from megatron_patch.run_lock import RunBusy, RunLock
 
@@ -78,7 +79,7 @@ class StatusFile:
         """Bad input: no attempt began. A completed run stays completed."""
         if self._rank == 0 and launch.read_json(self._path).get("state") != "completed":
             self._content = launch.read_json(self._path)
-            self._write({"state": "failed", "reason": f"refused: {reason}", "rank": 0, "node": platform.node()})
+            self._write({"state": "failed", "reason": REFUSED + reason, "rank": 0, "node": platform.node()})
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on. The first rank to fail is the cause; what others say after it is left out."""
