@@ -81,12 +81,12 @@ bench-data: $(VENV)/ready-dev
 
 # A copy, so that the core in use stays as it is. The sanitizers' libraries must be there before Python starts.
 asan: $(VENV)/ready-dev
-	rm -rf build/asan && mkdir -p build/asan/tests
-	cp -r setup.py pyproject.toml README.md data_tools build/asan/
+	rm -rf build/asan && mkdir -p build/asan/source build/asan/tests
+	cp -r setup.py pyproject.toml README.md data_tools build/asan/source/
+	rm -f build/asan/source/data_tools/_core*.so
 	cp -r tests/__init__.py tests/data_tools build/asan/tests/
-	rm -f build/asan/data_tools/_core*.so
-	cd build/asan && AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
-	    $(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/asan build/asan/source
 	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest --noconftest -p no:cacheprovider \
 	    tests/data_tools/test_row_parser.py tests/data_tools/test_fuzz_files.py
