@@ -24,11 +24,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]  # fmt: skip
     resolved = recipe.load("recipes/demo.yaml", [*TOY, "data.held_out_rows=8", *settings])
     log = folder / "log.jsonl"
-    attempts.begin(folder, resolved, "1", 3, [])
+    attempts.begin(folder, resolved, "1", 3, [], patience=0)
     job = Job(1, settings, folder.with_suffix(".log"))
     job.wait_for(lambda: log.exists() and log.read_text().count('"loss"') > 30)
     job.kill()
-    attempts.begin(folder, resolved, "1", 3, [])
+    attempts.begin(folder, resolved, "1", 3, [], patience=0)
     Job(1, settings, folder.with_suffix(".log")).run()
     return folder
 
