@@ -7,7 +7,7 @@ GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
 DEMO_ENV := OMP_NUM_THREADS=1
 
-.PHONY: help env demo test test-cluster lint soak bench-gpu bench-data asan clean
+.PHONY: help env demo test test-cluster lint soak bench-gpu bench-data asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
 	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
+	@echo "make emulate       the same with AVX-512 emulated, for processors without (libsimde-dev)"
 	@echo "make soak          the long runs of the test suite"
 	@echo "make env           the environment alone, in .venv (PYTHON=python3.12 chooses its interpreter)"
 	@echo "make clean         removes the demo and build leftovers: the demo then starts over"
@@ -79,13 +80,18 @@ bench-data: $(VENV)/ready-dev
 	$(BIN)/python -W ignore benchmarks/tokenize_speed.py
 	$(BIN)/python -W ignore benchmarks/loader_speed.py
 
+# The same with the AVX-512 kernel emulated by SIMDe, for processors without AVX-512 (Debian: apt-get install libsimde-dev).
+emulate: EMULATION := -include $(CURDIR)/tests/data_tools/avx512_emulation.h -mavx2 -mbmi -mbmi2 -mlzcnt -mpopcnt \
+    -fno-sanitize=signed-integer-overflow  # which SIMDe's subtraction of bytes does
+emulate: asan
+
 # A copy, so that the core in use stays as it is. The sanitizers' libraries must be there before Python starts.
 asan: $(VENV)/ready-dev
 	rm -rf build/asan && mkdir -p build/asan/source build/asan/tests
 	cp -r setup.py pyproject.toml README.md data_tools build/asan/source/
 	rm -f build/asan/source/data_tools/_core*.so
 	cp -r tests/__init__.py tests/data_tools build/asan/tests/
-	AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATION)" \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/asan build/asan/source
 	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest --noconftest -p no:cacheprovider \

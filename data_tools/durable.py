@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -14,6 +15,10 @@ from data_tools.format import DataError
 
 PARTIAL_SUFFIX = ".partial"
 LOCK_NAME = ".lock"
+RESERVED_BYTES = 1 << 25
+_FALLOC_FL_KEEP_SIZE = 1
+_fallocate = ctypes.CDLL(None).fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class FolderBusy(DataError):
@@ -52,12 +57,23 @@ def write_beside(path: Path) -> Iterator[BinaryIO]:
         with full_disk_named(path):
             with partial.open("wb") as stream:
                 yield stream
-                stream.flush()
+                stream.truncate()  # gives back what was reserved and not used
                 os.fsync(stream.fileno())
             publish(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def reserve(stream: BinaryIO) -> int:
+    """Asks for RESERVED_BYTES of disk from the stream's place on, which makes writing them cheaper; returns their end.
+
+    What the file system answers does not matter: some cannot, and on a full disk the last bytes may fit none the less.
+    `os.posix_fallocate` would write into every block instead.
+    """
+    at = stream.tell()
+    _fallocate(stream.fileno(), _FALLOC_FL_KEEP_SIZE, at, RESERVED_BYTES)
+    return at + RESERVED_BYTES
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import folder_lock, write_beside, write_whole
+from data_tools.durable import folder_lock, reserve, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
     ROW_LENGTH,
@@ -115,7 +115,10 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
     reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, threads)
     digest = new_digest()
     with write_beside(base.with_suffix(".bin")) as stream:
+        reserved = 0
         for ids in reader.blocks():
+            if stream.tell() + ids.nbytes > reserved:
+                reserved = reserve(stream)
             stream.write(ids.data)
             digest.update(ids.data)
     if not reader.rows:

@@ -19,6 +19,7 @@ from data_tools.documents import DECOMPRESSION_ERRORS, open_decompressed
 from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, new_digest
 
 BLOCK_BYTES = 1 << 22  # fewer, larger writes: small ones cost the page cache twice as much a byte
+READ_BYTES = 1 << 19  # the digest finds what was read in the second-level cache
 LONGEST_LINE = 1 << 26
 
 
@@ -124,11 +125,12 @@ class SegmentReader:
             filled = len(rest)
             with memoryview(block.text) as view:
                 while filled < size - 1:  # one byte is kept for a newline
-                    count = stream.readinto(view[filled : size - 1])  # type: ignore[attr-defined]
+                    piece = view[filled : min(size - 1, filled + READ_BYTES)]
+                    count = stream.readinto(piece)  # type: ignore[attr-defined]
                     if not count:
                         ended = True
                         break
-                    self.digest.update(view[filled : filled + count])
+                    self.digest.update(piece[:count])
                     filled += count
             if ended and filled and block.text[filled - 1] != ord("\n"):
                 block.text[filled] = ord("\n")

@@ -115,10 +115,14 @@ std::vector<NamedKernel> available_kernels() {
   std::vector<NamedKernel> kernels;
 #ifdef AMBER_X86
   __builtin_cpu_init();
+#ifdef AMBER_AVX512  // emulated
+  kernels.push_back({"avx512", ids_avx512});
+#else
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2")) {
     kernels.push_back({"avx512", ids_avx512});
   }
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")) {
     kernels.push_back({"avx2", ids_avx2});
   }

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_tools import mix as mix_module
-from data_tools.durable import LOCK_NAME, folder_lock
+from data_tools.durable import LOCK_NAME, folder_lock, reserve, write_beside
 from data_tools.format import DataError
 from data_tools.index_segments import index, plan_dataset
 from data_tools.mix import MixOptions, mix
@@ -185,6 +185,15 @@ def test_the_command_says_it_in_one_line(stages: dict[str, Stage], small_corpus:
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {tmp_path / 'wikipedia'}: .lock: another run is writing this folder\n")
     assert "Traceback" not in result.stderr
+
+
+def test_what_was_reserved_and_not_used_is_given_back(tmp_path: Path) -> None:
+    with write_beside(tmp_path / "file") as stream:
+        stream.write(b"1" * 5000)
+        reserve(stream)
+    status = (tmp_path / "file").stat()
+    assert status.st_size == 5000
+    assert status.st_blocks * 512 < 1 << 20
 
 
 def test_a_file_system_without_locks_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,24 @@ def test_mutated_lines_are_judged_as_python_judges_them(line: bytes) -> None:
     assert len({str(result) for result in results.values()}) == 1
 
 
+def test_any_byte_of_an_array_may_be_wrong() -> None:
+    line = line_of(some_ids(3))
+    start, stop = line.index(b"[") + 1, line.index(b"]") + 1
+    changed = {
+        line[:at] + piece + line[at + cut :]
+        for at in range(start, stop)
+        for piece in (b"", b"0", b"1", b"9", b",", b" ", b", ", b", 0", b"]", b"-", b"/", b":", b"!")
+        for cut in (0, 1, 2)
+    }
+    good = line + b"\n"
+    for bad in sorted(changed):
+        expected = slow_row(bad, ROW_LENGTH, VOCAB, SOURCES)
+        for kernel in kernels():
+            (ids, _), (_, column, _) = parse(good + bad + b"\n" + good, kernel)
+            assert (column == 0) == (expected is not None), (kernel, bad)
+            assert expected is None or ids[1] == expected[0], (kernel, bad)
+
+
 @FUZZ
 @given(st.lists(st.sampled_from([b"1", b"0", b"9", b"12345", b", ", b", ", b",", b" ", b"]", b"1, 2, 3"]), max_size=60))
 def test_arrays_of_separators_and_digits_are_judged_alike(pieces: list[bytes]) -> None:
