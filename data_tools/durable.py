@@ -84,16 +84,17 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Turns "no space left" into an error that names the file."""
+    """Turns "no space left" into an error that names the file; other errors of the system learn its name."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = error.filename or str(path)
             raise
         raise DataError(
             f"cannot write: {os.strerror(error.errno)}",
             file=path,
-            remedy="free space or choose another --output, then run the same command again: finished work is kept",
+            remedy="free space, then run the same command again: finished work is kept",
         ) from None
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
+import operator
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import write_whole
+from data_tools.durable import full_disk_named, write_whole
 from megatron_patch import counts, device
 from megatron_patch.recipe import Recipe
 
@@ -25,17 +28,20 @@ class Log:
     """
 
     def __init__(self, recipe: Recipe, world_size: int, total_steps: int, done: int) -> None:
-        """`done` is the step resumed from: what an attempt before logged beyond it is dropped, as it is done again."""
+        """`done` is the step resumed from: what an attempt before logged beyond it is dropped, as it is done again.
+
+        Raises DataError, as `step` and its like do, where the disk is full: a run without its log is not the run.
+        """
         self._recipe, self._total_steps = recipe, total_steps
         self._tokens_a_step = recipe.batch.global_batch_size * recipe.model.sequence_length
         self._flops_per_token = counts.flops_per_token(recipe.model)
         peak = device.peak_flops()
         self._peak = None if peak is None else peak * world_size
         recipe.run_folder.mkdir(parents=True, exist_ok=True)
-        lines = recipe.run_folder / "log.jsonl"
-        _keep_until(done, lines)
-        self._lines = lines.open("a", buffering=1)
-        self._events = _summary_writer(recipe.run_folder / "tensorboard") if recipe.run.tensorboard else None
+        self._path = recipe.run_folder / "log.jsonl"
+        _keep_until(done, self._path)
+        self._lines = self._path.open("ab")
+        self._events = _summary_writer(recipe.run_folder / "tensorboard", done) if recipe.run.tensorboard else None
         self._recent: deque[float] = deque(maxlen=50)
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
@@ -88,16 +94,25 @@ class Log:
         )
 
     def close(self) -> None:
-        self._lines.close()
-        if self._events is not None:
-            self._events.close()
+        with contextlib.suppress(OSError):  # a line that the disk did not take was an error when it was written
+            self._lines.close()
+        self._draw(lambda events: events.close())
 
     def _write(self, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
+        with full_disk_named(self._path):
+            self._lines.write(json.dumps(record).encode() + b"\n")
+            self._lines.flush()
+        scalars = [(key, v) for key, v in record.items() if isinstance(v, float) and key != "time"]
+        self._draw(lambda events: [events.add_scalar(key, value, record["step"]) for key, value in scalars])
+
+    def _draw(self, what: Callable[[Any], object]) -> None:
+        """Do something with the event files, which are given up where they cannot be written: log.jsonl holds all."""
         if self._events is not None:
-            for key, value in record.items():
-                if isinstance(value, float) and key != "time":
-                    self._events.add_scalar(key, value, record["step"])
+            try:
+                what(self._events)
+            except OSError as error:
+                note(f"{self._events.log_dir}: cannot be written ({error}); no more event files in this attempt")
+                self._events = None
 
 
 def note(text: str) -> None:
@@ -106,15 +121,18 @@ def note(text: str) -> None:
 
 
 def _keep_until(step: int, lines: Path) -> None:
-    """Drop records of later steps, and a last line that a killed process left unfinished."""
+    """Drop records of later steps, a last line that a killed process left unfinished, and what is no record."""
     if not lines.exists():
         return
-    kept = [
-        line
-        for line in lines.read_text().splitlines(keepends=True)
-        if line.endswith("\n") and json.loads(line)["step"] <= step
-    ]
-    write_whole(lines, "".join(kept).encode())
+    kept = []
+    for number, line in enumerate(lines.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                if operator.index(json.loads(line)["step"]) <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                note(f"{lines}, line {number}: damaged, no record of a step; dropped")
+    write_whole(lines, b"".join(kept))
 
 
 def _finite(value: float) -> float | None:
@@ -122,9 +140,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, done: int) -> Any:
+    """None where tensorboard is not installed. Points of later steps than `done`, which are made again, are hidden."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=done + 1)
