@@ -137,7 +137,7 @@ class Optimizer(Section):
 
 class Data(Section):
     folder: Folder | None = Field(None, description="Data set written by data_tools/build_amber.py.")
-    order_seed: int = Field(ge=0, description="Segment k is permuted by seed order_seed + k.")
+    order_seed: int = Field(ge=0, lt=2**31, description="Segment k is permuted by seed order_seed + k (32 bits).")
     held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
     held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
     read_ahead: bool = Field(False, description="Read each segment through before its rows are asked for.")
@@ -282,7 +282,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         else:
             try:
                 settings.append((key, yaml.safe_load(value)))
-            except yaml.YAMLError as e:
+            except _NOT_YAML as e:
                 raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
     for name in names:
         if name not in alternatives:
@@ -308,7 +308,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except _NOT_YAML as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
@@ -324,13 +324,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     return tree, alternatives
 
 
+# PyYAML lets a date in month 99 or a nesting without end through as what Python says of them.
+_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
     """A key written twice is an error, not a silent last-one-wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         if twice := {k for k in keys if keys.count(k) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"written twice: {sorted(twice)}", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"written twice: {sorted(twice, key=str)}", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 

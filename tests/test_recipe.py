@@ -58,6 +58,8 @@ def test_overrides_and_alternatives():
         (["run.wall_minutes=true"], "run.wall_minutes: a switch .* where none is expected"),
         (["model=5"], r"model: expected a section of settings \(given: 5\)"),
         (["name=../../elsewhere"], "name: .*pattern"),
+        (["seed=2024-99-99"], "override 'seed=2024-99-99': the value is not YAML"),
+        (["data.order_seed=4294967296"], "data.order_seed: .*less than 2147483648"),
     ],
 )
 def test_refused_with_the_arithmetic(overrides, message):
@@ -80,6 +82,10 @@ def test_files_that_cannot_be_read(tmp_path):
         ("number.yaml", b"extends: 5\n", "extends: expected the name of a file beside it, found 5"),
         ("names.yaml", b"alternatives: [a]\n", "alternatives: expected settings under each name"),
         ("flat.yaml", b"alternatives: {a: 5}\n", "alternatives: expected settings under each name"),
+        ("month.yaml", b"name: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
+        ("tag.yaml", b"seed: !!timestamp x\n", "not valid YAML"),
+        ("mixed.yaml", b"{1: 2, 1: 3, a: 1, a: 2}\n", r"not valid YAML: written twice: \[1, 'a'\]"),
+        ("deep.yaml", b"[" * 5000, "not valid YAML: maximum recursion depth"),
     ):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(RecipeError, match=f"{name}: {reason}"):
