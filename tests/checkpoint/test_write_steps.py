@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from megatron_patch.train.checkpoint import write
+from megatron_patch.train.checkpoint import open_checkpoint, write
+from megatron_patch.train.checkpoint.run_folder import RunFolder
 from tests.checkpoint.compare import assert_bit_equal, history, newest
 from tests.train.job import Job, write_data_set
 
@@ -147,6 +148,24 @@ def disk_lies(rank: int) -> None:
             path.write_bytes(content)
 
         write.save_file = lie
+
+
+def test_what_fails_after_the_marker_does_not_make_it_unwritten(runs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    data_folder, before, _ = runs
+    run = tmp_path / "run"
+    shutil.copytree(before, run)
+
+    def plant(rank: int) -> None:
+        def refuse(self: RunFolder) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        RunFolder.retain = refuse  # type: ignore[method-assign,assignment]
+
+    job = Job(RANKS, settings(data_folder, run, NOW), tmp_path / "log", before=plant)
+    assert any(job.wait())
+    reason = json.loads((run / "status.json").read_text())["reason"]
+    assert f"step_{NOW:08d}: durable, but what follows a save failed: rank 0 on " in reason
+    open_checkpoint(run / f"checkpoints/step_{NOW:08d}").close()
 
 
 def disk_is_full(rank: int) -> None:

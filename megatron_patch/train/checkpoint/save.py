@@ -162,14 +162,15 @@ class Saver:
         stall: float,
     ) -> None:
         rank, beside = self._topology.rank, partial_folder(folder)
+        me = f"rank {rank} on {platform.node()}"
         mine: StoredFile | None = None
-        problem: str | None = None
+        problem: list[str] | None = None  # what went wrong, and the remedy
         try:
             beside.mkdir(parents=True, exist_ok=True)
             if tensors:
                 mine = write_file(beside / rank_file(rank), tensors)
         except (CheckpointError, OSError) as error:
-            problem = f"rank {rank} on {platform.node()}: {error}"
+            problem = _told(f"not written: {me}", error)
         answers = self._channel.gather({"file": mine and mine.model_dump(), "problem": problem})
         problem = next((a["problem"] for a in answers if a["problem"]), None)
         if rank == 0 and problem is None:
@@ -184,16 +185,27 @@ class Saver:
                     tensors=index_tensors(beside, files, self._recipe, contents),
                 )
                 marker = finish(beside, folder, files, index)
+            except (ValueError, OSError) as error:
+                problem = _told(f"not written: {me}", error)
+            else:
                 size = sum(file.bytes for file in marker.files.values())
                 seconds = time.perf_counter() - started
-                durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
-            except (ValueError, OSError) as error:
-                problem = f"rank 0 on {platform.node()}: {error}"
+                try:
+                    durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
+                except (ValueError, OSError) as error:
+                    problem = _told(f"durable, but what follows a save failed: {me}", error)
         problem = self._channel.from_first(problem)
         if problem is not None:
             if rank == 0:
                 shutil.rmtree(beside, ignore_errors=True)
-            raise CheckpointError(folder, f"not written: {problem}", "the run resumes from the checkpoint before")
+            what, remedy = problem
+            raise CheckpointError(folder, what, f"{remedy}; the run resumes from the newest good checkpoint")
+
+
+def _told(what: str, error: Exception) -> list[str]:
+    """What went wrong and its remedy, apart: the message that they go into has a remedy of its own."""
+    message, _, remedy = str(error).partition("\n  remedy: ")
+    return [f"{what}: {message}", remedy or "see to the file system"]
 
 
 def environment() -> dict[str, str]:
