@@ -99,6 +99,17 @@ def test_the_run_falls_back_and_names_the_file(made: tuple[Path, Path], tmp_path
     open_checkpoint(run / "checkpoints/step_00000004").close()
 
 
+def test_a_copy_under_a_later_name_is_no_later_step(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data_folder, run = made[0], tmp_path / "run"
+    shutil.copytree(made[1], run)
+    copy = run / "checkpoints/step_00000099"
+    shutil.copytree(run / "checkpoints/step_00000002", copy)
+    said = Job(2, settings(data_folder, run, 5), tmp_path / "log").run()
+    assert f"{copy}: holds step 2, so it was renamed; falling back" in said and "at step 4, 32 samples" in said
+    assert (run / "checkpoints/step_00000099.broken").is_dir()
+    assert (run / "checkpoints/latest").read_text() == "step_00000005\n"
+
+
 def test_without_a_good_one_the_run_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     data_folder, run = made[0], tmp_path / "run"
     shutil.copytree(made[1], run)

@@ -11,6 +11,7 @@ import pytest
 from megatron_patch.recipe import load
 from megatron_patch.train.cadence import Cadence
 from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
+from megatron_patch.train.checkpoint.run_folder import Milestone, RunFolder
 from tests.checkpoint.compare import history, newest
 from tests.train.job import Job, write_data_set
 
@@ -77,6 +78,47 @@ def test_the_table_of_milestones(finished: Path) -> None:
     for row in rows:
         with open_checkpoint(finished / "checkpoints" / row["name"]) as milestone:
             assert row["digest"] == milestone.digest
+
+
+def test_a_checkpoint_that_was_moved_and_linked_to_is_read_and_not_deleted(
+    finished: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    run, away = tmp_path / "run", tmp_path / "away"
+    shutil.copytree(finished, run)
+    for name in ("step_00000028", "step_00000030"):
+        shutil.move(run / "checkpoints" / name, away / name)
+        (run / "checkpoints" / name).symlink_to(away / name)
+    (run / "checkpoints/step_00000032").symlink_to(tmp_path / "nowhere")
+    said = Job(1, settings(data_folder, run, "run.steps=36"), tmp_path / "log").run()
+    assert "step_00000030 at step 30" in said and "deleted step_00000028" in said
+    assert names(run)[-2:] == ["step_00000032", "step_00000036"]
+    for name in ("step_00000028", "step_00000030"):
+        open_checkpoint(away / name).close()
+
+
+@pytest.mark.parametrize("damaged", ["a,b\n1,2\n", "", "name,step\n", "\0\0\0\0"])
+def test_a_damaged_table_is_set_aside_and_its_whole_lines_are_kept(tmp_path: Path, damaged: str) -> None:
+    folder = RunFolder(load("recipes/demo.yaml", [f"run.folder={tmp_path}"]))
+    folder.path.mkdir()
+    table, broken = folder.path / "checkpoints.csv", folder.path / "checkpoints.csv.broken"
+
+    def milestone(number: int) -> Milestone:
+        return Milestone(f"ckpt_{number:03d}", 10 * number, 80, 80, "0-0", "2026-11-24T00:00:00", "full", "d")
+
+    folder.record(milestone(0))
+    folder.record(milestone(1))
+    assert not broken.exists()
+    whole = table.read_text()
+    table.write_text(whole + "ckpt_002,x,8\n")
+    folder.record(milestone(3))
+    with table.open() as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == ["ckpt_000", "ckpt_001", "ckpt_003"]
+    assert broken.read_text() == whole + "ckpt_002,x,8\n"
+    table.write_text(damaged)
+    folder.record(milestone(4))
+    with table.open() as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == ["ckpt_004"]
+    assert broken.read_text() == damaged
 
 
 def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
-from megatron_patch.train.checkpoint.format import CheckpointError, State, check_file, read_marker
+from megatron_patch.train.checkpoint.format import CheckpointError, State, check_file, read_index, read_marker
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_patch.train.checkpoint.restore import restore
 from megatron_patch.train.checkpoint.run_folder import RunFolder
@@ -55,7 +55,7 @@ def resume(
         return None
     broken: list[Path] = []
     for folder in candidates:
-        problem = _verify(folder, topology, channel)
+        problem = _verify(folder, topology, channel) or _renamed(folder, runs)
         if problem is None:
             break
         note(f"{problem.splitlines()[0]}; falling back to the checkpoint before")
@@ -96,6 +96,14 @@ def _verify(folder: Path, topology: Topology, channel: SideChannel) -> str | Non
     except (CheckpointError, OSError) as error:
         problem = str(error)
     return next((answer for answer in channel.gather(problem) if answer is not None), None)
+
+
+def _renamed(folder: Path, runs: RunFolder) -> str | None:
+    """A copy under a later step's name would stay the newest for ever, and every resume would go back to it."""
+    step = read_index(folder).state.step
+    if folder.name.startswith("step_") and folder != runs.restart_point(step):
+        return f"{folder}: holds step {step}, so it was renamed"
+    return None
 
 
 def _obstacle(trained: Recipe, recipe: Recipe) -> str | None:

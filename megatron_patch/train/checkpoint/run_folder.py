@@ -4,7 +4,7 @@
     RUN/checkpoints/ckpt_007/         a milestone: kept for ever; weights alone, every M-th full
     RUN/checkpoints/checkpoints.csv   the milestones
     RUN/checkpoints/latest            name of the newest restart point, for people and scripts; `train` looks itself
-    RUN/checkpoints/NAME.broken/      set aside by a resume that fell back to an earlier one
+    RUN/checkpoints/NAME.broken       set aside: by a resume that fell back to an earlier one, or a damaged table
 
 Only rank 0 changes anything here.
 """
@@ -80,7 +80,7 @@ class RunFolder:
                 re.fullmatch(r"(step|ckpt)_\d+", folder.name) and not (folder / MARKER_NAME).exists()
             )
             if unfinished:
-                shutil.rmtree(folder)
+                remove(folder)
                 swept.append(folder.name.removeprefix(".").removesuffix(".partial"))
         return swept
 
@@ -110,15 +110,22 @@ class RunFolder:
         return [old.name for old in surplus]
 
     def record(self, milestone: Milestone) -> None:
-        """Write a milestone's line, in place of an earlier one of its name (a rewound run passes it again)."""
+        """Write a milestone's line, in place of an earlier one of its name (a rewound run passes it again).
+
+        A table that someone damaged is set aside, its whole lines are kept: no training ends for it.
+        """
         table = self.path / TABLE_NAME
+        names = [f.name for f in fields(Milestone)]
         rows: list[dict[str, str]] = []
         if table.exists():
-            with table.open(newline="") as stream:
-                rows = [row for row in csv.DictReader(stream) if row["name"] != milestone.name]
+            found = list(csv.DictReader(io.StringIO(table.read_text(errors="replace"))))
+            rows = [row for row in found if row.keys() == set(names) and str(row["step"]).isdecimal()]
+            if len(rows) < len(found) or not found:
+                table.replace(table.with_name(f"{TABLE_NAME}.broken"))
+        rows = [row for row in rows if row["name"] != milestone.name]
         rows.append({key: str(value) for key, value in asdict(milestone).items()})
         text = io.StringIO()
-        writer = csv.DictWriter(text, [f.name for f in fields(Milestone)], lineterminator="\n")
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
         write_whole(table, text.getvalue().encode())

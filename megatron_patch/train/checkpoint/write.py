@@ -181,8 +181,13 @@ def finish(beside: Path, final: Path, files: dict[str, StoredFile], index: Index
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, marker first, so that one half deleted is not taken for a good one."""
-    if folder.is_dir():
+    """Delete a checkpoint, marker first, so that one half deleted is not taken for a good one.
+
+    Of one that was moved elsewhere and linked to, the link alone: what lies elsewhere is not ours to delete.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
         (folder / MARKER_NAME).unlink(missing_ok=True)
         fsync_folder(folder)
         shutil.rmtree(folder)
