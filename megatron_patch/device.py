@@ -66,6 +66,14 @@ def init_process_group(timeout: timedelta) -> None:
             ) from None
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because a rank at its other end is gone: that rank is the cause, not this one."""
+    if isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistStoreError):
+        return True
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError", "communicator was aborted")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def flight_record() -> bytes:
     """The last collectives of this process and their state, as JSON: torch's flight recorder."""
     c10d: Any = torch._C._distributed_c10d

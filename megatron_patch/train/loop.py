@@ -67,8 +67,12 @@ def main(args: argparse.Namespace) -> int:
     except (RecipeError, DataError) as error:
         if is_first:
             print(f"refused: {error}", file=sys.stderr)
-        if status is not None:
-            status.refuse(str(error))
+            if status is not None:
+                status.refuse(str(error))
+        elif status is not None and os.environ["LOCAL_RANK"] == "0":  # its node may lack what the first one has
+            text = f"refused on {platform.node()}: {error}"
+            status.fail(text)
+            print(text, file=sys.stderr)
         return 2
     status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
@@ -87,9 +91,14 @@ def main(args: argparse.Namespace) -> int:
         return 2 if refused else 1
     except DataError as error:  # a row that this rank alone has read
         status.fail(str(error))
-        print(f"stopped on rank {place.rank}: {error}", file=sys.stderr)
+        print(f"stopped on rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 1
     except BaseException as error:
+        if device.lost_peer(error):
+            status.fail(f"another rank is gone; the launcher says how it ended ({error})")
+            if is_first:
+                print(f"stopped: another rank is gone; why is above or in {status.path}", file=sys.stderr)
+            return 1
         status.fail(f"{type(error).__name__}: {error}")
         raise
     topology.destroy()

@@ -40,7 +40,7 @@ class StatusFile:
 
     def __init__(self, run_folder: Path, rank: int) -> None:
         """Raises RecipeError (rank 0) where the run folder cannot be written or another training holds it."""
-        self._path, self._rank = run_folder / STATUS_NAME, rank
+        self.path, self._rank = run_folder / STATUS_NAME, rank
         self._content: dict[str, Any] = {}
         self._written = 0.0
         if rank == 0:
@@ -77,13 +77,16 @@ class StatusFile:
 
     def refuse(self, reason: str) -> None:
         """Bad input: no attempt began. A completed run stays completed."""
-        if self._rank == 0 and launch.read_json(self._path).get("state") != "completed":
-            self._content = launch.read_json(self._path)
+        if self._rank == 0 and launch.read_json(self.path).get("state") != "completed":
+            self._content = launch.read_json(self.path)
             self._write({"state": "failed", "reason": REFUSED + reason, "rank": 0, "node": platform.node()})
 
     def fail(self, reason: str) -> None:
         """This rank cannot go on. The first rank to fail is the cause; what others say after it is left out."""
-        content = launch.read_json(self._path)
+        try:
+            content = launch.read_json(self.path)
+        except OSError:  # the folder is gone: what ended the run must still be said
+            content = {}
         if content.get("state") not in ("failed", "stopped", "completed"):
             self._content = {**content, **self._content}
             self._write({"state": "failed", "reason": reason, "rank": self._rank, "node": platform.node()})
@@ -92,8 +95,9 @@ class StatusFile:
         self._content |= {**content, "updated": time.time()}
         self._written = time.monotonic()
         try:
-            launch.write_json(self._path, self._content)
+            launch.write_json(self.path, self._content)
         except OSError as error:
             if must:
                 raise
-            print(f"{self._path}: cannot be written ({error})", file=sys.stderr, flush=True)
+            if self._rank == 0:
+                print(f"{self.path}: cannot be written ({error})", file=sys.stderr, flush=True)

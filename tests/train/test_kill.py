@@ -94,7 +94,10 @@ def test_a_rank_killed_under_torchrun_ends_the_job_and_the_next_one_goes_on(
         finally:
             job.kill()
             job.wait()
-        assert json.loads((run / "status.json").read_text())["state"] == "failed"
+        status = json.loads((run / "status.json").read_text())
+        assert status["state"] == "failed" and status["reason"].startswith("another rank is gone")
+        output = (tmp_path / "log").read_text()
+        assert output.count("stopped: another rank is gone") == 1 and output.count("Traceback") == 1, "torchrun's own"
         before = newest(run).step
         assert 0 < before < STEPS
     said = Job(RANKS, run_settings(data_folder, run), tmp_path / "log").run()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from pathlib import Path
 
 import pytest
 
+from data_tools.format import DataError
+from megatron_patch.train import loop
 from megatron_patch.train.status_file import StatusFile
 from tests.train.conftest import run_settings
 from tests.train.job import Job
@@ -78,3 +82,23 @@ def test_an_error_of_any_rank_is_the_reason(data_folder: Path, tmp_path: Path) -
     assert any(Job(4, run_settings(data_folder, run), tmp_path / "log", before).wait())
     said = status_of(run)
     assert (said["state"], said["reason"], said["rank"]) == ("failed", "RuntimeError: the third rank is unwell", 2)
+    output = (tmp_path / "log").read_text()
+    assert output.count("Traceback") == 1, "one rank is unwell, the others only lose it"
+    assert output.count(f"stopped: another rank is gone; why is above or in {run / 'status.json'}") == 1
+
+
+def test_a_node_without_the_data_says_so(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        if rank >= 2:
+            os.environ["LOCAL_RANK"] = str(rank - 2)  # the first two ranks are another node
+
+            def open_data(*_: object) -> None:
+                raise DataError("no such file", file="data/manifest.json", remedy="mount it")
+
+            loop._open_data = open_data  # type: ignore[assignment]
+
+    run = tmp_path / "run"
+    assert any(Job(4, run_settings(data_folder, run), tmp_path / "log", before).wait())
+    output = (tmp_path / "log").read_text()
+    assert output.count(f"refused on {platform.node()}: data/manifest.json: no such file") == 1
+    assert "Traceback" not in output
