@@ -23,9 +23,19 @@ if not HAS_GPU:
 
 
 def use(local_rank: int) -> torch.device:
-    """Bind this process to its GPU (or to the CPU) and return the device."""
+    """Bind this process to its GPU (or to the CPU) and return the device.
+
+    Where each process of a node sees one GPU alone (Slurm's --gpus-per-task), that is its own. Raises LaunchError where
+    it sees several and none is left for this rank.
+    """
     if HAS_GPU:
-        torch.cuda.set_device(local_rank)
+        visible = torch.cuda.device_count()
+        if local_rank >= visible > 1:
+            raise LaunchError(
+                f"rank {local_rank} of its node, counted from 0, but it sees {visible} GPUs; start one rank a GPU "
+                "(SITE_RANKS_PER_NODE in slurm/site.sh, torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank if visible > 1 else 0)
     return current()
 
 
@@ -58,7 +68,8 @@ def init_process_group(timeout: timedelta) -> None:
         if not address or not port:
             raise LaunchError("MASTER_ADDR and MASTER_PORT say where ranks meet, but are not set; start with torchrun")
         try:
-            torch.distributed.init_process_group(backend, timeout=timeout, device_id=current() if HAS_GPU else None)
+            # Without device_id: with it NCCL would make every one of mcore's groups at once, and out of one another.
+            torch.distributed.init_process_group(backend, timeout=timeout)
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             raise LaunchError(
                 f"ranks cannot meet at {address}, port {port}: {error}; if the port is in use, set another MASTER_PORT "

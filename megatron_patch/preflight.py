@@ -160,8 +160,8 @@ def in_child(measure: Callable[[], Result], patience: float) -> Result:
 def measure_node(checkpoints: Path) -> Result:
     """This rank's device, and for the node's first rank its driver's complaints and the disk below `checkpoints`."""
     local_rank = int(os.environ["LOCAL_RANK"])
-    result: Result = {"device": torch.cuda.get_device_name(local_rank) if device.HAS_GPU else device.name()}
     device.use(local_rank)
+    result: Result = {"device": device.name()}
     result["gemm"] = gemm_flops(SIZE.gemm)
     result["copy"] = copy_bandwidth(SIZE.copy)
     if local_rank == 0:

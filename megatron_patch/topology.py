@@ -72,6 +72,9 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
     Raises RecipeError where the layout does not divide the world.
     """
     data_parallel_size(parallel, dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]))
+    if parallel.tensor > 1:
+        # mcore queues a collective before the GEMM that it is to run beside and counts on their starting in that order.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.use(int(os.environ.get("LOCAL_RANK", "0")))
     patches.apply()
     if not dist.is_initialized():
@@ -82,6 +85,7 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,  # for checkpoints of mcore; ours has a group of its own
     )
     # mcore forks a named random state around embedding and recompute. Nothing here draws from it: no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)

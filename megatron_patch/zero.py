@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
 
+from megatron_patch import device
 from megatron_patch.gradients import GradientBuffer, local_norm_squared, parameter_groups, reduce_during_backward
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.recipe import Recipe
@@ -72,6 +74,8 @@ class ShardedOptimizer:
             fused=True,
         )
         engine, *_ = deepspeed.initialize(
+            # DeepSpeed would take the GPU with the number of LOCAL_RANK; device.py has chosen already.
+            args=SimpleNamespace(device_rank=device.current().index or 0),
             model=torch.nn.ModuleList(chunks),
             optimizer=adamw,
             mpu=Mpu,

@@ -39,9 +39,10 @@ def chosen(kernel: Kernel) -> Implementation:
 def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> dict[Kernel, Implementation]:
     """Decide for this process and return the decision.
 
-    Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, with a warning
-    that gives the reason; so is a slower way to accumulate weight gradients in fp32 than the fastest there is. Raises
-    KernelError where an implementation that was named cannot run, or where no such way is right.
+    Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, and where that
+    fails too (both need a C compiler) by the reference, with a warning that gives the reasons; so is the fastest way to
+    accumulate weight gradients in fp32 by a slower one. Raises KernelError where an implementation that was named
+    cannot run, or where no such way is right.
     """
     from megatron_patch.kernels import check
 
@@ -54,14 +55,19 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
         return dict(_chosen)
     accepted: dict[Kernel, Implementation] = {}
     for kernel, wish in wishes.items():
-        reason = _unavailable(wish, device) or check.difference(kernel, wish, device)
-        if reason is None:
-            accepted[kernel] = wish
-        elif wanted == "auto":
-            warnings.warn(f"kernel {kernel}: {wish} is not used, the compiled reference is: {reason}", stacklevel=2)
-            accepted[kernel] = "compiled"
-        else:
-            raise KernelError(f"kernel {kernel}: {wish} cannot run here: {reason}; use kernels=auto or =reference")
+        faults: list[str] = []
+        candidates: tuple[Implementation, ...] = (wish, "compiled") if wanted == "auto" else (wish,)
+        for candidate in candidates:
+            fault = _unavailable(candidate, device) or check.difference(kernel, candidate, device)
+            if fault is None:
+                accepted[kernel] = candidate
+                break
+            faults.append(f"{candidate}: {fault}")
+        if faults and wanted != "auto":
+            raise KernelError(f"kernel {kernel} cannot run here by {faults[0]}; use kernels=auto or =reference")
+        if faults:
+            taken = accepted.get(kernel, "reference")
+            warnings.warn(f"kernel {kernel} runs as {taken}, which is slower: {'; '.join(faults)}", stacklevel=2)
     _chosen.update(accepted)
     return dict(_chosen)
 

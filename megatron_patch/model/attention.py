@@ -35,7 +35,9 @@ class CoreAttention(torch.nn.Module):
         s, b, n, d = query.shape
         if flash_attn_func is not None and query.is_cuda and query.dtype != torch.float32:
             q, k, v = (t.transpose(0, 1) for t in (query, key, value))
-            return flash_attn_func(q, k, v, softmax_scale=self.scale, causal=True).transpose(0, 1).reshape(s, b, n * d)
+            same_bits = torch.are_deterministic_algorithms_enabled()
+            out = flash_attn_func(q, k, v, softmax_scale=self.scale, causal=True, deterministic=same_bits)
+            return out.transpose(0, 1).reshape(s, b, n * d)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)

@@ -10,6 +10,7 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_patch import device
 from megatron_patch.kernels.loss import linear_cross_entropy
 
 
@@ -47,5 +48,5 @@ class RotaryTable(RotaryEmbedding):
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - lives as long as its model
     def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.inv_freq: torch.Tensor = self.inv_freq.to(torch.cuda.current_device())
+        self.inv_freq: torch.Tensor = self.inv_freq.to(device.current())
         return torch.stack(self.get_cos_sin(max_seq_len))
