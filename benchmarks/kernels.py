@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measure import TimeIsUp, seconds_a_call
 from megatron_patch import device
 from megatron_patch.kernels import choice, loss, norm, rotary, swiglu
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
 from megatron_patch.recipe import Recipe
 
@@ -52,7 +53,7 @@ def measure_all(recipe: Recipe, results: dict[str, Any], small: bool) -> None:
         random(h),
     )
     qkv, table = random(s, rows, 3 * h), torch.randn(2, s, m.head_dim // 2, device=where)
-    chunk = min(loss.CHUNK_TOKENS, s * rows)
+    chunk = min(CHUNK_TOKENS, s * rows)
     logits = random(chunk, m.vocab_size).detach()
     labels = torch.randint(m.vocab_size, (chunk,), device=where)
 

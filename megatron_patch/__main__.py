@@ -8,8 +8,10 @@ import io
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
+from megatron_patch import arguments
 from megatron_patch.launch import LaunchError
 from megatron_patch.train import signals
 
@@ -22,9 +24,10 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 class Verb(NamedTuple):
     """A verb's module, imported only when it is called for: some need torch and Megatron (seconds)."""
 
-    module: str  # has add_arguments and main
+    module: str  # has main
     help: str
     example: str  # a whole command
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None  # add_arguments of the module, where it is None
 
 
 VERBS = {
@@ -37,22 +40,26 @@ VERBS = {
         "megatron_patch.preflight",
         "find sick nodes (under srun or torchrun, one process a rank)",
         "torchrun --standalone --nproc-per-node 8 -m megatron_patch check recipes/mobillama_05b.yaml",
+        arguments.check,
     ),
     "status": Verb("megatron_patch.status", "how runs stand", "python -m megatron_patch status runs/mobillama_05b"),
     "summary": Verb(
         "megatron_patch.summary",
         "what a finished run reached: table, loss curve, a sample of its text",
         "python -m megatron_patch summary demo/run --prompt 'The function returns'",
+        arguments.summary,
     ),
     "export": Verb(
         "megatron_patch.convert.export",
         "a checkpoint as a Hugging Face folder",
         "python -m megatron_patch export runs/mobillama_05b/checkpoints/ckpt_359 mobillama-05b --form expanded",
+        arguments.export,
     ),
     "import": Verb(
         "megatron_patch.convert.imported",
         "a Hugging Face folder as a checkpoint",
         "python -m megatron_patch import MobiLlama-05B imported/mobillama_05b --recipe recipes/mobillama_05b.yaml",
+        arguments.import_,
     ),
     "eval": Verb(
         "megatron_patch.evaluate.command",
@@ -73,6 +80,7 @@ VERBS = {
         "megatron_patch.train.loop",
         "train a recipe (under torchrun or srun, one process a rank)",
         "torchrun --standalone --nproc-per-node 4 -m megatron_patch train recipes/demo.yaml run.folder=runs/trial",
+        arguments.train,
     ),
 }
 
@@ -86,18 +94,21 @@ def main(argv: list[str]) -> int:
     name, verb = known.verb, VERBS[known.verb]
     if name == "train":
         signals.hold()  # before the seconds that the imports take
-    module = importlib.import_module(verb.module)
     sub = argparse.ArgumentParser(
         prog=f"python -m megatron_patch {name}",
         description=verb.help,
         epilog=f"example:\n  {verb.example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(sub)
+    if verb.arguments is None:
+        importlib.import_module(verb.module).add_arguments(sub)
+    else:
+        verb.arguments(sub)
+    parsed = sub.parse_intermixed_args(rest)  # ends here for --help and what is refused, before seconds of imports
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample of text may hold what the terminal cannot show
     try:
-        return int(module.main(sub.parse_intermixed_args(rest)))
+        return int(importlib.import_module(verb.module).main(parsed))
     except LaunchError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -1,9 +1,13 @@
-"""Numbers on the command line: what a verb cannot use is refused with the usage, before any work."""
+"""The command line: numbers that a verb can use, and what those verbs take whose own modules need seconds to import.
+
+What cannot be used is refused with the usage, before any work.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 
 def count(text: str) -> int:
@@ -25,3 +29,48 @@ def amount(text: str) -> float:
     if not 0 <= (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is given, a number of at least 0 is needed")
     return number
+
+
+def train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a file of recipes/")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key.path=value", help="e.g. batch.micro_batch_size=4"
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the recipe or the data set is not the checkpoint's; recorded in the checkpoints after",
+    )
+
+
+def check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a file of recipes/: its run folder's disk is measured")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument(
+        "--folder", type=Path, help="new shared folder for answers and verdict; default: one in RUN/check"
+    )
+    parser.add_argument("--slow", type=share, default=0.8, help="a GPU below this share of the median pace is bad")
+    parser.add_argument("--slow-network", type=share, default=0.6, help="the same for all-reduce between two nodes")
+    parser.add_argument("--slow-disk", type=share, default=0.2, help="the same for the checkpoint path")
+    parser.add_argument("--patience", type=amount, default=120, help="seconds that one measurement may take")
+
+
+def summary(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--prompt", default="The function returns", help="text that the sample continues")
+    parser.add_argument("--tokens", type=count, default=60, help="tokens to sample (60)")
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
+    parser.add_argument("folder", type=Path, help="new Hugging Face folder")
+    parser.add_argument("--form", choices=("expanded", "shared"), required=True)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
+    )
+
+
+def import_(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="Hugging Face folder: ours in either form, or the authors'")
+    parser.add_argument("checkpoint", type=Path, help="new checkpoint folder")
+    parser.add_argument("--recipe", type=Path, help="the model's recipe, where the folder carries none")

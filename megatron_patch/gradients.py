@@ -24,85 +24,14 @@ weight once a micro-batch without recomputation, and once a layer with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_patch.model.parameters import Whole
+from megatron_patch.groups import ParameterGroup
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
-
-Replication = Literal["sharded", "ffn", "norm"]
-
-
-@dataclass
-class ParameterGroup:
-    """Parameters that are reduced, counted and decayed alike, and reduced at once."""
-
-    replication: Replication
-    decays: bool
-    wholes: list[Whole] = field(default_factory=list)
-    parameters: list[torch.nn.Parameter] = field(default_factory=list)
-    layers: set[int] = field(default_factory=set)
-    """Layers of this rank (from 0) after whose backward passes the gradients are whole; none: only at the end."""
-
-    @property
-    def size(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
-
-
-def parameter_groups(
-    parameters: Sequence[tuple[Whole, torch.nn.Parameter]], decay_everything: bool, bucket: int
-) -> list[ParameterGroup]:
-    """Split a rank's parameters; groups without parameters are left out.
-
-    Sharded ones are gathered in the order in which backward meets them, output layer first, until a group holds
-    `bucket` parameters; a layer is never divided. 0 puts them all into one, which is reduced at the end.
-    """
-    groups: list[ParameterGroup] = []
-    local_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
-    for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
-        replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
-        decays = decay_everything or whole.kind in ("matrix", "ffn")
-        group = next((g for g in reversed(groups) if (g.replication, g.decays) == (replication, decays)), None)
-        if group is None or (bucket and replication == "sharded" and not _joins(whole, group, bucket)):
-            group = ParameterGroup(replication, decays)
-            groups.append(group)
-        group.wholes.append(whole)
-        group.parameters.append(parameter)
-        if bucket:
-            group.layers |= _layers_before_reduction(whole, local_layers)
-    return groups
-
-
-def _layer(whole: Whole) -> int | None:
-    section, _, rest = whole.name.partition(".")
-    return int(rest.partition(".")[0]) if section == "layers" else None
-
-
-def _backward_order(whole: Whole) -> tuple[int, int]:
-    layer = _layer(whole)
-    if layer is not None:
-        return 1, -layer
-    return {"ffn": 2, "embedding": 3}.get(whole.kind, 0), 0
-
-
-def _joins(whole: Whole, group: ParameterGroup, bucket: int) -> bool:
-    same_layer = _layer(whole) is not None and _layer(whole) in group.layers
-    return whole.kind != "embedding" and (same_layer or group.size < bucket)
-
-
-def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
-    """Layers whose backward passes of a step must be over before this gradient may be reduced; none: not before all."""
-    if whole.kind in ("embedding", "norm"):
-        return set()  # autograd adds these after the layer's hook; both come at the end
-    if whole.kind == "ffn":
-        return local_layers
-    layer = _layer(whole)
-    # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
-    return {max(local_layers) if layer is None else layer}
 
 
 class GradientBuffer:
@@ -111,7 +40,13 @@ class GradientBuffer:
     `shard` [padded length / DP] holds this rank's part of the sum after `finish`.
     """
 
-    def __init__(self, group: ParameterGroup, flat_weights: torch.Tensor, recipe: Recipe, topology: Topology) -> None:
+    def __init__(
+        self,
+        group: ParameterGroup[torch.nn.Parameter],
+        flat_weights: torch.Tensor,
+        recipe: Recipe,
+        topology: Topology,
+    ) -> None:
         """`flat_weights` is the flat tensor of which the group's parameters are views."""
         self._data_group = topology.data_group
         self.layers = group.layers

@@ -7,16 +7,15 @@ step. Micro-batches are counted in rows, hidden states as [tokens, hidden].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
-
-from megatron_patch import gradients
+from megatron_patch import groups
 from megatron_patch.counts import stage_layers
 from megatron_patch.data.deal import deal
-from megatron_patch.kernels.loss import CHUNK_TOKENS
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.model.parameters import Whole, whole_tensors
 from megatron_patch.recipe import Recipe
 
@@ -77,18 +76,28 @@ class Group:
     during_backward: bool  # its gradients can be reduced while lower layers still compute
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A tensor-parallel part of a parameter."""
+
+    shape: tuple[int, ...]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
 def parameter_groups(place: Place) -> list[Group]:
-    """The groups that training forms (gradients.py), from tensors without storage."""
+    """The groups that training forms (groups.py), from shapes alone."""
     r = place.recipe
     multiple = ZERO_ALIGNMENT * place.data_size
     local = [
-        (whole, torch.nn.Parameter(torch.empty(whole.part_shape(r.parallel.tensor), device="meta")))
+        (whole, _Part(whole.part_shape(r.parallel.tensor)))
         for whole in whole_tensors(r.model).values()
         if _is_local(whole, place)
     ]
     return [
         Group(group.replication, -(-group.size // multiple) * multiple, bool(group.layers) and min(group.layers) > 0)
-        for group in gradients.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+        for group in groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
     ]
 
 

@@ -33,7 +33,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch import device, launch, recipe
-from megatron_patch.arguments import amount, share
 from megatron_patch.judge import PHASES, Limits, judge
 
 GIB = 2**30
@@ -51,18 +50,6 @@ class Size:
 
 
 SIZE = Size(8192, 4 * GIB, 4 * GIB, GIB) if device.HAS_GPU else Size(256, 2**24, 2**23, 2**18)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a file of recipes/: its run folder's disk is measured")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument(
-        "--folder", type=Path, help="new shared folder for answers and verdict; default: one in RUN/check"
-    )
-    parser.add_argument("--slow", type=share, default=0.8, help="a GPU below this share of the median pace is bad")
-    parser.add_argument("--slow-network", type=share, default=0.6, help="the same for all-reduce between two nodes")
-    parser.add_argument("--slow-disk", type=share, default=0.2, help="the same for the checkpoint path")
-    parser.add_argument("--patience", type=amount, default=120, help="seconds that one measurement may take")
 
 
 def main(args: argparse.Namespace) -> int:

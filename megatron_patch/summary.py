@@ -14,7 +14,6 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from megatron_patch import counts, launch
-from megatron_patch.arguments import count
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
 from megatron_patch.recipe import Recipe, load
@@ -24,12 +23,6 @@ from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
 matplotlib.use("Agg")  # a file is drawn, no window is opened
 from matplotlib import pyplot as plt
 from matplotlib.ticker import EngFormatter
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--prompt", default="The function returns", help="text that the sample continues")
-    parser.add_argument("--tokens", type=count, default=60, help="tokens to sample (60)")
 
 
 def main(args: argparse.Namespace) -> int:

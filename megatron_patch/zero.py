@@ -17,7 +17,8 @@ import deepspeed
 import torch
 
 from megatron_patch import device
-from megatron_patch.gradients import GradientBuffer, local_norm_squared, parameter_groups, reduce_during_backward
+from megatron_patch.gradients import GradientBuffer, local_norm_squared, reduce_during_backward
+from megatron_patch.groups import parameter_groups
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Mpu, Topology

@@ -16,7 +16,7 @@ FLOORS = (
     {"recipe", "arguments", "gpus", "launch", "run_lock"},
     {"counts", "device", "attempts", "judge", "kernels"},
     {"patches", "model"},
-    {"topology", "data"},
+    {"topology", "data", "groups"},
     {"gradients", "weights"},
     {"zero", "memory"},
     {"train"},

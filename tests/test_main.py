@@ -30,6 +30,17 @@ def test_help_of_every_verb(verb, capsys):
     assert f"-m megatron_patch {verb} " in told[told.index("\nexample:") :], "a whole command"
 
 
+def test_no_help_and_no_plan_waits_for_torch():
+    asked = [[verb, "--help"] for verb in VERBS] + [["plan", "recipes/mobillama_05b.yaml"], ["plan"]]
+    program = (
+        f"import contextlib, sys\nfrom megatron_patch.__main__ import main\nfor words in {asked}:\n"
+        "    with contextlib.suppress(SystemExit):\n        main(words)\n"
+        "    heavy = {'torch', 'megatron', 'deepspeed', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, (words, heavy)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+
+
 def test_unknown_verb_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["trian"])

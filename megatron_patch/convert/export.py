@@ -258,15 +258,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
-    parser.add_argument("folder", type=Path, help="new Hugging Face folder")
-    parser.add_argument("--form", choices=("expanded", "shared"), required=True)
-    parser.add_argument(
-        "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
-    )
-
-
 def main(args: argparse.Namespace) -> int:
     """Exit code 2: refused, with the remedy."""
     from megatron_patch.train.checkpoint.reader import open_checkpoint

@@ -146,12 +146,6 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="Hugging Face folder: ours in either form, or the authors'")
-    parser.add_argument("checkpoint", type=Path, help="new checkpoint folder")
-    parser.add_argument("--recipe", type=Path, help="the model's recipe, where the folder carries none")
-
-
 def main(args: argparse.Namespace) -> int:
     """Exit code 2: refused, with the remedy."""
     from megatron_patch.train.checkpoint.write import write_weights

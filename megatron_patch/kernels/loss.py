@@ -19,11 +19,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.kernels import choice
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
-
-# Small enough that a chunk's bf16 logits are 262 MB at a vocabulary of 32000, large enough that adding to the fp32
-# gradient of the weight (read and written once a chunk) stays well below the time of the chunk's GEMMs.
-CHUNK_TOKENS = 4096
 
 
 def linear_cross_entropy(

@@ -20,11 +20,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from megatron_patch.recipe import Model
+
+if TYPE_CHECKING:  # `plan` reads the shapes below and is not to wait for torch
+    import torch
 
 Kind = Literal["embedding", "matrix", "ffn", "norm"]
 

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from data_tools.durable import write_whole
 from megatron_patch import device, launch, recipe, topology
@@ -32,18 +31,6 @@ from megatron_patch.train.watchdog import LossWatch, SlowWatch
 
 class TrainingError(RuntimeError):
     """A run that had to stop: names the step, the rows of its batch and the remedy."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a file of recipes/")
-    parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key.path=value", help="e.g. batch.micro_batch_size=4"
-    )
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="resume although the recipe or the data set is not the checkpoint's; recorded in the checkpoints after",
-    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_patch import topology
-from megatron_patch.gradients import parameter_groups
+from megatron_patch.groups import parameter_groups
 from megatron_patch.model.build import build
 from megatron_patch.model.parameters import Whole, local_parameters, whole_tensors
 from megatron_patch.recipe import Recipe, load

@@ -28,7 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_patch.kernels import check, choice, triton_loss, triton_norm, triton_rotary, triton_swiglu
-from megatron_patch.kernels.loss import CHUNK_TOKENS
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.recipe import Recipe, load
 
 ARCHITECTURES = (80, 90)  # A100; H100 and H200

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_patch.gradients import ParameterGroup
+from megatron_patch.groups import ParameterGroup
 from megatron_patch.model.parameters import Whole
 from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import Fragment
@@ -43,7 +44,7 @@ def shard_ranges(
             yield ShardRange(whole, low - offset, low - first, high - first)
 
 
-def is_writer(group: ParameterGroup, topology: Topology) -> bool:
+def is_writer(group: ParameterGroup[Any], topology: Topology) -> bool:
     """Whether this rank's copy of the group is the one that is written."""
     if group.replication == "ffn":
         return topology.pipeline_rank == 0

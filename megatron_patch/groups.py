@@ -1,0 +1,90 @@
+"""Which parameters of a rank are reduced, counted and decayed alike, and at once: gradients.py says how and why.
+
+Nothing here imports torch, so that `plan` counts the same groups at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
+
+from megatron_patch.model.parameters import Whole
+
+
+class Sized(Protocol):
+    """A parameter, or what stands for one."""
+
+    def numel(self) -> int: ...
+
+
+P = TypeVar("P", bound=Sized)
+Replication = Literal["sharded", "ffn", "norm"]
+
+
+@dataclass
+class ParameterGroup(Generic[P]):
+    """Parameters that are reduced, counted and decayed alike, and reduced at once."""
+
+    replication: Replication
+    decays: bool
+    wholes: list[Whole] = field(default_factory=list)
+    parameters: list[P] = field(default_factory=list)
+    layers: set[int] = field(default_factory=set)
+    """Layers of this rank (from 0) after whose backward passes the gradients are whole; none: only at the end."""
+
+    @property
+    def size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+def parameter_groups(
+    parameters: Sequence[tuple[Whole, P]], decay_everything: bool, bucket: int
+) -> list[ParameterGroup[P]]:
+    """Split a rank's parameters; groups without parameters are left out.
+
+    Sharded ones are gathered in the order in which backward meets them, output layer first, until a group holds
+    `bucket` parameters; a layer is never divided. 0 puts them all into one, which is reduced at the end.
+    """
+    groups: list[ParameterGroup[P]] = []
+    local_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
+    for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
+        replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
+        decays = decay_everything or whole.kind in ("matrix", "ffn")
+        group = next((g for g in reversed(groups) if (g.replication, g.decays) == (replication, decays)), None)
+        if group is None or (bucket and replication == "sharded" and not _joins(whole, group, bucket)):
+            group = ParameterGroup(replication, decays)
+            groups.append(group)
+        group.wholes.append(whole)
+        group.parameters.append(parameter)
+        if bucket:
+            group.layers |= _layers_before_reduction(whole, local_layers)
+    return groups
+
+
+def _layer(whole: Whole) -> int | None:
+    section, _, rest = whole.name.partition(".")
+    return int(rest.partition(".")[0]) if section == "layers" else None
+
+
+def _backward_order(whole: Whole) -> tuple[int, int]:
+    layer = _layer(whole)
+    if layer is not None:
+        return 1, -layer
+    return {"ffn": 2, "embedding": 3}.get(whole.kind, 0), 0
+
+
+def _joins(whole: Whole, group: ParameterGroup[P], bucket: int) -> bool:
+    same_layer = _layer(whole) is not None and _layer(whole) in group.layers
+    return whole.kind != "embedding" and (same_layer or group.size < bucket)
+
+
+def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
+    """Layers whose backward passes of a step must be over before this gradient may be reduced; none: not before all."""
+    if whole.kind in ("embedding", "norm"):
+        return set()  # autograd adds these after the layer's hook; both come at the end
+    if whole.kind == "ffn":
+        return local_layers
+    layer = _layer(whole)
+    # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
+    return {max(local_layers) if layer is None else layer}
