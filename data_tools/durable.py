@@ -27,11 +27,21 @@ class FolderBusy(DataError):
 
 def fsync_folder(folder: Path) -> None:
     """Makes renames in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fsync_file(folder)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes what was written to `path`, by whatever library, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def share_like_folder(path: Path) -> None:
+    """Gives `path` to whoever may use its folder: safetensors makes its files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def partial_path(path: Path) -> Path:

@@ -99,7 +99,8 @@ def sentencepiece_to_hugging_face(path: Path) -> str:
                 "byte_fallback": True,
                 "ignore_merges": False,
                 "vocab": ids,
-                "merges": [[left, right] for *_, left, right in merges],
+                # Strings, not pairs: tokenizers before 0.20 read no pairs. No piece holds a space.
+                "merges": [f"{left} {right}" for *_, left, right in merges],
             },
         },
         ensure_ascii=False,

@@ -68,6 +68,9 @@ def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
     )
+    parser.add_argument(
+        "--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`, for the model card"
+    )
 
 
 def import_(parser: argparse.ArgumentParser) -> None:

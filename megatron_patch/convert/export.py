@@ -12,37 +12,49 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data_tools.durable import fsync_folder
+from data_tools.durable import LOCK_NAME, folder_lock, fsync_file, fsync_folder, share_like_folder
 from data_tools.format import tokenizer_in
-from data_tools.text_encoder import read_tokenizer_json
+from data_tools.text_encoder import EOS_TEXT, read_tokenizer_json
+from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
-from megatron_patch.counts import parameters
 from megatron_patch.recipe import Model, Recipe
+from megatron_patch.results import read_scores
 
 SHARD_BYTES = 500_000_000
-BOS_ID, EOS_ID = 1, 2  # <s> and </s> of LLaMA's tokenizer; training saw no <s>
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+BOS_TEXT, UNK_TEXT = "<s>", "<unk>"
 MODELING_FILE = Path(__file__).with_name("modeling_mobillama.py")
 PROVENANCE_NAME = "provenance.json"
 
 
-def export(source: WeightsSource, folder: Path, form: Form, tokenizer: Path) -> None:
+class ControlIds(NamedTuple):
+    """Ids of LLaMA's control tokens in a tokenizer; training saw `</s>` alone. `unk` pads batches: no text gives it."""
+
+    bos: int | None
+    eos: int
+    unk: int | None
+
+
+def export(
+    source: WeightsSource, folder: Path, form: Form, tokenizer: Path, scores: dict[str, Any] | None = None
+) -> None:
     """Writes `folder`: safetensors shards with their index, config, tokenizer, recipe, provenance and model card.
 
-    The folder appears whole or not at all. `tokenizer` is a tokenizer.model or tokenizer.json. Weights keep the
-    source's dtype.
+    The folder appears whole or not at all. `tokenizer` is a tokenizer.model or tokenizer.json, `scores` what `eval`
+    wrote of this checkpoint, for the model card. Weights keep the source's dtype.
 
     Raises:
-        ConvertError: `folder` exists, or the form does not exist for this model.
-        DataError: the tokenizer cannot be read.
+        ConvertError: `folder` exists, the form does not exist for this model, or the disk is full.
+        DataError: the tokenizer cannot be read, or another process exports to `folder`.
     """
     if folder.exists():
         raise ConvertError(f"{folder}: exists; choose a new folder or remove this one")
@@ -51,32 +63,46 @@ def export(source: WeightsSource, folder: Path, form: Form, tokenizer: Path) -> 
     except ValueError as error:
         raise ConvertError(f"--form {form}: {error}") from None
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write(source, partial, form, tensors, tokenizer)
-        fsync_folder(partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with folder_lock(partial):
+        for file in partial.iterdir():  # of an export that was killed
+            if file.name != LOCK_NAME:
+                file.unlink()
+        try:
+            _write(source, partial, form, tensors, tokenizer, scores)
+            for file in partial.iterdir():
+                fsync_file(file)
+            (partial / LOCK_NAME).unlink()
+            fsync_folder(partial)
+            partial.rename(folder)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):  # which names no file where the disk is full
+                raise ConvertError(f"{folder}: cannot be written ({error}); free space, or name another") from None
+            raise
     fsync_folder(folder.parent)
 
 
-def _write(source: WeightsSource, folder: Path, form: Form, tensors: list[HfTensor], tokenizer: Path) -> None:
-    write_tokenizer(tokenizer, folder, source.recipe.model)
+def _write(
+    source: WeightsSource,
+    folder: Path,
+    form: Form,
+    tensors: list[HfTensor],
+    tokenizer: Path,
+    scores: dict[str, Any] | None,
+) -> None:
+    ids = write_tokenizer(tokenizer, folder, source.recipe.model)
     dtype = _write_shards(source, tensors, folder)
-    _write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype))
-    _write_json(folder / "generation_config.json", {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "do_sample": False})
+    _write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype, ids))
+    generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.unk, "do_sample": False}
+    _write_json(folder / "generation_config.json", generation)
     if form == "shared":
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-    provenance = _provenance(source, form)
-    _write_json(folder / PROVENANCE_NAME, provenance)
-    (folder / "recipe.yaml").write_text(source.recipe.to_yaml())
-    (folder / "README.md").write_text(_model_card(source, form, provenance))
+    _write_json(folder / PROVENANCE_NAME, _provenance(source, form))
+    (folder / "recipe.yaml").write_text(source.recipe.to_yaml(), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, form, scores), encoding="utf-8")
 
 
-def hf_config(model: Model, form: Form, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(model: Model, form: Form, dtype: torch.dtype, ids: ControlIds) -> dict[str, Any]:
     """`config.json`. States every KV head: the released configurations' 4 is wrong (docs/errata.md)."""
     architecture: dict[Form, dict[str, Any]] = {
         "expanded": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
@@ -92,6 +118,7 @@ def hf_config(model: Model, form: Form, dtype: torch.dtype) -> dict[str, Any]:
     }
     return {
         **architecture[form],
+        "tokenizer_class": TOKENIZER_CLASS,  # pipelines of transformers 4 load none for a model type they do not know
         "shared_ffn": model.shared_ffn,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -108,8 +135,8 @@ def hf_config(model: Model, form: Form, dtype: torch.dtype) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ids.eos,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "use_cache": True,
     }
@@ -126,33 +153,41 @@ def tokenizer_of(recipe: Recipe) -> Path:
     return found
 
 
-def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> None:
+def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
     """The tokenizer's files, adding neither BOS nor EOS to a text, as in training.
 
     Raises:
-        ConvertError: it has more ids than the model's vocabulary.
+        ConvertError: it has more ids than the model's vocabulary, or no `</s>`.
         DataError: it cannot be read.
     """
     text = read_tokenizer_json(tokenizer)
-    size = Tokenizer.from_str(text).get_vocab_size()
-    if size > model.vocab_size:
+    try:
+        read = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare ones
+        raise ConvertError(f"{tokenizer}: not a tokenizer ({error}); give LLaMA's") from None
+    if (size := read.get_vocab_size()) > model.vocab_size:
         raise ConvertError(f"{tokenizer}: {size} ids, but the model has {model.vocab_size}; name its own tokenizer")
+    bos, eos, unk = (read.token_to_id(token) for token in (BOS_TEXT, EOS_TEXT, UNK_TEXT))
+    if eos is None:
+        raise ConvertError(f"{tokenizer}: no token {EOS_TEXT}, which ends each document in training; give LLaMA's")
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     if tokenizer.suffix == ".model":
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    named = {"bos_token": BOS_TEXT, "eos_token": EOS_TEXT, "unk_token": UNK_TEXT, "pad_token": UNK_TEXT}
     _write_json(
         folder / "tokenizer_config.json",
         {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": TOKENIZER_CLASS,
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 else adds one that generate refuses
             "add_bos_token": False,
             "add_eos_token": False,
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
+            **{role: token for role, token in named.items() if read.token_to_id(token) is not None},
+            "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.sequence_length,
         },
     )
+    return ControlIds(bos, eos, unk)
 
 
 def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) -> torch.dtype:
@@ -174,6 +209,7 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) 
             weight_map[tensor.name] = name
             total += content[tensor.name].numel() * element
         save_file(content, folder / name, metadata={"format": "pt"})
+        share_like_folder(folder / name)
     if len(shards) > 1:
         _write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -206,54 +242,6 @@ def _provenance(source: WeightsSource, form: Form) -> dict[str, Any]:
     }
 
 
-def _model_card(source: WeightsSource, form: Form, provenance: dict[str, Any]) -> str:
-    model = source.recipe.model
-    load = {
-        "expanded": 'AutoModelForCausalLM.from_pretrained("FOLDER")',
-        "shared": 'AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)',
-    }[form]
-    sharing = {
-        (True, "expanded"): f"One FFN was trained for all {model.num_layers} layers; it stands here in every layer, so "
-        "that stock LLaMA code loads it.",
-        (True, "shared"): f"One FFN for all {model.num_layers} layers, stored once.",
-        (False, "expanded"): "Each layer has an FFN of its own.",
-    }[model.shared_ffn, form]
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in _card_rows(source, provenance))
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [mobillama]
----
-# {source.recipe.name}
-
-A MobiLlama model (arXiv 2402.16840). {sharing}
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = {load}
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-```
-
-Texts are given without `<s>`: training put `</s>` after each document and nothing before it.
-The resolved recipe is in `recipe.yaml`.
-"""
-
-
-def _card_rows(source: WeightsSource, provenance: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    model = source.recipe.model
-    yield "parameters", f"{parameters(model).unique:,}"
-    yield "layers x hidden / FFN", f"{model.num_layers} x {model.hidden_size} / {model.ffn_hidden_size}"
-    yield "attention", f"{model.num_attention_heads} heads, as many KV heads"
-    for key in ("recipe", "step", "samples", "tokens", "checkpoint_digest", "data_digest"):
-        value = provenance[key]
-        yield key, f"{value:,}" if isinstance(value, int) else ("unknown" if value is None else value)
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
@@ -268,7 +256,9 @@ def main(args: argparse.Namespace) -> int:
                 f"{args.checkpoint}: a run; name one of the checkpoints in {args.checkpoint}/checkpoints"
             )
         with open_checkpoint(args.checkpoint) as checkpoint:
-            export(checkpoint, args.folder, args.form, args.tokenizer or tokenizer_of(checkpoint.recipe))
+            tokenizer = args.tokenizer or tokenizer_of(checkpoint.recipe)
+            scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
+            export(checkpoint, args.folder, args.form, tokenizer, scores)
     except ValueError as error:  # ConvertError, CheckpointError, DataError
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -15,9 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.evaluate.results import read_scores
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, Benchmark
 from megatron_patch.evaluate.tables import Format, newest, render
+from megatron_patch.results import read_scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

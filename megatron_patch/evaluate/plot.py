@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from data_tools.durable import write_beside
-from megatron_patch.evaluate.results import axis_unit, read_scores
 from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.results import axis_unit, read_scores
 
 _COLUMNS = 5
 

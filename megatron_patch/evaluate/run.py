@@ -31,9 +31,9 @@ from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
 from megatron_patch.evaluate.ranks import is_first_rank, on_first_rank
-from megatron_patch.evaluate.results import SCORES_NAME
 from megatron_patch.evaluate.scores import TaskResult, average, scores
 from megatron_patch.evaluate.suite import BY_NAME, Benchmark, Task
+from megatron_patch.results import SCORES_NAME
 
 _STOCK_FOLDERS = (
     "hellaswag", "truthfulqa", "mmlu/default", "arc", "crows_pairs", "piqa", "race", "siqa", "winogrande",

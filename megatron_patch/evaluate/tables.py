@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_patch.evaluate.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
-from megatron_patch.evaluate.results import amount
 from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS
+from megatron_patch.results import amount
 
 Format = Literal["markdown", "csv"]
 _NAMES = [b.name for b in BENCHMARKS]

@@ -12,10 +12,10 @@ from typing import Any
 
 from data_tools.format import TABLE_2_BILLION_TOKENS
 from megatron_patch import counts
-from megatron_patch.evaluate.results import amount, axis_unit
 from megatron_patch.evaluate.suite import BENCHMARKS
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, curve
+from megatron_patch.results import amount, axis_unit
 
 _ASSETS = Path(__file__).parent
 _FOLDED_ROWS = 12

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_tools.format import MANIFEST_NAME
 from megatron_patch.attempts import attempts, read_status
-from megatron_patch.evaluate.results import read_scores
 from megatron_patch.recipe import Recipe, load
+from megatron_patch.results import read_scores
 
 _LONGEST_SAVE = 10.0
 """Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""

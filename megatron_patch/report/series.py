@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.evaluate.results import axis_unit
+from megatron_patch.results import axis_unit
 
 MOST_POINTS = 1600
 

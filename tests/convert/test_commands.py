@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,27 @@ def test_checkpoint_to_folder_and_back(
     next((tmp_path / "one").glob("*.safetensors")).unlink()
     assert main(["export", str(tmp_path / "one"), again, "--form", form]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_the_card_has_the_scores_of_its_checkpoint(
+    weights: MemoryWeights, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_weights(weights, Path("one"))
+    with open_checkpoint(Path("one")) as checkpoint:
+        digest = checkpoint.digest
+    for name, of, value in (("a", digest, 42.125), ("b", "other", 99.0)):
+        score = {"value": value, "stderr": 0.25, "stock": None}
+        content = {
+            "model": "m", "tokens": 1, "digest": of, "settings": {"limit": None}, "lm_eval": "0.4.13",
+            "scores": {"piqa": score}, "average": None,
+        }  # fmt: skip
+        Path("evaluations", name).mkdir(parents=True)
+        Path("evaluations", name, "scores.json").write_text(json.dumps(content))
+    assert main(["export", "one", "hf", "--form", "shared", "--tokenizer", str(tokenizer)]) == 0
+    card = Path("hf/README.md").read_text()
+    assert "| piqa | 42.12 ± 0.25 |" in card
+    assert "99" not in card
 
 
 def test_what_is_refused_leaves_nothing_and_is_named(

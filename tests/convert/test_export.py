@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from data_tools.durable import LOCK_NAME, FolderBusy, folder_lock
 from megatron_patch.convert import export as export_module
 from megatron_patch.convert.export import export, tokenizer_of
 from megatron_patch.convert.names import hf_tensors
@@ -121,6 +123,69 @@ def test_tokenizer_adds_nothing(weights: MemoryWeights, tokenizer: Path, tmp_pat
     assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (2, 1)
 
 
+def test_batches_are_padded_on_the_left(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "hf", "expanded", tokenizer)
+    model, tokenizer = (auto.from_pretrained(tmp_path / "hf") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    texts = ["the quick brown", "dog"]
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    both = model.generate(**tokenizer(texts, return_tensors="pt", padding=True), **settings)
+    for text, row in zip(texts, both, strict=True):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), **settings)
+        assert row[-6:].tolist() == alone[0, -6:].tolist()
+
+
+def test_a_tokenizer_of_older_and_of_other_making(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    export(weights, tmp_path / "one", "shared", tokenizer)
+    content = json.loads((tmp_path / "one" / "tokenizer.json").read_text())
+    assert all(isinstance(merge, str) for merge in content["model"]["merges"])  # what tokenizers before 0.20 reads
+    config = json.loads((tmp_path / "one" / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # what generate of transformers 4 takes
+
+    vocab, swapped = content["model"]["vocab"], {"</s>": 1, "<s>": 2}
+    other = tmp_path / "other.json"
+    content["model"]["vocab"] = {token: swapped.get(token, i) for token, i in vocab.items()}
+    content["added_tokens"] = [{**a, "id": swapped.get(a["content"], a["id"])} for a in content["added_tokens"]]
+    other.write_text(json.dumps(content))
+    export(weights, tmp_path / "two", "shared", other)
+    for file in ("config.json", "generation_config.json"):
+        ids = json.loads((tmp_path / "two" / file).read_text())
+        assert (ids["bos_token_id"], ids["eos_token_id"]) == (2, 1)
+    assert AutoTokenizer.from_pretrained(tmp_path / "two").eos_token_id == 1
+
+    del content["model"]["vocab"]["</s>"]
+    content["added_tokens"] = [a for a in content["added_tokens"] if a["content"] != "</s>"]
+    other.write_text(json.dumps(content))
+    with pytest.raises(ConvertError, match="no token </s>"):
+        export(weights, tmp_path / "three", "shared", other)
+    other.write_text('{"model": {}}')
+    with pytest.raises(ConvertError, match=r"other\.json: not a tokenizer"):
+        export(weights, tmp_path / "three", "shared", other)
+
+
+def test_whoever_may_use_the_folder_may_read_its_files(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    """safetensors makes its files for their owner alone."""
+    export(weights, tmp_path / "hf", "shared", tokenizer)
+    rights = {file.name: file.stat().st_mode for file in (tmp_path / "hf").iterdir()}
+    assert len(set(rights.values())) == 1, rights
+
+
+def test_a_full_disk_and_a_second_export_are_named(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # of a file's bytes; the weights need more
+    try:
+        with pytest.raises(ConvertError, match=r"hf: cannot be written .*; free space"):
+            export(weights, tmp_path / "hf", "shared", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("hf*"))
+    with folder_lock(tmp_path / "hf.partial"), pytest.raises(FolderBusy):
+        export(weights, tmp_path / "hf", "shared", tokenizer)
+    (tmp_path / "hf.partial" / "model.safetensors").touch()  # of an export that was killed
+    export(weights, tmp_path / "hf", "shared", tokenizer)
+    assert [path.name for path in tmp_path.glob("hf*")] == ["hf"]
+    assert not (tmp_path / "hf" / LOCK_NAME).exists()
+
+
 def test_shards_and_index(
     weights: MemoryWeights, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,7 +207,7 @@ def test_provenance_and_card(weights: MemoryWeights, tokenizer: Path, tmp_path: 
     provenance = json.loads((tmp_path / "hf" / "provenance.json").read_text())
     assert provenance["tokens"] == 2133 * 800 * 2048
     card = (tmp_path / "hf" / "README.md").read_text()
-    for text in ("mobillama_05b", "2,133", "3,494,707,200", "5eed", "da7a", "4 heads"):
+    for text in ("mobillama_05b", "2,133", "3,494,707,200", "5eed", "da7a", "4 heads", "Not evaluated"):
         assert text in card
     assert load(tmp_path / "hf" / "recipe.yaml") == weights.recipe
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True).dtype == torch.bfloat16

@@ -17,8 +17,8 @@ import pytest
 from megatron_patch.__main__ import main
 from megatron_patch.convert.export import export
 from megatron_patch.evaluate.data import loader
-from megatron_patch.evaluate.results import read_scores
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
+from megatron_patch.results import read_scores
 from megatron_patch.train.checkpoint.write import write_weights
 from tests.convert.samples import MemoryWeights, small_recipe
 from tests.evaluate.hub import Downloaded, Hub

@@ -21,9 +21,9 @@ from lm_eval.tasks import TaskManager
 from megatron_patch.evaluate.data import loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, OurTokenizer, Settings
-from megatron_patch.evaluate.results import read_scores
 from megatron_patch.evaluate.run import Plan, bind, run
 from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS_BIASES, MMLU_SUBJECTS, HubData
+from megatron_patch.results import read_scores
 from tests.convert.samples import VOCAB_SIZE
 from tests.evaluate.small_data import rows
 

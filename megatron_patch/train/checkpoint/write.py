@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_tools.durable import fsync_folder, write_whole
+from data_tools.durable import fsync_folder, share_like_folder, write_whole
 from data_tools.format import digest_file, new_digest
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
@@ -73,6 +73,7 @@ def write_weights(source: Weights, folder: Path) -> Marker:
         data_digest=source.data_digest,
     )
     beside = partial_folder(folder)
+    shutil.rmtree(beside, ignore_errors=True)  # of an import that was killed
     try:
         beside.mkdir(parents=True)
         files = {rank_file(0): write_file(beside / rank_file(0), tensors)}
@@ -102,6 +103,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredFile:
     """
     try:
         save_file(dict(tensors), path)
+        share_like_folder(path)
     except Exception as error:  # safetensors wraps the operating system's errors in a type of its own
         raise CheckpointError(path, f"cannot be written ({error})", "free space, or see to the file system") from error
     descriptor = os.open(path, os.O_RDONLY)

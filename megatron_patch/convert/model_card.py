@@ -1,0 +1,109 @@
+"""README.md of an exported folder, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_tools.format import MANIFEST_NAME, DataError, DatasetManifest
+from megatron_patch.convert.names import Form
+from megatron_patch.convert.source import WeightsSource
+from megatron_patch.counts import parameters
+from megatron_patch.recipe import Model, Recipe
+
+
+def model_card(source: WeightsSource, form: Form, scores: Mapping[str, Any] | None) -> str:
+    """Markdown with the hub's front matter. `scores`: content of the checkpoint's `scores.json`, where there is one."""
+    recipe, model = source.recipe, source.recipe.model
+    trust = ", trust_remote_code=True" if form == "shared" else ""
+    kind = "MobiLlama" if model.shared_ffn else "A baseline of MobiLlama"
+    return f"""---
+license: apache-2.0
+language: [en]
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mobillama]
+---
+# {recipe.name}
+
+{kind} ([arXiv 2402.16840](https://arxiv.org/abs/2402.16840)), pre-trained on {source.tokens:,} tokens. {_sharing(model, form)}
+A base model: it continues texts, and has been taught neither to follow instructions nor to refuse any.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this file, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("The function returns", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+Texts are given without `<s>`: training put `</s>` after each document and nothing before it.
+
+| | |
+|---|---|
+| parameters | {parameters(model).unique:,} |
+| layers x hidden / FFN | {model.num_layers} x {model.hidden_size} / {model.ffn_hidden_size} |
+| attention | {model.num_attention_heads} heads, as many KV heads |
+| context | {model.sequence_length:,} tokens |
+| recipe | {recipe.name}, in `recipe.yaml` with every setting |
+| step | {source.step:,}: {source.samples:,} rows of {model.sequence_length:,} tokens |
+| checkpoint digest | {source.digest} |
+| data digest | {source.data_digest or "unknown"} |
+
+## Training data
+
+{_data(recipe, source.data_digest)}
+
+## Scores
+
+{_scores(scores)}
+
+## Licence
+
+The weights are under Apache-2.0, as the code that trained them; change it here and above if you publish them under
+another. The training data have licences of their own.
+"""  # noqa: E501
+
+
+def _sharing(model: Model, form: Form) -> str:
+    if not model.shared_ffn:
+        return "Each layer has an FFN of its own."
+    if form == "shared":
+        return f"One FFN for all {model.num_layers} layers, stored once."
+    return (
+        f"One FFN was trained for all {model.num_layers} layers; it stands here in every layer, so that stock LLaMA "
+        "code loads it."
+    )
+
+
+def _data(recipe: Recipe, digest: str | None) -> str:
+    """Rows by source, where the data set is within reach and still the one that was trained on."""
+    try:
+        manifest = DatasetManifest.read(recipe.data.folder / MANIFEST_NAME) if recipe.data.folder else None
+    except DataError:
+        manifest = None
+    if manifest is None or manifest.digest != digest:
+        return "Not recorded here: the data set was not within reach when this folder was written."
+    rows = "\n".join(
+        f"| {name} | {number / manifest.rows:.2%} |" for name, number in manifest.rows_per_source.items() if number
+    )
+    return f"| source | share of the rows |\n|---|---:|\n{rows}"
+
+
+def _scores(scores: Mapping[str, Any] | None) -> str:
+    if scores is None:
+        return "Not evaluated."
+    found = {**scores["scores"], "average": scores["average"]}
+    rows = "\n".join(f"| {name} | {_score(score)} |" for name, score in found.items() if score)
+    limit = scores["settings"]["limit"]
+    trial = "" if limit is None else f"\n\nA trial on {limit} documents a task."
+    return (
+        f"Percent, with one standard error; the paper's tasks and shots, lm-evaluation-harness {scores['lm_eval']}. Of "
+        f"crows_pairs 50 is unbiased.\n\n| benchmark | score |\n|---|---:|\n{rows}{trial}"
+    )
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    return f"{score['value']:.2f}" + (f" ± {score['stderr']:.2f}" if score["stderr"] is not None else "")
