@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,17 @@ class HfFolder:
     def _bin(self, file: Path) -> dict[str, torch.Tensor]:
         if file not in self._bins:
             try:
-                # mmap: only the tensors that are used are read. weights_only: nothing in the file is executed.
-                self._bins[file] = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                # mmap: only the tensors that are used are read; not of a file as torch wrote them before 1.6.
+                # weights_only: nothing in the file is executed.
+                content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
             except Exception as error:  # torch.load raises bare, pickle's and zip's errors
                 raise ConvertError(
                     f"{file}: cannot be read without unpickling objects ({str(error).splitlines()[0]}); "
                     "save it again with transformers' save_pretrained"
                 ) from None
+            if not isinstance(content, dict):
+                raise ConvertError(f"{file}: holds {type(content).__name__}, not tensors by name; fetch the file again")
+            self._bins[file] = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
         return self._bins[file]
 
     def _json(self, name: str) -> dict[str, Any]:

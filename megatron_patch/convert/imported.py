@@ -21,6 +21,7 @@ from megatron_patch.convert.source import ConvertError
 from megatron_patch.recipe import Recipe, load
 
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+_BUFFER = "rotary_emb.inv_freq"  # saved by older transformers; computed, not trained
 _CONFIG_KEYS = {  # of the configuration -> of the recipe; the shapes of the tensors have the last word on KV heads
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -56,12 +57,13 @@ class ImportedModel:
         return self.hf.digest
 
     def tensor(self, name: str) -> torch.Tensor:
-        """bf16, or fp32 (fp16 is widened, which loses nothing)."""
+        """bf16 where every tensor is; else fp32, into which fp16 and bf16 are widened without loss."""
         tensor = assemble(name, self.recipe.model, self.form, self.hf.tensor)
-        return tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+        return tensor if self.recipe.precision == "bf16" else tensor.float()
 
     def _precision(self) -> str:
-        return "bf16" if self.hf.tensor("lm_head.weight").dtype == torch.bfloat16 else "fp32"
+        dtypes = {self.hf.tensor(name).dtype for name in self.hf.files if not name.endswith(_BUFFER)}
+        return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
     def _check_config(self) -> None:
         for key, ours in _CONFIG_KEYS.items():
@@ -72,18 +74,34 @@ class ImportedModel:
                     f"model.{ours} {expected}; choose the recipe of this model with --recipe"
                 )
 
+        if (theirs := self.hf.config.get("hidden_act", "silu")) != "silu":
+            raise ConvertError(f"{self.hf.folder / 'config.json'}: hidden_act is {theirs}; MobiLlama's FFN has silu")
+        rope = self.hf.config.get("rope_parameters") or self.hf.config.get("rope_scaling") or {}  # transformers 5 or 4
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        base = self.hf.config.get("rope_theta") or rope.get("rope_theta") or 10000  # the authors' code knows no other
+        if (kind, base) != ("default", self.recipe.model.rope_base):
+            raise ConvertError(
+                f"{self.hf.folder / 'config.json'}: rotary embedding of type {kind}, base {base:g}; the recipe "
+                f"{self.recipe.name} has the default type and model.rope_base {self.recipe.model.rope_base:g}"
+            )
+
     def _check_shapes(self) -> None:
         expected = self._tensors_present()
         for tensor in expected:
-            shape = tuple(self.hf.tensor(tensor.name).shape)
+            found = self.hf.tensor(tensor.name)
+            shape = tuple(found.shape)
+            if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ConvertError(
+                    f"{self.hf.files[tensor.name]}: {tensor.name} is {found.dtype}; fetch the weights that are not "
+                    "quantised (fp32, fp16 or bf16)"
+                )
             if shape != tensor.shape:
                 grouped = "k_proj" in tensor.name or "v_proj" in tensor.name
                 raise ConvertError(
                     f"{self.hf.files[tensor.name]}: {tensor.name} is {shape}, expected {tensor.shape}"
                     + ("; the model has grouped KV heads, which MobiLlama has not" if grouped else "")
                 )
-        # Buffers that older transformers versions saved; computed, not trained.
-        strays = {n for n in self.hf.files if not n.endswith("rotary_emb.inv_freq")} - {
+        strays = {n for n in self.hf.files if not n.endswith(_BUFFER)} - {
             t.name for t in hf_tensors(self.recipe.model, self.form)
         }
         if strays:

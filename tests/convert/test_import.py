@@ -127,6 +127,54 @@ def test_a_config_of_another_model_is_refused(published: Path) -> None:
         ImportedModel(published, small_recipe("model.num_layers=4"))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rope_theta": 500000.0}, r"base 500000; the recipe .* model\.rope_base 10000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type linear"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "base 500000"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(change: dict[str, object], words: str, published: Path) -> None:
+    """Its shapes are the recipe's, so that nothing else would tell."""
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ConvertError, match=words):
+        ImportedModel(published, small_recipe())
+
+
+def test_what_transformers_5_writes_of_rotary_embedding_is_read(published: Path, weights: MemoryWeights) -> None:
+    config = json.loads((published / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    (published / "config.json").write_text(json.dumps(config))
+    assert equal(ImportedModel(published, small_recipe()), weights)
+
+
+def test_precisions_of_the_file(published: Path, weights: MemoryWeights) -> None:
+    """fp16 and a mixture become fp32; integers are no weights."""
+    file = published / "pytorch_model-00001-of-00002.bin"
+    state = torch.load(file, weights_only=True)
+    half = {name: tensor.half() for name, tensor in state.items()}
+    torch.save(half, file, _use_new_zipfile_serialization=False)  # as torch wrote before 1.6
+    model = ImportedModel(published, small_recipe())
+    assert model.recipe.precision == "fp32"
+    assert torch.equal(model.tensor("final_layernorm.weight"), half["model.norm.weight"].float())
+
+    head = published / "pytorch_model-00002-of-00002.bin"
+    torch.save({"lm_head.weight": weights.whole["output_layer.weight"].bfloat16()}, head)
+    model = ImportedModel(published, small_recipe())
+    assert {model.tensor(name).dtype for name in weights.whole} == {torch.float32}
+
+    torch.save({"lm_head.weight": weights.whole["output_layer.weight"].to(torch.int8)}, head)
+    with pytest.raises(ConvertError, match=r"lm_head\.weight is torch\.int8; .* not quantised"):
+        ImportedModel(published, small_recipe())
+    torch.save([1, 2], head)
+    with pytest.raises(ConvertError, match="holds list, not tensors by name"):
+        ImportedModel(published, small_recipe())
+
+
 class Explosive:
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (Path("exploded"),)
