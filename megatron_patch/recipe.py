@@ -167,6 +167,10 @@ class Watchdog(Section):
 
 class Run(Section):
     folder: Folder | None = Field(None, description="Run folder; null: runs/NAME.")
+    initial_weights: Folder | None = Field(
+        None,
+        description="Checkpoint, e.g. an imported one, whose weights step 0 has; null: drawn from the seed.",
+    )
     steps: int | None = Field(None, gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
     log_interval: int = Field(1, gt=0)
     tensorboard: bool = Field(False, description="Write event files where tensorboard is installed.")

@@ -13,22 +13,24 @@ from megatron_patch.zero import ShardedOptimizer
 
 
 @torch.no_grad()
-def restore(checkpoint: Checkpoint, optimizer: ShardedOptimizer, topology: Topology) -> None:
+def restore(
+    checkpoint: Checkpoint, optimizer: ShardedOptimizer, topology: Topology, *, weights_alone: bool = False
+) -> None:
     """Set weights, master weights and moments; bit-identical to what was saved, in whatever layout.
+
+    With `weights_alone` the moments stay as they are before the first step.
 
     Each rank reads what its ZeRO shard holds; weights are the rounded master weights, as after every step, gathered
     over the data-parallel group. Every rank must call it. Raises CheckpointError where the optimizer is not stored.
     """
     for i, group in enumerate(optimizer.groups):
         flat, master = optimizer.zero.bit16_groups_flat[i], optimizer.master_shards[i]
-        moments = optimizer.moments(i)
-        moments["step"] = torch.tensor(float(checkpoint.state.optimizer_step), device=master.device)
-        moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-        targets: dict[What, torch.Tensor] = {
-            "master": master.detach(),
-            "exp_avg": moments["exp_avg"],
-            "exp_avg_sq": moments["exp_avg_sq"],
-        }
+        targets: dict[What, torch.Tensor] = {"master" if checkpoint.is_full else "weight": master.detach()}
+        if not weights_alone:
+            moments = optimizer.moments(i)
+            moments["step"] = torch.tensor(float(checkpoint.state.optimizer_step), device=master.device)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            targets |= {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
         offsets = [p.storage_offset() - flat.storage_offset() for p in group.parameters]
         lengths = [p.numel() for p in group.parameters]
         for piece in shard_ranges(group.wholes, offsets, lengths, topology.data_rank, master.numel()):

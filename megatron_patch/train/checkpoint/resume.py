@@ -22,6 +22,8 @@ _FREE = re.compile(
     r"checkpoint\..+|watchdog\..+|run\..+"
 )
 
+_MEANING = re.compile(r"model\.(?!sequence_length|init_std)")
+
 
 class ResumeRefused(CheckpointError):
     """The run now has other data or another recipe than its checkpoint."""
@@ -39,7 +41,8 @@ def resume(
 ) -> State | None:
     """Restore the newest good checkpoint of the run and return where it stands; None where the run has none yet.
 
-    Every rank must call it. `data_steps` are those of the whole data set, once. `note` receives lines for people: what
+    Where it has none, weights are those of `run.initial_weights`, if it is set, from here on. Every rank must call it.
+    `data_steps` are those of the whole data set, once. `note` receives lines for people: what
     was unfinished, broken, fallen back to, changed.
     Raises ResumeRefused where data or recipe changed and `accept_changes` is not set, CheckpointError where there
     are checkpoints and none of them is good.
@@ -52,6 +55,8 @@ def resume(
         listed = [str(folder) for folder in runs.candidates()]
     candidates = [Path(folder) for folder in channel.from_first(listed)]
     if not candidates:
+        if recipe.run.initial_weights is not None:
+            _start_from(recipe.run.initial_weights, recipe, optimizer, topology, channel, note)
         return None
     broken: list[Path] = []
     for folder in candidates:
@@ -84,6 +89,27 @@ def resume(
         runs.point_latest()
     note(f"resuming from {folder} at step {state.step}, {state.samples:,} samples")
     return state.model_copy(update={"accepted_changes": [*state.accepted_changes, *changes]})
+
+
+def _start_from(
+    folder: Path,
+    recipe: Recipe,
+    optimizer: ShardedOptimizer,
+    topology: Topology,
+    channel: SideChannel,
+    note: Callable[[str], None],
+) -> None:
+    """Weights of a checkpoint in place of those drawn from the seed; rows and schedule begin at step 0."""
+    remedy = "name a checkpoint of this model as run.initial_weights, or leave it out"
+    if (problem := _verify(folder, topology, channel)) is not None:
+        raise ResumeRefused(folder, problem.splitlines()[0], remedy)
+    with open_checkpoint(folder, verify=False) as checkpoint:
+        # Rows may be longer than those it was trained on; all else of the model says what its weights mean.
+        unlike = [line for line in checkpoint.recipe.differences(recipe) if _MEANING.match(line)]
+        if unlike:
+            raise ResumeRefused(folder, f"is another model: {'; '.join(unlike)}", remedy)
+        restore(checkpoint, optimizer, topology, weights_alone=True)
+        note(f"step 0 has the weights of {folder} (step {checkpoint.step} of {checkpoint.recipe.name})")
 
 
 def _verify(folder: Path, topology: Topology, channel: SideChannel) -> str | None:
