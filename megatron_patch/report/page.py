@@ -50,8 +50,6 @@ def render(run: Run, page: Path) -> str:
         _section("Milestones", _milestones(run, page)),
         _section("Recipe and environment", _details(run)),
     ]
-    # "<" is escaped so that no text of a run can close the script element.
-    embedded = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -66,10 +64,15 @@ script-src 'unsafe-inline'; img-src data:">
 <body><main>
 {"".join(sections)}
 </main>
-<script type="application/json" id="data">{embedded}</script>
+<script type="application/json" id="data">{embed(data)}</script>
 <script>{(_ASSETS / "page.js").read_text()}</script>
 </body></html>
 """
+
+
+def embed(data: Any) -> str:
+    """JSON that stands inside a script element: with "<" escaped, no text in it can close the element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _section(title: str, body: str, beside: str = "") -> str:
