@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 # A room imports from lower floors alone, never from its own or a higher one (CONTRIBUTING.md).
@@ -26,9 +27,12 @@ FLOORS = (
     {"__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-DOCUMENTS = subprocess.run(
-    ["git", "-C", str(ROOT), "ls-files", "*.md"], capture_output=True, text=True, check=True
-).stdout.split()
+FOLDERS = ("megatron_patch", "data_tools", "recipes", "slurm", "tests", "benchmarks", "docs")
+# Not asked of git: the tests run from a tarball too, and as a user who does not own the clone.
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md")))
+)
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -70,6 +74,18 @@ def test_a_document_names_what_is_there(document: str) -> None:
     text, folder = (ROOT / document).read_text(), (ROOT / document).parent
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     assert not [link for link in links if not (folder / link).exists()]
-    tracked = "megatron_patch|data_tools|recipes|slurm|tests|benchmarks|docs"
-    named = re.findall(rf"`((?:{tracked})/[\w./]*\w/?)`", text)
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./]*\w/?)`", text)
     assert not [name for name in named if "NAME" not in name and "MODEL" not in name and not (ROOT / name).exists()]
+
+
+def test_conda_and_the_image_install_what_is_pinned_and_tested() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    versions = dict(package.split("=") for package in conda if "=" in package)
+    assert pip["pip"][:2] == ["-c constraints.txt", "-e .[eval]"], "what is installed, and its pins, stand there alone"
+    image = re.search(r"^FROM nvidia/cuda:(\d+)\..*-ubuntu(.*)$", (ROOT / "slurm/Dockerfile").read_text(), re.MULTILINE)
+    admitted = re.search(r'^requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert image is not None and admitted is not None
+    assert versions["python"] in SpecifierSet(admitted[1])
+    assert {"22.04": "3.10", "24.04": "3.12"}[image[2]] in SpecifierSet(admitted[1]), "the Python of that Ubuntu"
+    assert {image[1]} == {versions[name].split(".")[0] for name in ("cuda-nvcc", "cuda-libraries-dev")}
