@@ -37,6 +37,8 @@ export MACHINE
 
 # Markers are made last: an interrupted installation is done again. An environment of another Python is made anew.
 $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/csrc/*)
+	@command -v $(PYTHON) >/dev/null || \
+	    { echo "$(PYTHON) is not found: Python 3.11, 3.12 or 3.13 is needed (Debian: apt-get install python3-dev python3-venv; or name yours with PYTHON=)" >&2; exit 1; }
 	@$(PYTHON) -c "$$MACHINE"
 	@command -v "$${CXX:-c++}" >/dev/null || \
 	    { echo "A C++17 compiler is needed for the C++ core (Debian: apt-get install g++; or name yours with CXX)" >&2; exit 1; }
@@ -59,7 +61,8 @@ demo: env
 	    --num-segments 4 --held-out-per-source 32
 	$(BIN)/python data_tools/build_amber.py index --input demo/segments --output demo/data
 	$(BIN)/python data_tools/build_amber.py verify --input demo/data
-	$(DEMO_ENV) $(BIN)/torchrun --standalone --nproc-per-node 4 -m megatron_patch train recipes/demo.yaml
+	$(DEMO_ENV) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
+	    recipes/demo.yaml
 	$(BIN)/python -m megatron_patch summary demo/run
 
 test: $(VENV)/ready-dev

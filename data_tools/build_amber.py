@@ -315,6 +315,9 @@ def main() -> int:
             " then run the same command again: finished work is kept",
             file=sys.stderr,
         )
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on, finished work is kept", file=sys.stderr)
+        return 130
     return 1
 
 

@@ -9,6 +9,8 @@ import random
 import resource
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -211,3 +213,18 @@ def test_a_finished_folder_is_not_written_again(name: str, stages: dict[str, Sta
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*_0*.*")}
     stages[name](tmp_path)
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "train_000.jsonl")
+    command = [sys.executable, "data_tools/build_amber.py", "index", "--input", tmp_path, "--output", tmp_path / "data"]
+    stage = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=terminal_signals)
+    with (tmp_path / "train_000.jsonl").open("w"):  # opens when the stage has opened it
+        stage.send_signal(signal.SIGINT)
+        said = stage.communicate()[1]
+    assert (stage.returncode, said) == (130, "interrupted: the same command goes on, finished work is kept\n")
+
+
+def terminal_signals() -> None:
+    """A test suite in the background of a shell ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
