@@ -12,6 +12,7 @@ that an attempt that a dead node cut short counts too. Nothing here imports torc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -56,9 +57,9 @@ def fruitless(run: Path, series: str) -> int:
     """
     step, count = checkpoint_step(run), 0
     for record in reversed(attempts(run)):
-        if record["series"] != series or record["checkpoint_step"] != step:
+        if record["checkpoint_step"] != step:
             break
-        count += 1
+        count += record["series"] == series  # two jobs of one run take turns; neither may clear the other's count
     return count
 
 
@@ -103,7 +104,7 @@ def begin(
         decision, why = decide(run, series, limit)
     if decision != "again":
         return decision, why
-    number = 1 + max((record["attempt"] for record in attempts(run)), default=0)
+    number = new_attempt(run)
     record = {
         "attempt": number,
         "series": series,
@@ -113,6 +114,16 @@ def begin(
     }
     launch.write_json(run / f"environment/attempt_{number}.json", record)
     return "go", str(number)
+
+
+def new_attempt(run: Path) -> int:
+    """The next attempt's number, and its folder RUN/logs/attempt_N: of two jobs that begin at once each has its own."""
+    number = 1 + max((record["attempt"] for record in attempts(run)), default=0)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            (run / f"logs/attempt_{number}").mkdir(parents=True)
+            return number
+        number += 1
 
 
 def main(argv: list[str]) -> int:
@@ -137,7 +148,12 @@ def main(argv: list[str]) -> int:
             print(error, file=sys.stderr)
             return 2
         run = settings.run_folder.resolve()
-        decision, why = begin(run, settings, args.series, args.limit, args.nodes, args.patience)
+        try:
+            decision, why = begin(run, settings, args.series, args.limit, args.nodes, args.patience)
+        except OSError as error:
+            remedy = "make it writable from every node (SITE_RUNS in slurm/site.sh), or choose another run.folder"
+            print(f"refused: run.folder {run}: cannot be written ({error}); {remedy}", file=sys.stderr)
+            return 2
         if decision == "go":
             print(decision, why, run)
             return 0

@@ -47,6 +47,23 @@ def test_a_new_submission_starts_with_a_clean_slate(tmp_path: Path) -> None:
     assert begin(tmp_path, series="job-2") == "go"
 
 
+def test_two_submissions_of_a_hopeless_run_that_take_turns_both_end(tmp_path: Path) -> None:
+    assert [begin(tmp_path, series=f"job-{job}") for job in (1, 2, 1, 2)] == ["go"] * 4
+    assert [begin(tmp_path, series=f"job-{job}") for job in (1, 2)] == ["give-up"] * 2
+
+
+def test_two_jobs_that_begin_at_once_have_a_number_and_a_folder_each(tmp_path: Path) -> None:
+    assert [attempts.new_attempt(tmp_path) for _ in range(2)] == [1, 2]  # before either has left its record
+    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["attempt_1", "attempt_2"]
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    command = ["begin", "recipes/demo.yaml", f"run.folder={tmp_path / 'file/run'}", "--series", "job-1", "--limit", "3"]
+    assert attempts.main(command) == 2
+    assert f"refused: run.folder {tmp_path / 'file/run'}: cannot be written" in capsys.readouterr().err
+
+
 def test_refused_input_is_not_tried_again_until_it_is_submitted_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
