@@ -117,7 +117,7 @@ class Memory:
     gradients: int  # fp32, whole, and this rank's reduced shard
     optimizer: int  # ZeRO's shard: fp32 master and both moments
     activations: int  # what backward needs of all micro-batches in flight
-    logits: int  # the chunk that the loss works on
+    working: int  # beside them at the peak: in the loss, or in the backward pass of a layer
 
     @property
     def total(self) -> int:
@@ -132,7 +132,7 @@ def memory(place: Place) -> Memory:
         gradients=FP32 * (flat + (shard if place.data_size > 1 else 0)),
         optimizer=3 * FP32 * shard,
         activations=_activations(place),
-        logits=_logits(place) if place.is_last else 0,
+        working=max(_in_backward(place), _in_loss(place) if place.is_last else 0),
     )
 
 
@@ -145,7 +145,7 @@ def saved_by_layer(place: Place, recompute: str) -> int:
     statistic = FP32 * place.tokens // (p.tensor if p.sequence else 1)  # 1 / root mean square of each token
     norms = 2 * (hidden + statistic)  # their inputs
     inputs = 2 * hidden  # of the QKV projection and of the FFN
-    attention = 5 * place.hidden_bytes // p.tensor  # query, key, value, output, input of the output projection
+    attention = 4 * place.hidden_bytes // p.tensor  # query, key, value; the output, which the projection reads as it is
     log_sums = FP32 * place.tokens * m.num_attention_heads // p.tensor
     ffn = 0 if recompute == "selective" else 3 * place.tokens * m.ffn_hidden_size * place.element // p.tensor
     return norms + inputs + attention + log_sums + ffn
@@ -162,19 +162,33 @@ def chunks_in_flight(place: Place) -> int:
 
 def _activations(place: Place) -> int:
     r = place.recipe
-    layer = saved_by_layer(place, r.recompute)
-    per_chunk = layer * place.layers // r.parallel.virtual_pipeline
-    working = 0 if r.recompute == "none" else saved_by_layer(place, "none") - layer  # one layer run again in backward
+    per_chunk = saved_by_layer(place, r.recompute) * place.layers // r.parallel.virtual_pipeline
     ends = 0
     if place.is_last:  # the final norm's input and statistics, and the gradient that the loss already holds
-        ends = (2 * place.hidden_bytes + FP32 * place.tokens) // (r.parallel.tensor if r.parallel.sequence else 1)
-    return per_chunk * chunks_in_flight(place) + working + ends
+        ends = 2 * _own_hidden(place) + FP32 * place.tokens // (r.parallel.tensor if r.parallel.sequence else 1)
+    return per_chunk * chunks_in_flight(place) + ends
 
 
-def _logits(place: Place) -> int:
+def _own_hidden(place: Place) -> int:
+    """Hidden states of a micro-batch, this rank's part of the tokens."""
+    p = place.recipe.parallel
+    return place.hidden_bytes // (p.tensor if p.sequence else 1)
+
+
+def _in_backward(place: Place) -> int:
+    """The last layer's backward pass at the gradient of gate and up: what is recomputed of it, and that gradient."""
+    m, p, recompute = place.recipe.model, place.recipe.parallel, place.recipe.recompute
+    again = saved_by_layer(place, "none") - saved_by_layer(place, recompute)
+    output = _own_hidden(place) if recompute != "none" else 0
+    freed = _own_hidden(place) if place.is_last else 0  # the final norm's input is not needed any more
+    return again + output + 2 * place.tokens * m.ffn_hidden_size * place.element // p.tensor - freed
+
+
+def _in_loss(place: Place) -> int:
+    """A chunk of logits and the rows they come of; under sequence parallelism all ranks' rows and their gradient."""
     m, p = place.recipe.model, place.recipe.parallel
     chunk = min(CHUNK_TOKENS, place.tokens) * m.vocab_size // p.tensor * place.element
-    return chunk + (2 * place.hidden_bytes if p.sequence else 0)  # gathered rows and their gradient
+    return chunk + _own_hidden(place) + (2 * place.hidden_bytes if p.sequence else 0)
 
 
 @dataclass(frozen=True)

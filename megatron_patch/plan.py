@@ -201,14 +201,14 @@ def report(plan: Plan, gpu_name: str) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    lines = ["GiB a GPU           weights  gradients  optimizer  activations  logits   total"]
+    lines = ["GiB a GPU           weights  gradients  optimizer  activations  working   total"]
     for place in plan.places:
         m: Memory = memory(place)
         lines.append(
             f"  stage {place.stage:<11} {m.weights / GIB:8.2f} {m.gradients / GIB:10.2f} {m.optimizer / GIB:10.2f} "
-            f"{m.activations / GIB:12.2f} {m.logits / GIB:7.2f} {m.total / GIB:7.2f}"
+            f"{m.activations / GIB:12.2f} {m.working / GIB:8.2f} {m.total / GIB:7.2f}"
         )
-    lines.append(f"  with reserve {plan.needed / GIB:47.2f} of {plan.gpu.memory / GIB:.2f}")
+    lines.append(f"  with reserve {plan.needed / GIB:48.2f} of {plan.gpu.memory / GIB:.2f}")
     return lines
 
 

@@ -76,7 +76,7 @@ class _Tensors(fake_tensor.FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("device") == META:
+        if kwargs.get("device") == META and not func.overloadpacket.__name__.endswith("_like"):  # DeepSpeed means meta
             kwargs["device"] = GPU
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -144,6 +144,7 @@ def _watch_host(gpu: Gpu) -> None:
     for name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         setattr(fake, name, reading(name))
     fake.pin_memory, fake.copy_, fake.to = pin, copy, to
+    fake.is_cuda = property(lambda tensor: tensor.device == GPU)  # C++ would answer for META
     torch.utils._device._device_constructors()  # keeps, from now on, the functions that `with device:` concerns
     for name in ("empty", "zeros", "ones", "arange", "tensor"):
         setattr(torch, name, making(getattr(torch, name)))
@@ -210,6 +211,7 @@ def _pretend_cuda(gpu: Gpu, memory: int) -> None:
     CUDA_Accelerator.is_available = lambda _: True
     deepspeed.accelerator.set_accelerator(CUDA_Accelerator())
     torch.nn.Module.to = _to
+    torch.nn.functional.scaled_dot_product_attention = _flash_attention
     _skip_launches(gpu)
     resize = torch.UntypedStorage.resize_
 
@@ -230,6 +232,21 @@ def _to(module: torch.nn.Module, target: torch.device) -> torch.nn.Module:
                     moved = tensor.detach().to(target)
                     held[name] = torch.nn.Parameter(moved) if held is part._parameters else moved
     return module
+
+
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """What torch takes on a GPU; a build for the CPU would form the whole matrix of scores."""
+    assert attn_mask is None and not dropout_p
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
 
 
 def _answer_autograd() -> None:

@@ -26,8 +26,8 @@ MICRO_BATCHES = 2
 KERNELS = {"_forward", "_backward", "_turn", "_row_statistics", "_to_logits_gradient"}
 
 
-def empty_share(recipe: Recipe) -> BatchShare:
-    shape = (MICRO_BATCHES, recipe.batch.micro_batch_size)
+def empty_share(recipe: Recipe, micro_batches: int) -> BatchShare:
+    shape = (micro_batches, recipe.batch.micro_batch_size)
     tokens = np.zeros((*shape, recipe.row_length), np.uint16)
     return BatchShare(0, 0, np.zeros(shape, int), tokens, np.ones(shape, np.float32))
 
@@ -37,7 +37,7 @@ def steps(overrides: list[str], world_size: int, rank: int) -> set[str]:
     with become_gpu(world_size, rank) as pretended:
         recipe = load("recipes/demo.yaml", overrides)
         trainer = Trainer(recipe, topology.initialize(recipe.parallel), MICRO_BATCHES)
-        share = empty_share(recipe)
+        share = empty_share(recipe, MICRO_BATCHES)
         trainer.step(share, 1e-4)  # tables and moments are made, once
         pretended.launches.clear()
         with pretended.no_waits():
