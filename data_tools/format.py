@@ -16,8 +16,10 @@ This module imports nothing else of the repository.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -176,11 +178,20 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("no such file", file=path, remedy=remedy) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", file=path, remedy=remedy) from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object", file=path, remedy=remedy)
     return value
+
+
+@contextlib.contextmanager
+def fields_named(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what goes wrong with the fields of `path` while they are taken into an error that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"field missing or of the wrong type: {error}", file=path, remedy=remedy) from None
 
 
 @dataclass(frozen=True)
@@ -227,7 +238,8 @@ class SegmentManifest:
             ) from None
         numbers = (manifest.rows, manifest.row_length, manifest.vocab_size, manifest.rejected)
         counts = manifest.rows_per_source
-        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(counts, dict):
+        sound = isinstance(counts, dict) and isinstance(manifest.input, dict) and isinstance(manifest.digests, dict)
+        if not sound or not all(type(n) is int and n >= 0 for n in (*numbers, *counts.values())):
             raise DataError("a field has the wrong type", file=file, remedy="build the segment again")
         if set(counts) - set(SOURCES) or sum(counts.values()) != manifest.rows:
             raise DataError(
@@ -235,6 +247,8 @@ class SegmentManifest:
                 file=file,
                 remedy="build the segment again",
             )
+        if set(manifest.digests) not in ({"bin", "idx", "src"}, {"jsonl"}):
+            raise DataError(f"digests of {sorted(manifest.digests)}", file=file, remedy="build the segment again")
         return manifest
 
     @classmethod
@@ -293,7 +307,7 @@ class DatasetManifest:
             )
         if value.get("sources") != list(SOURCES):
             raise DataError(f"sources are not {SOURCES}", file=path, place="sources", remedy=remedy)
-        try:
+        with fields_named(path, remedy):
             return cls(
                 num_segments=value["num_segments"],
                 rows_per_segment=value["rows_per_segment"],
@@ -307,8 +321,6 @@ class DatasetManifest:
                 held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
                 tool_version=value["tool_version"],
             )
-        except (KeyError, TypeError) as error:
-            raise DataError(f"field missing or of the wrong type: {error}", file=path, remedy=remedy) from None
 
 
 def content_digest(manifest: dict[str, Any]) -> str:
@@ -325,9 +337,13 @@ def file_size(path: Path) -> int:
     """Size of a file that must exist.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or it is a folder, a pipe or a device.
     """
+    remedy = "build or fetch the segment again"
     try:
-        return path.stat().st_size
+        status = path.stat()
     except FileNotFoundError:
-        raise DataError("no such file", file=path, remedy="build or fetch the segment again") from None
+        raise DataError("no such file", file=path, remedy=remedy) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError("not a plain file", file=path, remedy=remedy)
+    return status.st_size

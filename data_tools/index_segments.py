@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from data_tools.format import (
     DataError,
     DatasetManifest,
     TokenizerRecord,
+    fields_named,
     file_size,
     new_digest,
     read_json,
@@ -41,15 +43,16 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
     path = folder / MIX_MANIFEST
     if path.is_file():
         value = read_json(path, "mix again")
-        plan = DatasetPlan(
-            num_segments=value["num_segments"],
-            row_length=value["row_length"],
-            vocab_size=value["vocab_size"],
-            tokenizer=TokenizerRecord(**value["tokenizer"]),
-            dropped_rows=value["dropped_rows"],
-            rejected=value["rejected"],
-            has_held_out=value["has_held_out"],
-        )
+        with fields_named(path, "mix again"):
+            plan = DatasetPlan(
+                num_segments=operator.index(value["num_segments"]),
+                row_length=operator.index(value["row_length"]),
+                vocab_size=operator.index(value["vocab_size"]),
+                tokenizer=TokenizerRecord(**value["tokenizer"]),
+                dropped_rows=operator.index(value["dropped_rows"]),
+                rejected=operator.index(value["rejected"]),
+                has_held_out=value["has_held_out"],
+            )
         for name, given in (("row_length", row_length), ("vocab_size", vocab_size)):
             if given is not None and given != getattr(plan, name):
                 raise DataError(f"{name} is {getattr(plan, name)}, not {given}", file=path, remedy=f"omit --{name}")
@@ -136,7 +139,10 @@ def _check_input_digest(path: Path, digest: Any) -> None:
     """Compares a segment's bytes with the manifest that `mix` or `fetch` wrote beside it, where there is one."""
     marker = path.parent / f"{path.name.split('.')[0]}.json"
     if marker.is_file() and path.name.endswith(".jsonl"):
-        expected = read_json(marker, "mix or fetch the segment again").get("digests", {}).get("jsonl")
+        remedy = "mix or fetch the segment again"
+        record = read_json(marker, remedy)
+        with fields_named(marker, remedy):
+            expected = record["digests"]["jsonl"]
         if digest != expected:
             raise DataError(
                 f"its digest is {digest}, its manifest says {expected}", file=path, remedy="mix or fetch it again"

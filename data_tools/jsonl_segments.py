@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,11 @@ def list_segments(folder: Path) -> Iterator[tuple[int, Path]]:
             found[number] = path
     if not found:
         raise DataError("no train_000.jsonl, train_001.jsonl, ...", file=folder, remedy="--input names their folder")
-    missing = sorted(set(range(max(found) + 1)) - set(found))
-    if missing:
+    if missing := max(found) + 1 - len(found):
+        first = itertools.islice((number for number in itertools.count() if number not in found), min(missing, 20))
+        more = f" and {missing - 20} more; the last is {found[max(found)].name}" if missing > 20 else ""
         raise DataError(
-            f"segments are missing: {', '.join(map(str, missing))}",
+            f"segments are missing: {', '.join(map(str, first))}{more}",
             file=folder,
             remedy="fetch or mix them, then run again",
         )

@@ -28,6 +28,7 @@ from data_tools.format import (
     TokenizerRecord,
     canonical_json,
     digest_stream,
+    fields_named,
     new_digest,
     read_json,
     segment_name,
@@ -174,15 +175,18 @@ class _Mixer:
     def _read_journal(self, todo: list[int]) -> tuple[int, dict[int, int]]:
         if not self.journal.is_file():
             return 0, {}
-        journal = read_json(self.journal, "remove the file to begin anew")
-        if journal["identity"] != self.identity:
+        remedy = "remove the file to begin anew"
+        journal = read_json(self.journal, remedy)
+        with fields_named(self.journal, remedy):
+            identity, rounds = journal["identity"], journal["rounds"]
+            sizes = {int(k): size for k, size in journal["sizes"].items()}
+        if identity != self.identity:
             raise DataError(
                 "an unfinished mix of other rows or with other options",
                 file=self.journal,
                 remedy="use the same command as before, or another --output, or remove the folder",
             )
-        sizes = {int(k): size for k, size in journal["sizes"].items()}
-        return (journal["rounds"], sizes) if set(todo) <= set(sizes) else (0, {})
+        return (rounds, sizes) if set(todo) <= set(sizes) else (0, {})
 
     def _deal(self, outputs: list[_Output], done: int) -> None:
         first, last = outputs[0].segment, outputs[-1].segment + 1

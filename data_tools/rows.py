@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, file_size, read_json
+from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, fields_named, file_size, read_json
 
 SOURCE_MANIFEST = "source.json"
 
@@ -23,11 +23,12 @@ class SourceRows:
     def __init__(self, folder: Path) -> None:
         """Raises DataError where the source is not finished or a part has the wrong size."""
         self.manifest = read_json(folder / SOURCE_MANIFEST, "run data_tools/build_amber.py tokenize to the end")
-        self.name: str = self.manifest["source"]
-        self.rows: int = self.manifest["rows"]
-        self.row_length: int = self.manifest["row_length"]
-        self._paths = [folder / f"{part['name']}.tokens" for part in self.manifest["parts"]]
-        counts = [part["tokens"] for part in self.manifest["parts"]]
+        with fields_named(folder / SOURCE_MANIFEST, "run tokenize again"):
+            self.name: str = self.manifest["source"]
+            self.rows: int = self.manifest["rows"]
+            self.row_length: int = self.manifest["row_length"]
+            self._paths = [folder / f"{part['name']}.tokens" for part in self.manifest["parts"]]
+            counts = [part["tokens"] for part in self.manifest["parts"]]
         self._bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         for path, count in zip(self._paths, counts, strict=True):
             if file_size(path) != count * TOKEN_DTYPE.itemsize:

@@ -204,5 +204,13 @@ class TextEncoder:
 
 
 def read_vocab_size(path: Path) -> int:
-    """Number of ids of a tokenizer file."""
-    return int(tokenizers.Tokenizer.from_str(read_tokenizer_json(path)).get_vocab_size(with_added_tokens=True))
+    """Number of ids of a tokenizer file.
+
+    Raises:
+        DataError: missing or unusable file.
+    """
+    text = read_tokenizer_json(path)
+    try:
+        return int(tokenizers.Tokenizer.from_str(text).get_vocab_size(with_added_tokens=True))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"cannot load: {error}", file=path, remedy="give LLaMA's tokenizer") from None

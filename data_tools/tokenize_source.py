@@ -133,7 +133,7 @@ def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
     if not marker.is_file():
         return False
     manifest = read_json(marker, "remove the folder and run again")
-    if manifest["identity"] != identity:
+    if manifest.get("identity") != identity:
         raise DataError(
             "made from other input or with other options",
             file=marker,

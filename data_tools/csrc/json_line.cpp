@@ -16,6 +16,7 @@ class Reader {
   Fault read(std::uint16_t* ids, std::uint8_t* code) {
     bool has_ids = false;
     bool has_source = false;
+    if (end_ - at_ >= 3 && std::memcmp(at_, "\xEF\xBB\xBF", 3) == 0) return fault("a byte order mark (save it as UTF-8 without)");
     space();
     if (!take('{')) return expected("'{'");
     do {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -158,10 +161,44 @@ def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:
     (amber / "train_001.jsonl.gz").unlink()
     result = index(amber, check=False)
     assert (result.returncode, "segments are missing: 1" in result.stderr) == (1, True)
+    (amber / "train_20260101000000.jsonl").touch()  # named like a segment whose like nobody can count one by one
+    result = index(amber, check=False)
+    assert (result.returncode, "more; the last is train_20260101000000.jsonl" in result.stderr) == (1, True)
     for path in amber.iterdir():
         path.unlink()
     result = index(amber, check=False)
     assert (result.returncode, "no train_000.jsonl" in result.stderr) == (1, True)
+
+
+MIX = {"num_segments": 1, "row_length": 9, "vocab_size": 10, "dropped_rows": 0, "rejected": 0, "has_held_out": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("mix.json", "{}", "field missing or of the wrong type: 'num_segments'"),
+        ("mix.json", json.dumps({**MIX, "tokenizer": {}}), "field missing or of the wrong type"),
+        ("mix.json", json.dumps({**MIX, "tokenizer": None, "num_segments": "1"}), "field missing or of the wrong type"),
+        ("mix.json", "[" * 100_000, "not JSON"),
+        ("tokenizer.json", "{}", "cannot load: "),
+        ("train_0.json", '{"digests": 3}', "field missing or of the wrong type"),
+    ],
+)
+def test_a_file_beside_the_segments_that_is_not_what_it_should_be_is_named(
+    amber: Path, name: str, content: str, says: str
+) -> None:
+    (amber / name).write_text(content)
+    result = index(amber, check=False)
+    assert result.returncode == 1
+    assert f"error: {amber / name}: {says}" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_not_a_plain_file_is_no_segment(amber: Path, make: Callable[[Path], None]) -> None:
+    (amber / "train_001.jsonl.gz").unlink()
+    make(amber / "train_001.jsonl")
+    result = index(amber, check=False)
+    assert (result.returncode, "train_001.jsonl: not a plain file" in result.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +209,8 @@ def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:
         ("src", 12, "segment_001.src: row 12 byte 12: 255 is no source"),
         ("idx", 100, "segment_001.idx: byte 100: not the index of its rows"),
         ("json", None, "segment_001.json"),
+        ("counts", None, "segment_001.json: a field has the wrong type"),
+        ("digests", None, "segment_001.json: digests of ['idx', 'other', 'src']"),
         ("cut", None, "segment_001.bin: size: 898 bytes, but 50 rows of 9 ids need 900"),
     ],
 )
@@ -181,6 +220,10 @@ def test_verify_says_which_segment_row_and_byte(amber: Path, suffix: str, at: in
     if suffix == "json":
         path = out / "segment_001.json"
         path.write_text(path.read_text().replace('"rejected": 0', '"rejected": 1'))
+    elif suffix in ("counts", "digests"):
+        path = out / "segment_001.json"
+        text = re.sub(r'"arxiv": (\d+)', r'"arxiv": "\1"', path.read_text())
+        path.write_text(text if suffix == "counts" else path.read_text().replace('"bin":', '"other":'))
     elif suffix == "cut":
         path = out / "segment_001.bin"
         path.write_bytes(path.read_bytes()[:-2])

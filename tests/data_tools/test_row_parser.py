@@ -86,6 +86,7 @@ def test_any_layout_that_json_allows_is_read(kernel: str, line: bytes) -> None:
     [
         (b"", 0, ""),
         (b"[]", 1, "expected '{'"),
+        (b'\xef\xbb\xbf{"token_ids": [1, 2, 3], "source": "book"}', 1, "a byte order mark (save it as UTF-8 without)"),
         (b'{"token_ids": [1, 2], "source": "book"}', 20, "2 ids, expected 3"),
         (b'{"token_ids": [1, 2, 3, 4], "source": "book"}', 26, "4 ids, expected 3"),
         (b'{"token_ids": [], "source": "book"}', 16, "0 ids, expected 3"),
