@@ -31,14 +31,15 @@ REFUSED = "refused: "
 
 def read_status(run: Path) -> dict[str, Any]:
     """RUN/status.json; empty where the run has none yet, or a damaged one: the checkpoints say where it stands."""
-    return launch.read_json(run / "status.json")
+    status = launch.read_json(run / "status.json")
+    return status if isinstance(status.get("state"), str) else {}
 
 
 def checkpoint_step(run: Path) -> int:
     """Step of the newest finished checkpoint; 0 before the first."""
     try:
         name = (run / "checkpoints/latest").read_text().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError):  # training looks at the checkpoints themselves
         return 0
     digits = re.search(r"(\d+)$", name)
     return int(digits.group()) if digits else 0
@@ -165,7 +166,12 @@ def main(argv: list[str]) -> int:
     if decision in ("stop", "give-up"):
         launch.write_json(
             run / "status.json",
-            {**read_status(run), "state": "stopped" if decision == "stop" else "failed", "reason": why},
+            {
+                **read_status(run),
+                "state": "stopped" if decision == "stop" else "failed",
+                "reason": why,
+                "updated": time.time(),
+            },
         )
     print(decision)
     print(why, file=sys.stderr)

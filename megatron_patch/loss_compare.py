@@ -98,7 +98,8 @@ def compare(
     """Relative difference |a - b| / |b| of every number that both logs should hold, in order of steps.
 
     0 where both are not finite, infinity where one is. Raises ComparisonError where a step up to `steps` (else up to
-    the last step of the shorter log) is in one log only, or none is in both.
+    the last step of the shorter log) is in one log only, or none is in both. The score of the shorter run's end is
+    left out where the longer one has none there.
     """
     last = min(max((p.step for p in log if p.value == "loss"), default=0) for log in (a, b))
     if not last:
@@ -106,6 +107,9 @@ def compare(
     if steps is not None and steps > last:
         raise ComparisonError(f"--steps {steps}: the shorter run ends at step {last}")
     points = {p for p in (*a, *b) if p.step <= (steps or last)}
+    end = Point("held_out_loss", last)  # a run is scored after its last step, which need not be the other's turn
+    if end not in a or end not in b:
+        points.discard(end)
     for point in sorted(points, key=lambda p: (p.step, VALUES.index(p.value))):
         if point not in a or point not in b:
             raise ComparisonError(f"step {point.step}: {point.value} is in one log only; were both runs whole?")

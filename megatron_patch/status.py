@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
         if not (args.run / "status.json").exists():
             print(f"{args.run}: no run here (status.json is missing); runs are folders below runs/", file=sys.stderr)
             return 2
-        if not read_status(args.run):
+        if not _told(args.run):
             print(f"{args.run / 'status.json'}: damaged; the next attempt writes a new one", file=sys.stderr)
             return 2
         print("\n".join(Standing.of(args.run).lines()))
@@ -67,7 +67,7 @@ class Standing:
         started += [first["time"] - first["seconds"] for first in list(steps.values())[:1]]
         return cls(
             run=run,
-            status=read_status(run),
+            status=_told(run),
             num_attempts=len(records) or 1,
             checkpoint=checkpoint_step(run),
             started=min(started, default=None),
@@ -125,6 +125,12 @@ class Standing:
         step = f"{s.get('step', 0):,}/{s.get('total_steps', 0):,}"
         effective = "-" if self.effective is None else f"{self.effective:.1%}"
         return f"{self.run.name:<28} {self.state:<10} {step:>17} {self.eta:>16} {effective:>9}  {s.get('reason') or ''}"
+
+
+def _told(run: Path) -> dict[str, Any]:
+    """RUN/status.json; empty where it is damaged."""
+    status = read_status(run)
+    return status if isinstance(status.get("updated"), int | float) else {}
 
 
 def _steps(log: Path) -> dict[int, dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_patch import counts, launch
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
+from megatron_patch.log_file import records
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
@@ -67,7 +67,7 @@ def _newest(run: Path) -> Checkpoint:
     latest = run / "checkpoints" / LATEST_NAME
     if not latest.exists():
         raise ValueError(f"{latest}: no checkpoint yet, so there is nothing to sample from; train further")
-    return open_checkpoint(latest.parent / latest.read_text().strip())
+    return open_checkpoint(latest.parent / latest.read_text(errors="replace").strip())
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,7 @@ class History:
     @classmethod
     def read(cls, path: Path) -> History:
         steps, held_out = {}, {}
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        for record in records(path):
             if "held_out_loss" in record:
                 held_out[record["step"]] = record["held_out_loss"]
             elif "loss" in record:

@@ -53,6 +53,17 @@ def test_bound(tmp_path):
     assert run(a, b, "--bound", "0.009", "--steps", 1) == 0
 
 
+def test_a_run_is_scored_at_its_end_which_need_not_be_the_others_turn(tmp_path, capsys):
+    a = write(tmp_path / "a", [5.0, 4.0, 3.0], held_out={1: 5.0, 3: 3.0})
+    b = write(tmp_path / "b", [5.0, 4.0], held_out={1: 5.0, 2: 4.0})
+    for pair in ((a, b), (b, a)):
+        assert run(*pair, "--assert-equal") == 0
+        assert "held_out_loss        1 steps, 1 equal" in capsys.readouterr().out
+    c = write(tmp_path / "c", [5.0, 4.0], held_out={2: 4.0})
+    assert run(c, b) == 2
+    assert "step 1: held_out_loss is in one log only" in capsys.readouterr().err
+
+
 def test_what_is_not_finite(tmp_path):
     a, b = write(tmp_path / "a", [2.0, None]), write(tmp_path / "b", [2.0, 2.0])
     assert run(a, b, "--bound", "1e9") == 1

@@ -175,7 +175,7 @@ def test_a_run_that_says_nothing_is_silent(tmp_path: Path, capsys: pytest.Captur
     assert lines[2].split()[:3] == ["b", "completed", "80/200"] and lines[2].endswith("all 200 steps are done")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"state": 3}', b'{"state": "running"}'])
 def test_a_damaged_status_is_said_and_the_other_runs_are_told(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +195,20 @@ def test_a_damaged_line_of_the_log_counts_for_nothing(tmp_path: Path, capsys: py
         log.write(b'"loss": 3.0}\n\xff\0\n')
     assert run_status(str(tmp_path / "a")) == 0
     assert "effective    80.0% of" in capsys.readouterr().out
+
+
+def test_a_damaged_pointer_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a")
+    (tmp_path / "a/checkpoints/latest").write_bytes(b"\xff\xfe")
+    assert run_status(str(tmp_path / "a")) == 0
+    assert "checkpoint   none yet" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_before_it_began_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "STOP").touch()
+    assert attempts.main(["end", str(tmp_path), "--series", "1", "--limit", "3"]) == 0
+    assert run_status(str(tmp_path)) == 0
+    assert "state        stopped" in capsys.readouterr().out
 
 
 def test_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,16 @@ def test_refused_before_the_first_step(data_folder, tmp_path, overrides, message
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+def test_kernels_that_cannot_run_here_are_refused(data_folder, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    run = tmp_path / "run"
+    settings = [*TOY, f"data.folder={data_folder}", f"run.folder={run}", "run.steps=4", "kernels=triton"]
+    code, errors = run_ranks(1, run_main, settings)[0]
+    assert code == 2
+    assert re.search("refused: kernel .*triton cannot run here: .*; use kernels=auto", errors), errors
+    assert json.loads((run / "status.json").read_text())["reason"].startswith("refused: kernel ")
+
+
 def test_a_damaged_row_ends_the_run_with_its_place(data_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data_folder, folder)

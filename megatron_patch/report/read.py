@@ -11,11 +11,14 @@ from typing import Any
 
 from data_tools.format import MANIFEST_NAME
 from megatron_patch.attempts import attempts, read_status
+from megatron_patch.log_file import records
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.results import read_scores
 
 _LONGEST_SAVE = 10.0
 """Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""
+
+_OF_MILESTONE = ("name", "step", "tokens", "segments", "wall_time", "contents", "digest")  # a damaged line lacks some
 
 
 class ReportError(ValueError):
@@ -64,8 +67,8 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise ReportError(f"{folder}: no recipe.yaml in it; name a run's folder, e.g. runs/mobillama_05b")
     run = Run(folder, load(folder / "recipe.yaml"), read_status(folder))
-    records = _records(folder / "log.jsonl")
-    for record in records:
+    found = list(records(folder / "log.jsonl")) if (folder / "log.jsonl").exists() else []
+    for record in found:
         if "loss" in record:
             run.steps.append(record)
         elif "held_out_loss" in record:
@@ -74,11 +77,11 @@ def read_run(folder: Path, evaluations: Path) -> Run:
             run.remarks.append(record)
     started = attempts(folder)
     starts = [a["started"] for a in started]
-    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(records, starts)])
+    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(found, starts)])
     table = folder / "checkpoints" / "checkpoints.csv"
     if table.is_file():
-        with table.open(newline="") as stream:
-            run.milestones = list(csv.DictReader(stream))
+        with table.open(newline="", errors="replace") as stream:
+            run.milestones = [row for row in csv.DictReader(stream) if all(row.get(key) for key in _OF_MILESTONE)]
     digests = {m["digest"] for m in run.milestones}
     run.scores = [s for s in read_scores(evaluations) if s["digest"] in digests]
     run.mix = _mix(run.recipe)
@@ -114,14 +117,6 @@ def unrecorded_starts(records: Sequence[dict[str, Any]], starts: Sequence[float]
         if begun - before > _LONGEST_SAVE and not any(before < start <= begun for start in starts):
             found.append(begun)
     return found
-
-
-def _records(file: Path) -> list[dict[str, Any]]:
-    """Lines of the log; a last line that is still being written is left out."""
-    if not file.is_file():
-        return []
-    with file.open() as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _mix(recipe: Recipe) -> dict[str, int] | None:

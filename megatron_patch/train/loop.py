@@ -16,6 +16,7 @@ from megatron_patch.data.deal import deal
 from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
+from megatron_patch.kernels.choice import KernelError
 from megatron_patch.recipe import Recipe, RecipeError
 from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import Keeper
@@ -70,8 +71,8 @@ def main(args: argparse.Namespace) -> int:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
             print(f"{resolved.to_yaml()}# {layout}", flush=True)
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
-    except (TrainingError, CheckpointError) as error:
-        refused = isinstance(error, ResumeRefused)
+    except (TrainingError, CheckpointError, KernelError) as error:
+        refused = isinstance(error, ResumeRefused | KernelError)
         status.fail(REFUSED + str(error) if refused else str(error))
         if is_first:
             print(f"{'refused' if refused else 'stopped'}: {error}", file=sys.stderr)
@@ -188,6 +189,8 @@ class _Attempt:
 
     def run(self) -> None:
         """To the last step, or to the one after which any rank was asked to stop; that step's checkpoint is durable."""
+        if self._state.step >= self._total and self._log:
+            note(f"all {self._total} steps are done already; to go on, set run.steps above {self._state.step}")
         try:
             self._steps()
             self._hang.beat("last save")

@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import operator
 import sys
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from typing import Any
 
 from data_tools.durable import full_disk_named, write_whole
 from megatron_patch import counts, device
+from megatron_patch.log_file import records
 from megatron_patch.recipe import Recipe
 
 
@@ -124,15 +124,8 @@ def _keep_until(step: int, lines: Path) -> None:
     """Drop records of later steps, a last line that a killed process left unfinished, and what is no record."""
     if not lines.exists():
         return
-    kept = []
-    for number, line in enumerate(lines.read_bytes().splitlines(keepends=True), 1):
-        if line.endswith(b"\n"):
-            try:
-                if operator.index(json.loads(line)["step"]) <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                note(f"{lines}, line {number}: damaged, no record of a step; dropped")
-    write_whole(lines, b"".join(kept))
+    kept = [json.dumps(record) + "\n" for record in records(lines) if record["step"] <= step]
+    write_whole(lines, "".join(kept).encode())
 
 
 def _finite(value: float) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def test_real_run(run: Path, evaluations: Path) -> None:
     assert len(found.scores) == 3
     assert found.mix is not None
     assert "git" in found.environment
+
+
+def test_damaged_records_are_left_out(
+    run: Path, evaluations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, damaged = read_run(run, evaluations), tmp_path / "run"
+    shutil.copytree(run, damaged)
+    lines = (damaged / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (damaged / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff\0\n", *lines[1:]]))
+    table = damaged / "checkpoints/checkpoints.csv"
+    table.write_text(table.read_text() + "ckpt_900,9\n")
+    read = read_run(damaged, evaluations)
+    assert (read.steps, read.milestones) == (whole.steps, whole.milestones) and whole.milestones
+    assert f"{damaged / 'log.jsonl'}, line 2: damaged" in capsys.readouterr().err
 
 
 def test_thin_keeps_every_peak() -> None:

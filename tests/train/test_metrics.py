@@ -40,7 +40,7 @@ def test_a_damaged_line_is_dropped_by_name_at_the_next_resume(
     path.write_bytes(b"".join([*lines[:2], damage, *lines[2:], b'{"step": 5, "loss"']))
     write_steps(tmp_path, 3, 5)
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
-    assert capsys.readouterr().err == f"{path}, line 3: damaged, no record of a step; dropped\n"
+    assert capsys.readouterr().err == f"{path}, line 3: damaged, no record of a step; left out\n"
 
 
 def on_a_full_disk(run: Path) -> tuple[str, str]:
