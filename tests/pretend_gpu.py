@@ -211,7 +211,8 @@ def _pretend_cuda(gpu: Gpu, memory: int) -> None:
     CUDA_Accelerator.is_available = lambda _: True
     deepspeed.accelerator.set_accelerator(CUDA_Accelerator())
     torch.nn.Module.to = _to
-    torch.nn.functional.scaled_dot_product_attention = _flash_attention
+    functional = torch.nn.functional
+    functional.scaled_dot_product_attention = _as_a_gpu_attends(functional.scaled_dot_product_attention)
     _skip_launches(gpu)
     resize = torch.UntypedStorage.resize_
 
@@ -234,19 +235,16 @@ def _to(module: torch.nn.Module, target: torch.device) -> torch.nn.Module:
     return module
 
 
-def _flash_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """What torch takes on a GPU; a build for the CPU would form the whole matrix of scores."""
-    assert attn_mask is None and not dropout_p
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[0]
+def _as_a_gpu_attends(scaled_dot_product: Any) -> Any:
+    """Causal attention by flash, which torch takes on a GPU; for a CPU it would form the whole matrix of scores."""
+
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
+        if attn_mask is not None or not options.get("is_causal"):
+            return scaled_dot_product(query, key, value, attn_mask, **options)
+        flash, scale = torch.ops.aten._scaled_dot_product_flash_attention, options.get("scale")
+        return flash(query, key, value, 0.0, True, scale=scale)[0]
+
+    return attend
 
 
 def _answer_autograd() -> None:
