@@ -19,8 +19,11 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 
 def hugging_face(recipe: Recipe, compiled: bool) -> Step:
     """`transformers`' LlamaForCausalLM with SDPA and one FFN module for all layers, eager or under torch.compile."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
+    # It asks of every batch whether several sequences are packed in a row: on the host, or, compiled, by giving SDPA a
+    # mask, which shuts flash attention out. None are.
+    masking_utils.find_packed_sequence_indices = lambda _: None
     m = recipe.model
     config = LlamaConfig(
         vocab_size=m.vocab_size,

@@ -211,8 +211,7 @@ def _pretend_cuda(gpu: Gpu, memory: int) -> None:
     CUDA_Accelerator.is_available = lambda _: True
     deepspeed.accelerator.set_accelerator(CUDA_Accelerator())
     torch.nn.Module.to = _to
-    functional = torch.nn.functional
-    functional.scaled_dot_product_attention = _as_a_gpu_attends(functional.scaled_dot_product_attention)
+    torch.nn.functional.scaled_dot_product_attention = _flash_attention
     _skip_launches(gpu)
     resize = torch.UntypedStorage.resize_
 
@@ -235,16 +234,11 @@ def _to(module: torch.nn.Module, target: torch.device) -> torch.nn.Module:
     return module
 
 
-def _as_a_gpu_attends(scaled_dot_product: Any) -> Any:
-    """Causal attention by flash, which torch takes on a GPU; for a CPU it would form the whole matrix of scores."""
-
-    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
-        if attn_mask is not None or not options.get("is_causal"):
-            return scaled_dot_product(query, key, value, attn_mask, **options)
-        flash, scale = torch.ops.aten._scaled_dot_product_flash_attention, options.get("scale")
-        return flash(query, key, value, 0.0, True, scale=scale)[0]
-
-    return attend
+def _flash_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> torch.Tensor:
+    """What torch takes on a GPU where no mask shuts it out; a CPU would form the whole matrix of scores."""
+    assert attn_mask is None and options["is_causal"], "a mask instead of is_causal: flash attention cannot be taken"
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    return flash(query, key, value, 0.0, True, scale=options.get("scale"))[0]
 
 
 def _answer_autograd() -> None:
