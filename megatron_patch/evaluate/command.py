@@ -85,6 +85,8 @@ def _main(args: argparse.Namespace) -> int:
         return 0
     if not args.models:
         raise ValueError("no model named; give a run, a checkpoint, a Hugging Face folder or a hub name")
+    if args.tokenizer and not args.tokenizer.is_file():
+        raise ValueError(f"--tokenizer {args.tokenizer}: no such file; name a tokenizer.model or tokenizer.json")
     if args.watch and len(args.models) > 1:
         raise ValueError("--watch watches one run; start another command for another run")
     return _evaluate(args, benchmarks)

@@ -149,6 +149,8 @@ def checkpoint(folder: Path) -> Candidate:
 def _hugging_face(folder: Path, name: str) -> Candidate:
     def load(settings: Settings) -> CausalLM:
         if settings.recipe is None:
+            if settings.tokenizer:
+                raise EvaluationError(f"{folder}: has its own tokenizer; leave --tokenizer out, or add --recipe")
             return hugging_face_model(folder, settings)
         own = replace(settings, tokenizer=settings.tokenizer or tokenizer_in(folder))
         return our_model(ImportedModel(folder, recipe_of(folder, settings.recipe)), own)

@@ -26,7 +26,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from data_tools.durable import FolderBusy, folder_lock, write_whole
-from data_tools.format import canonical_json, new_digest
+from data_tools.format import canonical_json, new_digest, sha256_file
 from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
@@ -170,6 +170,7 @@ def _key(candidate: Candidate, settings: Settings, plan: Plan, benchmark: Benchm
         "precision": settings.precision,
         "empty_context": settings.empty_context,
         "data": data_digests(plan.data, task.data),
+        **({"tokenizer": sha256_file(settings.tokenizer)} if settings.tokenizer else {}),
     }
 
 

@@ -212,6 +212,10 @@ def test_other_settings_do_run_again(checkpoint: Path, data: Path, tokenizer: Pa
         assert f"ours, {limit} documents a task" in table
     (scores,) = read_scores(tmp_path)
     assert scores["tasks"]["piqa"]["documents"] == 3
+    other = tmp_path / "other.model"
+    other.write_bytes(tokenizer.read_bytes() + b"\x1a\x00")  # an empty field: other bytes, the same pieces
+    code, _, errors = evaluate_command(*[other if a == tokenizer else a for a in arguments], "--limit", "3")
+    assert (code, "piqa done (1/1)" in errors) == (0, True), errors
 
 
 @pytest.mark.parametrize(
@@ -228,6 +232,7 @@ def test_other_settings_do_run_again(checkpoint: Path, data: Path, tokenizer: Pa
         (["a", "b", "--watch"], "--watch watches one run"),
         (["DAMAGED", "--data", "DATA"], "damaged"),
         ([], "no model named"),
+        (["CHECKPOINT", "--data", "DATA", "--tokenizer", "absent.model"], "absent.model: no such file"),
     ],
 )  # fmt: skip
 def test_refusals(
