@@ -11,10 +11,12 @@ from typing import Any
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records in the order of the log; a last line that is still being written is left out.
+    """Records in the order of the log, none where there is no file; a last line still being written is left out.
 
     A line that a full or failing disk damaged is left out too, and said on standard error: the others still tell.
     """
+    if not path.exists():
+        return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):

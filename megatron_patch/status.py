@@ -6,8 +6,6 @@ Reads what training and the launcher left in the run folder; starts at once, imp
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.attempts import attempts, checkpoint_step, read_status
+from megatron_patch.log_file import records
 
 # A running job writes its status every few seconds; after this long it is not running, whatever the file says.
 SILENCE = 600.0
@@ -62,13 +61,13 @@ class Standing:
     @classmethod
     def of(cls, run: Path) -> Standing:
         steps = _steps(run / "log.jsonl")
-        records = attempts(run)
-        started = [record["started"] for record in records]
+        starts = attempts(run)
+        started = [start["started"] for start in starts]
         started += [first["time"] - first["seconds"] for first in list(steps.values())[:1]]
         return cls(
             run=run,
             status=_told(run),
-            num_attempts=len(records) or 1,
+            num_attempts=len(starts) or 1,
             checkpoint=checkpoint_step(run),
             started=min(started, default=None),
             stepping=sum(step["seconds"] for step in steps.values()),
@@ -107,7 +106,7 @@ class Standing:
             f"step         {s.get('step', 0):,} of {s.get('total_steps', 0):,}",
             f"tokens       {s.get('tokens', 0):,}",
         ]
-        if "loss" in s:
+        if s.get("loss") is not None:
             lines.append(f"loss         {s['loss']:.4f}, {s.get('tokens_per_second', 0):,.0f} tokens/s")
         lines += [
             f"ETA          {self.eta}",
@@ -134,19 +133,8 @@ def _told(run: Path) -> dict[str, Any]:
 
 
 def _steps(log: Path) -> dict[int, dict[str, Any]]:
-    """Step records by step; of a step that was done again the last one.
-
-    What is no record is left out: a line that is being written, one that a full disk cut short.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    if log.exists():
-        with log.open("rb") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):
-                    record = json.loads(line)
-                    if isinstance(record, dict) and "seconds" in record:
-                        steps[record["step"]] = record
-    return steps
+    """Step records by step; of a step that was done again the last one."""
+    return {record["step"]: record for record in records(log) if "seconds" in record}
 
 
 def _ago(moment: float) -> str:

@@ -75,7 +75,7 @@ class History:
     """RUN/log.jsonl: the last record of each step (a resumed run repeats the steps after its checkpoint)."""
 
     steps: dict[int, dict]
-    held_out: dict[int, float]
+    held_out: dict[int, float | None]
 
     @classmethod
     def read(cls, path: Path) -> History:
@@ -114,21 +114,25 @@ def _table(recipe: Recipe, history: History, segments: Segments) -> str:
             f"{last['step']:,} steps, {last['tokens']:,} tokens in {seconds:,.0f} s: "
             f"{last['tokens'] / seconds:,.0f} tokens/s",
         ),
-        ("loss", f"{first['loss']:.4f} -> {last['loss']:.4f} nats/token"),
+        ("loss", f"{_loss(first['loss'])} -> {_loss(last['loss'])} nats/token"),
     ]
     if history.held_out:
         held_out = history.held_out[max(history.held_out)]
         unigram = unigram_loss(segments, recipe.data.held_out_rows)
-        verdict = "better" if held_out < unigram else "WORSE"
-        rows += [
-            ("held-out loss", f"{held_out:.4f} nats/token over {recipe.data.held_out_rows} rows"),
-            (
-                "unigram model",
-                f"{unigram:.4f} nats/token: the model is {verdict} by {abs(unigram - held_out):.4f} "
-                f"(perplexity {math.exp(held_out):.0f} against {math.exp(unigram):.0f})",
-            ),
-        ]
+        rows.append(("held-out loss", f"{_loss(held_out)} nats/token over {recipe.data.held_out_rows} rows"))
+        comparison = f"{unigram:.4f} nats/token"
+        if held_out is not None:
+            verdict = "better" if held_out < unigram else "WORSE"
+            comparison += (
+                f": the model is {verdict} by {abs(unigram - held_out):.4f} "
+                f"(perplexity {math.exp(held_out):.0f} against {math.exp(unigram):.0f})"
+            )
+        rows.append(("unigram model", comparison))
     return "\n".join(f"{name:<15}{value}" for name, value in rows)
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _draw(history: History, path: Path, unigram: float | None) -> None:
@@ -144,7 +148,7 @@ def _draw(history: History, path: Path, unigram: float | None) -> None:
     if history.held_out:
         axes.plot(
             [step * tokens_a_step for step in history.held_out],
-            list(history.held_out.values()),
+            [math.nan if loss is None else loss for loss in history.held_out.values()],
             color="tab:orange",
             marker="o",
             label="held-out loss",

@@ -115,8 +115,8 @@ def _header(run: Run) -> str:
     tiles = [
         ("Step", f"{step:,}" + (f" <small>of {total:,}</small>" if total else "")),
         ("Tokens", amount(last.get("tokens", 0))),
-        ("Loss", f"{last['loss']:.4f}" if last.get("loss") is not None else "-"),
-        ("Held-out loss", f"{run.held_out[-1]['held_out_loss']:.4f}" if run.held_out else "-"),
+        ("Loss", _loss(last.get("loss"))),
+        ("Held-out loss", _loss(run.held_out[-1]["held_out_loss"] if run.held_out else None)),
         ("Tokens per second", f"{_lately(run, 'tokens_per_second'):,.0f}" if run.steps else "-"),
         ("MFU", f"{_lately(run, 'mfu'):.1%}" if last.get("mfu") is not None else "- <small>peak unknown</small>"),
         ("Restarts", f"{len(run.restarts)} <small>{_span(sum(r.lost for r in run.restarts))} lost</small>"),
@@ -277,6 +277,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: set[int]
     )
     whole = f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
     return whole if len(rows) <= _FOLDED_ROWS else f"<details><summary>All {len(rows)}</summary>{whole}</details>"
+
+
+def _loss(value: float | None) -> str:
+    """A dash before the first, and for one that was not finite."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _lately(run: Run, key: str) -> float:

@@ -67,8 +67,8 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise ReportError(f"{folder}: no recipe.yaml in it; name a run's folder, e.g. runs/mobillama_05b")
     run = Run(folder, load(folder / "recipe.yaml"), read_status(folder))
-    found = list(records(folder / "log.jsonl")) if (folder / "log.jsonl").exists() else []
-    for record in found:
+    logged = list(records(folder / "log.jsonl"))
+    for record in logged:
         if "loss" in record:
             run.steps.append(record)
         elif "held_out_loss" in record:
@@ -77,7 +77,7 @@ def read_run(folder: Path, evaluations: Path) -> Run:
             run.remarks.append(record)
     started = attempts(folder)
     starts = [a["started"] for a in started]
-    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(found, starts)])
+    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(logged, starts)])
     table = folder / "checkpoints" / "checkpoints.csv"
     if table.is_file():
         with table.open(newline="", errors="replace") as stream:
@@ -103,17 +103,17 @@ def restarts(steps: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[R
     return found
 
 
-def unrecorded_starts(records: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[float]:
+def unrecorded_starts(logged: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[float]:
     """Starts by hand, of which only Slurm's launcher keeps records: gaps of the log that hold none of `starts`.
 
     A step's time begins where the record before it ends, but for a save, and a first step where the ranks are ready.
     """
     found = []
-    steps = [(i, r["time"] - r["seconds"]) for i, r in enumerate(records) if "seconds" in r]
+    steps = [(i, r["time"] - r["seconds"]) for i, r in enumerate(logged) if "seconds" in r]
     if steps and not any(start <= steps[0][1] for start in starts):
         found.append(steps[0][1])
     for i, begun in steps:
-        before = records[i - 1]["time"] if i else begun
+        before = logged[i - 1]["time"] if i else begun
         if begun - before > _LONGEST_SAVE and not any(before < start <= begun for start in starts):
             found.append(begun)
     return found

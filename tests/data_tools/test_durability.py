@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import random
 import resource
@@ -215,14 +216,21 @@ def test_a_finished_folder_is_not_written_again(name: str, stages: dict[str, Sta
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "train_000.jsonl")
-    command = [sys.executable, "data_tools/build_amber.py", "index", "--input", tmp_path, "--output", tmp_path / "data"]
-    stage = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=terminal_signals)
-    with (tmp_path / "train_000.jsonl").open("w"):  # opens when the stage has opened it
-        stage.send_signal(signal.SIGINT)
-        said = stage.communicate()[1]
-    assert (stage.returncode, said) == (130, "interrupted: the same command goes on, finished work is kept\n")
+def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    row = json.dumps({"token_ids": [1, 2, 3, 4], "source": "arxiv"}) + "\n"
+    (tmp_path / "train_000.jsonl").write_text(row * 500_000)
+    out = tmp_path / "data"
+    command = [sys.executable, "data_tools/build_amber.py", "index", "--input", tmp_path, "--output", out]
+    stage = subprocess.Popen(
+        [*command, "--row-length", "4"], stderr=subprocess.PIPE, text=True, preexec_fn=terminal_signals
+    )
+    while not (out / "segment_000.bin.partial").exists():
+        assert stage.poll() is None
+    stage.send_signal(signal.SIGINT)
+    said = stage.communicate()[1]
+    assert stage.returncode == 130
+    assert said.endswith("interrupted: the same command goes on, finished work is kept\n") and "Traceback" not in said
+    assert not [path for path in out.iterdir() if not path.name.startswith(".lock")]
 
 
 def terminal_signals() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from megatron_patch.__main__ import main
 from megatron_patch.report.read import read_run, restarts, unrecorded_starts
 from megatron_patch.report.series import Axes, thin
+from megatron_patch.summary import History
 
 
 def steps(*ends: float) -> list[dict[str, float]]:
@@ -133,3 +135,25 @@ def test_compare_refuses_what_is_neither_run_nor_recipe(tmp_path: Path, capsys: 
     ):
         assert main(["report", "--compare", str(path)]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_numbers_that_were_not_finite_and_a_line_cut_short(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    lines = (run / "log.jsonl").read_text().splitlines()
+    odd = [{**json.loads(line), "time": 4e9} for line in lines if '"step": 60' in line]  # the last step and held-out
+    odd = [{k: None if k in ("loss", "grad_norm", "held_out_loss") else v for k, v in r.items()} for r in odd]
+    assert len(odd) == 2
+    cut = [lines[0], lines[1][:30], *lines[2:]]
+    (copy / "log.jsonl").write_text("\n".join([*cut, *map(json.dumps, odd), lines[3][:20]]))
+    status = json.loads((copy / "status.json").read_text())
+    (copy / "status.json").write_text(json.dumps({**status, "loss": None}))
+    assert main(["report", str(copy), "--evaluations", str(tmp_path / "none")]) == 0
+    assert "<dt>Held-out loss</dt><dd>-</dd>" in (copy / "report.html").read_text()
+    assert main(["status", str(copy)]) == 0
+    assert "loss" not in capsys.readouterr().out
+    history = History.read(copy / "log.jsonl")
+    assert (history.steps[60]["loss"], history.held_out[60]) == (None, None)
+    assert json.loads(lines[1])["step"] not in history.steps
