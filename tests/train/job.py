@@ -87,7 +87,8 @@ class Job:
         """Exit codes; as soon as a rank fails the others are killed. AssertionError with the log at the time limit."""
         deadline = time.monotonic() + timeout
         while alive := [p for p in self.ranks if p.exitcode is None]:
-            wait([p.sentinel for p in alive], max(0.0, deadline - time.monotonic()))
+            if not any(p.exitcode for p in self.ranks):  # a rank may have failed before this began to wait
+                wait([p.sentinel for p in alive], max(0.0, deadline - time.monotonic()))
             if any(p.exitcode for p in self.ranks):
                 for process in self.ranks:  # a failure of all ends them within moments
                     process.join(2)
