@@ -70,7 +70,7 @@ test: $(VENV)/ready-dev
 
 test-cluster: $(VENV)/ready-dev
 	tests/cluster/install.sh
-	PYTHON=$(CURDIR)/$(BIN)/python tests/cluster/run
+	PYTHON="$(CURDIR)/$(BIN)/python" tests/cluster/run
 
 soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak
@@ -97,7 +97,7 @@ asan: $(VENV)/ready-dev
 	AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATION)" \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/asan build/asan/source
 	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc $(CURDIR)/$(BIN)/python -m pytest --noconftest -p no:cacheprovider \
+	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc "$(CURDIR)/$(BIN)/python" -m pytest --noconftest -p no:cacheprovider \
 	    tests/data_tools/test_row_parser.py tests/data_tools/test_fuzz_files.py
 
 lint: $(VENV)/ready-dev

@@ -14,16 +14,27 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+log() { printf '%(%F %T)T launch: %s\n' -1 "$*"; }
+
+# What the submitting shell had for another Python must not shadow the site's packages, nor may ~/.local.
+unset PYTHONPATH PYTHONHOME
+export PYTHONNOUSERSITE=1
+site_failed() {
+    log "refused: slurm/site.sh failed on $SLURMD_NODENAME, see above; site_environment must end with a python that" \
+        "has the dependencies (make env, or environment.yml)"
+}
+trap site_failed EXIT
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
 site_environment
+trap - EXIT
 
 attempt_job=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 series=${MOBILLAMA_CHAIN:-job-$SLURM_JOB_ID}    # slurm/chain.sh names a chain
 # These describe the batch script's own step and would be taken as options by every srun below.
 unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
-
-log() { printf '%(%F %T)T launch: %s\n' -1 "$*"; }
+unset SLURM_EXPORT_ENV    # sbatch --export=NONE: this shell starts bare, its ranks need what it has set since
 
 # The other jobs of a chain have nothing left to do.
 end_chain() {
@@ -37,6 +48,12 @@ give_up() {
     end_chain
     site_alert "job $SLURM_JOB_ID ($SLURM_JOB_NAME) is given up" "$1"
     exit 1
+}
+
+requeue() {
+    log "putting the job back in the queue"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        give_up "Slurm does not put this job back (--no-requeue?): submit it again, or use slurm/chain.sh"
 }
 
 # step OPTION... -- COMMAND...: a job step in the site's environment or container. Takes the place of the shell, so that
@@ -131,7 +148,7 @@ evaluate)
         exit 2
     fi
     # Before the time limit the job is put back in the queue; what the watch is at then is done again, by whoever is next.
-    trap 'log "putting the job back in the queue"; scontrol requeue "$SLURM_JOB_ID"' USR1
+    trap requeue USR1
     step --nodes=1 --ntasks=1 -- python -m megatron_patch eval "$@" --watch --data "$SITE_BENCHMARKS" \
         --output "$SITE_EVALUATIONS" &
     watch=$!
@@ -140,10 +157,15 @@ evaluate)
     exit
     ;;
 esac
+if ((SITE_RANKS_PER_NODE > ${SLURM_GPUS_ON_NODE:-SITE_RANKS_PER_NODE})); then
+    log "refused: SITE_RANKS_PER_NODE is $SITE_RANKS_PER_NODE in slurm/site.sh, the job has $SLURM_GPUS_ON_NODE GPUs a" \
+        "node: lower it, or submit with --gpus-per-node=$SITE_RANKS_PER_NODE"
+    exit 2
+fi
 nodes=$(hosts_by_switch)
 recipe=$1
 shift
-overrides=("data.folder=$SITE_DATA" "run.folder=$SITE_RUNS/$(basename "$recipe" .yaml)" "$@")
+overrides=("data.folder=$SITE_DATA" "run.folder=$SITE_RUNS/${MOBILLAMA_RUN:-$(basename "$recipe" .yaml)}" "$@")
 
 if [[ $verb == check ]]; then
     folder=$SITE_LOGS/preflight/$attempt_job
@@ -160,7 +182,10 @@ trap 'asked_to_stop=yes; log "asked to stop: saving a checkpoint first"' USR1 TE
 
 # shellcheck disable=SC2086  # one word a node
 read -r decision attempt run < <(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
-    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || exit 2
+    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || {
+    log "not started, for the reason above; submit the template again when it is mended"
+    exit 2
+}
 case $decision in
 go) ;;
 complete | stop)
@@ -217,13 +242,13 @@ status=0
 wait "$training" || status=$?
 log "the ranks ended with status $status"
 
-decision=$(here python -m megatron_patch.attempts end "$run" --series "$series" --limit "$SITE_ATTEMPTS")
+if ! decision=$(here python -m megatron_patch.attempts end "$run" --series "$series" --limit "$SITE_ATTEMPTS"); then
+    log "Slurm has ended this job, or see above; unless it is put back (preemption), submit the template again to go on"
+    exit 1
+fi
 case $decision in
 again)
-    if [[ -z ${MOBILLAMA_CHAIN:-} ]]; then
-        log "putting the job back in the queue"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
+    [[ -n ${MOBILLAMA_CHAIN:-} ]] || requeue
     ;;
 complete | stop) end_chain ;;
 *) give_up "see the reason above and in $run/status.json" ;;

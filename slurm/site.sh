@@ -33,7 +33,9 @@ site_environment() {
     source "$SITE_REPOSITORY/.venv/bin/activate"
 }
 # A container instead (see slurm/Dockerfile): options that pyxis adds to srun, or a command put before python.
-SITE_SRUN_OPTIONS=()        # pyxis/enroot: (--container-image=/shared/mobillama.sqsh --container-mounts=/shared:/shared)
+# pyxis/enroot: (--container-image=/shared/mobillama.sqsh --container-mounts=/shared:/shared
+#                --container-workdir="$SITE_REPOSITORY")
+SITE_SRUN_OPTIONS=()
 SITE_WRAPPER=()             # apptainer: (apptainer exec --nv --bind /shared /shared/mobillama.sif)
 
 # ---- How the allocation is used --------------------------------------------------------------------------------------

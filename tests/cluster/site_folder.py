@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # What differs from a real cluster: the virtual environment of the tests, one CPU rank a node, and thresholds for two
 # cores that all pretended nodes share.
 SITE_EDITS = {
-    'source "$SITE_REPOSITORY/.venv/bin/activate"': f"PATH={Path(sys.executable).parent}:$PATH",
+    'source "$SITE_REPOSITORY/.venv/bin/activate"': f'PATH="{Path(sys.executable).parent}:$PATH"',
     "SITE_RANKS_PER_NODE=8 ": "SITE_RANKS_PER_NODE=1 ",
     "SITE_PREFLIGHT_OPTIONS=()": (
         "SITE_PREFLIGHT_OPTIONS=(--slow 0.0001 --slow-network 0.01 --slow-disk 0.0001 --patience 60)"
@@ -64,8 +64,9 @@ class Site:
     """A folder as a site would have it, on a cluster."""
 
     def __init__(self, cluster: Cluster, folder: Path, steps: int = 60, edits: Mapping[str, str] = {}) -> None:
-        self.cluster, self.folder = cluster, folder
-        folder.mkdir()
+        self.cluster, self.folder = cluster, folder / "projet à part"  # a site's paths are not ours to choose
+        folder = self.folder
+        folder.mkdir(parents=True)
         shutil.copytree(REPOSITORY / "slurm", folder / "slurm")
         shutil.copytree(REPOSITORY / "recipes", folder / "recipes")
         for package in ("megatron_patch", "data_tools"):
@@ -84,11 +85,23 @@ class Site:
         site.write_text(text.replace(line, edited))
 
     def submit(self, template: str, *options: str, arguments: tuple[str, ...] = ()) -> int:
-        """Source site.sh and sbatch a template from a folder that is not the repository; returns the job's number."""
+        """Source site.sh and sbatch a template from a folder that is not the repository; returns the job's number.
+
+        The submitting shell is that of somebody who works with another Python, too.
+        """
         command = ["sbatch", "--parsable", *options, str(self.folder / "slurm" / template), *arguments]
         script = 'source "$1"; shift; cd /; exec "$@"'
-        done = self.cluster.command("bash", "-c", script, "submit", self.folder / "slurm/site.sh", *command)
+        site = self.folder / "slurm/site.sh"
+        done = self.cluster.command(
+            "bash", "-c", script, "submit", site, *command, PYTHONPATH=str(self._other_python())
+        )
         return int(done.split()[-1])
+
+    def _other_python(self) -> Path:
+        folder = self.folder / "other python"
+        folder.mkdir(exist_ok=True)
+        (folder / "yaml.py").write_text('raise SystemExit("a package of another Python")\n')
+        return folder
 
     def output(self, job: int) -> str:
         """What Slurm wrote for a job."""

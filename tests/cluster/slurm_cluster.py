@@ -20,6 +20,7 @@ CONTROLLER = "10.77.0.1"
 T = TypeVar("T")
 
 # cred_expire is also the delay before a requeued job may start again (120 s by default).
+# JobRequeue=0: what a template needs, it asks for.
 # config_overrides lets a node claim more processors and memory than the machine has.
 SLURM_CONF = """\
 ClusterName=tests
@@ -53,7 +54,7 @@ SlurmdTimeout=5
 MessageTimeout=20
 KillWait=20
 MinJobAge=3600
-JobRequeue=1
+JobRequeue=0
 TopologyPlugin=topology/tree
 NodeName={nodes} NodeAddr=10.77.0.[{first}-{last}] CPUs=128 Sockets=2 CoresPerSocket=64 ThreadsPerCore=1 \
 RealMemory=1000000 Gres=gpu:a100:{gpus} State=UNKNOWN
@@ -272,6 +273,12 @@ class Cluster:
     def signal_rank(self, name: str, signal: str) -> None:
         """Send a signal to every training process on a node."""
         self.on_node(name, "pkill", f"-{signal}", "-f", "megatron_patch train")
+
+    def rank_environment(self, name: str) -> dict[str, str]:
+        """Variables of a training process on a node."""
+        script = "cat /proc/$(pgrep -f 'megatron_patch [t]rain' | head -n 1)/environ"
+        entries = self.on_node(name, "bash", "-c", script).split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
     def wait_job(self, number: int, state: str, timeout: float) -> dict[str, str]:
         return wait_for(

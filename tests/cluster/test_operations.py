@@ -20,9 +20,11 @@ def make_site(cluster: Cluster, folder: Path, data: Path, steps: int = 60, prefl
 
 def test_smoke_job_checks_trains_saves_requeues_and_resumes(cluster: Cluster, scratch: Path, data: Path) -> None:
     site = make_site(cluster, scratch / "smoke", data, preflight="yes")
+    site.edit("SITE_RUNS=$SITE_REPOSITORY/runs ", "SITE_RUNS=$SITE_REPOSITORY/elsewhere ")
+    site.edit("SITE_WRAPPER=()", "SITE_WRAPPER=(env SITE_WRAPPED=yes)")
     job = site.submit("smoke.sbatch")
     output = site.finish(job, timeout=400)
-    run = site.folder / f"runs/smoke-{job}"
+    run = site.folder / f"elsewhere/smoke-{job}"
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["step"]) == ("completed", 20), output
     assert output.count("checking 2 nodes") == 2, output
@@ -30,6 +32,7 @@ def test_smoke_job_checks_trains_saves_requeues_and_resumes(cluster: Cluster, sc
     records = [json.loads(p.read_text()) for p in sorted((run / "environment").glob("attempt_*.json"))]
     assert [record["attempt"] for record in records] == [1, 2]
     assert 0 == records[0]["checkpoint_step"] < records[1]["checkpoint_step"] < 20
+    assert records[0]["variables"]["SITE_WRAPPED"] == "yes"
     assert len(records[0]["nodes"]) == 2 and records[0]["recipe"]["run"]["steps"] == 20
     sent = (cluster.root / "mail/sent").read_text()
     assert f"Job_id={job} Name=smoke" in sent and "COMPLETED" in sent
@@ -47,13 +50,30 @@ def test_a_stop_file_ends_the_run_with_a_checkpoint(cluster: Cluster, scratch: P
     assert 50 <= status["step"] < 400
 
 
+def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "unready", data)
+    (site.folder / "runs").touch()
+    output = site.finish(site.submit("pretrain_05b.sbatch", "--nodes=1"), expected="FAILED")
+    assert f"refused: run.folder {site.folder}/runs/mobillama_05b: cannot be written" in output
+    assert "Traceback" not in output
+    site.edit("SITE_RANKS_PER_NODE=1 ", "SITE_RANKS_PER_NODE=16 ")
+    output = site.finish(site.submit("preflight.sbatch", "--nodes=1"), expected="FAILED")
+    assert "refused: SITE_RANKS_PER_NODE is 16 in slurm/site.sh, the job has 8 GPUs a node" in output
+    site.edit("PATH=", "module load CUDA && PATH=")
+    for template in ("pretrain_05b.sbatch", "preflight.sbatch"):
+        output = site.finish(site.submit(template, "--nodes=1"), expected="FAILED")
+        assert "module: command not found" in output
+        assert "refused: slurm/site.sh failed on dgx" in output
+
+
 def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: Path, data: Path) -> None:
     site = make_site(cluster, scratch / "hopeless", data)
     site.edit("SITE_ATTEMPTS=3", "SITE_ATTEMPTS=2")
+    site.edit("SITE_SPARE_NODES=0", "SITE_SPARE_NODES=1")
     # The loss overflows in the first steps of every attempt; only the first attempt gets as far as a checkpoint.
     job = site.submit("pretrain_05b.sbatch", "--nodes=2", arguments=("optimizer.learning_rate=1.0e30",))
     output = site.finish(job, expected="FAILED")
-    assert output.count("launch: attempt") == 3, output
+    assert output.count("launch: attempt") == output.count("training on 1 nodes") == 3, output
     status = site.status()
     assert status["state"] == "failed"
     assert "2 attempts without a new checkpoint" in status["reason"] and "nan" in status["reason"]

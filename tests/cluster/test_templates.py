@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ def test_slurm_accepts_the_template(cluster: Cluster, template: str) -> None:
     nodes = {"pretrain": 19, "preflight": 20, "smoke": 2}.get(template.split("_")[0].split(".")[0], 1)
     assert "to start at" in answer
     assert f"using {128 * 20 if nodes == 19 else 128 * nodes} processors" in answer or nodes == 1, answer
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_outlives_its_time_limit_is_warned_and_put_back(template: str) -> None:
+    text = (REPOSITORY / "slurm" / template).read_text()
+    long = 'launch.sh" train' in text or 'launch.sh" evaluate' in text
+    warned = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE)
+    assert (warned is not None and int(warned[1]) >= 60) == long
+    assert "\n#SBATCH --open-mode=append\n" in text
+    assert ("\n#SBATCH --requeue\n" in text) == (template != "preflight.sbatch")
 
 
 def test_slurm_refuses_what_this_cluster_has_not(cluster: Cluster) -> None:

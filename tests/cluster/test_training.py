@@ -66,10 +66,30 @@ def check_like(site: Site, undisturbed: Site, output: str, attempts: int) -> Non
 
 
 def test_requeue_by_the_admin(site: Site, undisturbed: Site) -> None:
-    job = submit(site)
+    job = submit(site, "--export=NONE")  # nothing of the submitting shell; all that site.sh and the launcher set
     site.wait_for_step(job, DISTURB_AT)
+    hosts = site.cluster.hosts(job)
+    variables = site.cluster.rank_environment(hosts[1])
+    assert variables["MASTER_ADDR"] == hosts[0]
+    assert (variables["OMP_NUM_THREADS"], variables["NCCL_IB_TIMEOUT"], variables["NCCL_DEBUG"]) == ("1", "22", "WARN")
+    for name in ("NCCL_DEBUG_FILE", "TORCH_FR_DUMP_TEMP_FILE"):
+        assert Path(variables[name]).parent == site.run_folder() / "logs/attempt_1/nccl"
     site.cluster.command("scontrol", "requeue", str(job))
     output = site.finish(job)
+    check_like(site, undisturbed, output, attempts=2)
+
+
+def test_a_cancelled_job_stays_cancelled(site: Site, undisturbed: Site) -> None:
+    """Its ranks save a checkpoint; submitted again, it goes on from there."""
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    site.cluster.command("scancel", str(job))
+    wait_for(lambda: "Slurm has ended this job" in site.output(job), "the launcher's last word", 30)
+    output = site.finish(job, expected="CANCELLED")
+    assert site.status()["state"] == "stopped", output
+    job = submit(site)
+    output = site.finish(job)
+    assert "resuming from" in output
     check_like(site, undisturbed, output, attempts=2)
 
 
