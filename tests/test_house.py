@@ -82,7 +82,9 @@ def test_conda_and_the_image_install_what_is_pinned_and_tested() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     versions = dict(package.split("=") for package in conda if "=" in package)
-    assert pip["pip"][:2] == ["-c constraints.txt", "-e .[eval]"], "what is installed, and its pins, stand there alone"
+    assert pip["pip"][:2] == ["-c constraints.txt", "-e .[eval]"]
+    pins = (ROOT / "constraints.txt").read_text() + (ROOT / "pyproject.toml").read_text()
+    assert not [package for package in pip["pip"][2:] if package not in pins], "repeated, not decided, here"
     image = re.search(r"^FROM nvidia/cuda:(\d+)\..*-ubuntu(.*)$", (ROOT / "slurm/Dockerfile").read_text(), re.MULTILINE)
     admitted = re.search(r'^requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert image is not None and admitted is not None
