@@ -125,6 +125,8 @@ class Benchmark:
     def model(self, name: str) -> None:
         """Our training step of one recipe, at every micro-batch, then a breakdown at the fastest."""
         recipe = self.recipe(name)
+        if recipe.run.deterministic:
+            device.make_deterministic()
         place = topology.initialize(recipe.parallel)
         trainer = Trainer(recipe, place, self.rows)
         if trainer.recipe.kernels == "auto":
@@ -133,6 +135,7 @@ class Benchmark:
             self.our_cases(name, trainer)
         finally:
             free(trainer)
+            torch.use_deterministic_algorithms(False)  # peers run at their fastest
 
     def our_cases(self, name: str, trainer: Trainer) -> None:
         recipe = trainer.recipe
@@ -160,6 +163,9 @@ class Benchmark:
             self.attempt(f"{name}, breakdown", 60, lambda: self.breakdown(name, trainer, share, shortest))
             self.attempt(f"{name}, host waits", 20, lambda: self.synchronisations(name, trainer, share))
             self.attempt(f"{name}, run to run", 30, lambda: self.run_to_run(name, trainer, share))
+            if name == MODELS[0]:
+                free_bits = f"{name}, run.deterministic=false"
+                self.attempt(free_bits, 30, lambda: self.not_deterministic(free_bits, trainer, share))
 
     def breakdown(self, name: str, trainer: Trainer, share: BatchShare, seconds: float) -> None:
         optimizer = trainer.optimizer
@@ -179,6 +185,13 @@ class Benchmark:
             answers.append([loss.clone(), *(buffer.flat.clone() for buffer in trainer.optimizer.buffers)])
         same = all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
         self.results.setdefault("bit_equal_run_to_run", {})[name] = same
+
+    def not_deterministic(self, name: str, trainer: Trainer, share: BatchShare) -> None:
+        """What the same bits from run to run cost."""
+        torch.use_deterministic_algorithms(False)
+        _reset_peak()
+        seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=2, repeats=3)
+        self.add_case(name, share.tokens.shape[1], trainer.recipe, seconds)
 
     def synchronisations(self, name: str, trainer: Trainer, share: BatchShare) -> None:
         """How often a step makes the host wait for the GPU: never, is what it should be."""

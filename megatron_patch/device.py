@@ -44,12 +44,14 @@ def current() -> torch.device:
 
 
 def make_deterministic() -> None:
-    """The same bits in every run of a layout: deterministic kernels, one collective algorithm. Costs speed.
+    """The same bits in every run of a layout: deterministic kernels, one collective algorithm.
 
     Call it before the process group and the first matrix product. The rank map must be the same too.
     """
     os.environ |= {"NCCL_ALGO": "Ring", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
     torch.use_deterministic_algorithms(True)
+    # Else every torch.empty would be written twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def init_process_group(timeout: timedelta) -> None:

@@ -175,7 +175,7 @@ class Run(Section):
     log_interval: int = Field(1, gt=0)
     tensorboard: bool = Field(False, description="Write event files where tensorboard is installed.")
     wall_minutes: float = Field(0.0, ge=0, description="Stop with a checkpoint after this long; 0: no budget.")
-    deterministic: bool = Field(False, description="Bit-reproducible kernels and collectives on GPUs.")
+    deterministic: bool = Field(True, description="Bit-reproducible kernels and collectives on GPUs.")
 
 
 class Recipe(Section):

@@ -1,4 +1,4 @@
-"""run.deterministic: every operation of a step has a deterministic form, and two runs give the same bits."""
+"""run.deterministic, the default: each operation of a step has a deterministic form, two runs give the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_two_runs_give_the_same_bits(data_folder: Path, tmp_path: Path) -> None:
         Trainer.compute = compute
 
     for name in ("one", "other"):
-        settings = run_settings(data_folder, tmp_path / name, "run.deterministic=true", "run.steps=6")
+        settings = run_settings(data_folder, tmp_path / name, "run.steps=6")
         Job(4, settings, tmp_path / "log", before).run()
     assert history(tmp_path / "one") == history(tmp_path / "other")
     assert_bit_equal(newest(tmp_path / "one"), newest(tmp_path / "other"))
