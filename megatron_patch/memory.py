@@ -222,7 +222,9 @@ def _traffic(place: Place) -> Iterator[Traffic]:
     ffn, norms = (sum(g.size for g in groups if g.replication == kind) for kind in ("ffn", "norm"))
     yield Traffic("data", "gradients, in backward", "reduce-scatter", dp, FP32 * early, hidden=True)
     yield Traffic("data", "gradients, after it", "reduce-scatter", dp, FP32 * (flat - early))
-    yield Traffic("data", "weights", "all-gather", dp, place.element * flat)
+    # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
+    yield Traffic("data", "weights, for layer 0", "all-gather", dp, place.element * (flat - early))
+    yield Traffic("data", "weights, in forward", "all-gather", dp, place.element * early, hidden=True)
     yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * ffn // dp)
     part = place.hidden_bytes // (p.tensor if p.sequence else 1)
     hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
