@@ -81,4 +81,5 @@ export OMP_NUM_THREADS=1
 # Blocks of the allocator grow instead of fragmenting; costs nothing at a fixed shape and saves a restart.
 export PYTORCH_ALLOC_CONF=expandable_segments:True
 # Kernels are compiled by every rank at its first start and kept here: on the node, not in a home that all nodes share.
-export TRITON_CACHE_DIR=/tmp/triton-$(id -un)
+TRITON_CACHE_DIR=/tmp/triton-$(id -un)
+export TRITON_CACHE_DIR
