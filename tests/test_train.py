@@ -79,7 +79,7 @@ def test_kernels_that_cannot_run_here_are_refused(data_folder, tmp_path, monkeyp
     settings = [*TOY, f"data.folder={data_folder}", f"run.folder={run}", "run.steps=4", "kernels=triton"]
     code, errors = run_ranks(1, run_main, settings)[0]
     assert code == 2
-    assert re.search("refused: kernel .*triton cannot run here: .*; use kernels=auto", errors), errors
+    assert re.search("refused: kernel .* cannot run here as triton: .*; use kernels=auto", errors), errors
     assert json.loads((run / "status.json").read_text())["reason"].startswith("refused: kernel ")
 
 

@@ -64,7 +64,7 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
                 break
             faults.append(f"{candidate}: {fault}")
         if faults and wanted != "auto":
-            raise KernelError(f"kernel {kernel} cannot run here by {faults[0]}; use kernels=auto or =reference")
+            raise KernelError(f"kernel {kernel} cannot run here as {faults[0]}; use kernels=auto or =reference")
         if faults:
             taken = accepted.get(kernel, "reference")
             warnings.warn(f"kernel {kernel} runs as {taken}, which is slower: {'; '.join(faults)}", stacklevel=2)

@@ -133,7 +133,7 @@ def test_a_kernel_that_is_wrong_is_refused(monkeypatch, where, wrong):
 
     monkeypatch.setattr(triton_swiglu, "swiglu", broken)
     choice._named.cache_clear()
-    with pytest.raises(choice.KernelError, match="kernel swiglu cannot run here by triton: answer 0 is off by"):
+    with pytest.raises(choice.KernelError, match="kernel swiglu cannot run here as triton: answer 0 is off by"):
         choice.choose("triton", where)
     choice._named.cache_clear()
     assert set(choice.choose("reference", where).values()) == {"reference"}

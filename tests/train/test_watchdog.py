@@ -164,6 +164,7 @@ def stands_still(rank: int) -> None:
 
         def run(self: Trainer, *args, **kwargs):
             if next(calls) == 4:
+                self.optimizer.gather()  # what rank 0 waits for is not the step before
                 wait_for_ever()
             return real(self, *args, **kwargs)
 
@@ -183,6 +184,7 @@ def is_stopped(rank: int) -> None:
 
         def run(self: Trainer, *args, **kwargs):
             if next(calls) == 4:
+                self.optimizer.gather()
                 os.kill(os.getpid(), signal.SIGSTOP)
             return real(self, *args, **kwargs)
 
