@@ -7,15 +7,14 @@ A change that claims speed shows that losses stay what they were: bit-equal wher
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_patch.arguments import amount, count
+from megatron_patch.log_file import DAMAGED, record_of, whole_lines
 
 VALUES = ("loss", "grad_norm", "held_out_loss")
 
@@ -75,16 +74,13 @@ def read(place: Path) -> dict[Point, float | None]:
     """
     file = place / "log.jsonl" if place.is_dir() else place
     points: dict[Point, float | None] = {}
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                record = json.loads(line)
-                step = operator.index(record["step"])
-                points |= {Point(v, step): _number(record[v]) for v in VALUES if v in record}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ComparisonError(f"{file}, line {number}: not a line of a log.jsonl ({error})") from error
+    for number, line in whole_lines(file):
+        where = f"{file}, line {number}"
+        try:
+            record = record_of(line)
+            points |= {Point(v, record["step"]): _number(record[v]) for v in VALUES if v in record}
+        except DAMAGED as error:
+            raise ComparisonError(f"{where}: not a line of a log.jsonl ({error})") from error
     return points
 
 
