@@ -18,6 +18,7 @@ def test_two_runs_give_the_same_bits(data_folder: Path, tmp_path: Path) -> None:
 
         def compute(self: Trainer, *args):
             assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
             return real(self, *args)
 
         Trainer.compute = compute
