@@ -189,6 +189,9 @@ def _pretend_cuda(gpu: Gpu, memory: int) -> None:
     for name in (*nothing, "set_sync_debug_mode"):
         setattr(torch.cuda, name, lambda *_: None)
 
+    # As a torch for the CPU answers: where one for CUDA saw a device, torch itself would turn to the driver.
+    torch.cuda.is_available = lambda: False
+
     def set_device(wished: Any) -> None:
         assert torch.device("cuda", wished) == GPU, f"there is no GPU {wished}"
 
