@@ -36,14 +36,19 @@ TABLE_1 = {  # paper Table 1 and section 4: parameters in billions, GPU hours in
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, nargs="?", help="a file of recipes/; none: the paper's models in a table")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+def add_cluster(parser: argparse._ActionsContainer) -> None:
+    """What is planned for; `report --compare` plans for the same."""
     parser.add_argument("--nodes", type=count, default=20, help="nodes to run on (20)")
     parser.add_argument("--gpus", choices=GPUS, default="a100-80g", help="what the nodes hold (a100-80g)")
     parser.add_argument(
         "--mfu", type=share, default=0.45, help="assumed model FLOP utilisation, all waits included (0.45)"
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, nargs="?", help="a file of recipes/; none: the paper's models in a table")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    add_cluster(parser)
     parser.add_argument(
         "--restart-minutes", type=amount, default=5, help="assumed loss a restart, beside redone steps (5)"
     )

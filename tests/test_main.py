@@ -1,6 +1,7 @@
 """Every verb has its module and says what it takes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,30 @@ def test_unknown_verb_is_refused_with_the_known_ones(capsys):
         main(["trian"])
     assert ended.value.code == 2
     assert "trian" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan --nodes 0",
+        "plan --mfu nan",
+        "report --compare recipes/demo.yaml --nodes 0",
+        "report --compare recipes/demo.yaml --mfu 0",
+        "report --compare recipes/demo.yaml --mfu nan",
+        "eval RUN --limit 0",
+        "eval RUN --batch-size -1",
+        "eval RUN --watch --every -1",
+        "eval RUN --watch --patience nan",
+        "loss_compare A B --bound nan",
+        "summary RUN --tokens 0",
+        "check recipes/demo.yaml --slow 2",
+    ],
+)
+def test_a_number_without_a_meaning_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert re.search(r"error: argument --[\w-]+: .* is needed", capsys.readouterr().err)
 
 
 def test_a_rank_without_a_world_is_refused(capsys, monkeypatch):

@@ -15,6 +15,7 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_patch.arguments import amount, count
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, Benchmark
 from megatron_patch.evaluate.tables import Format, newest, render
 from megatron_patch.results import read_scores
@@ -28,13 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("evaluations"), help="folder of results")
     parser.add_argument("--benchmarks", default=",".join(BY_NAME), help="names from: " + ", ".join(BY_NAME))
     parser.add_argument("--watch", action="store_true", help="evaluate the milestones of a run as they appear")
-    parser.add_argument("--every", type=float, default=60, help="of --watch: seconds between two looks at the run")
+    parser.add_argument("--every", type=amount, default=60, help="of --watch: seconds between two looks at the run")
     parser.add_argument(
-        "--patience", type=float, default=24, help="of --watch: hours of silence after which a run counts as given up"
+        "--patience", type=amount, default=24, help="of --watch: hours of silence after which a run counts as given up"
     )
-    parser.add_argument("--limit", type=int, help="documents a task, for a trial")
+    parser.add_argument("--limit", type=count, help="documents a task, for a trial")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: as stored")
-    parser.add_argument("--batch-size", type=int, help="rows a batch; default: as many as fit")
+    parser.add_argument("--batch-size", type=count, help="rows a batch; default: as many as fit")
     parser.add_argument(
         "--empty-context",
         choices=("eos", "bos"),

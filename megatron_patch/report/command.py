@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from data_tools.durable import write_whole
-from megatron_patch.gpus import GPUS
+from megatron_patch.plan import add_cluster
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="HTML file (RUN/report.html); of --compare: an image")
     parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
     parser.add_argument("--compare", action="store_true", help="print Table 1 with these runs and recipes")
-    parser.add_argument("--nodes", type=int, default=20, help="of a planned model, as in `plan`")
-    parser.add_argument("--gpus", choices=GPUS, default="a100-80g", help="of a planned model")
-    parser.add_argument("--mfu", type=float, default=0.45, help="assumed of a planned model")
+    add_cluster(parser.add_argument_group("planned models of --compare"))
 
 
 def main(args: argparse.Namespace) -> int:
