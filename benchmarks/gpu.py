@@ -21,7 +21,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Benchmark:
         self.deadline = time.monotonic() + 60 * minutes
         self.micro_batches = (1, 2) if small else (4, 8, 16, 32)
         self.rows = 4 if small else ROWS_A_STEP
-        now = datetime.now(timezone.utc)
+        now = datetime.now(UTC)
         self.results: dict[str, Any] = {
             "date": now.isoformat(timespec="seconds"),
             "commit": _commit(),

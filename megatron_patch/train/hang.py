@@ -11,7 +11,7 @@ import os
 import platform
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from megatron_patch import device
@@ -74,7 +74,7 @@ class HangWatch:
     def _report(self) -> None:
         still = time.monotonic() - self._last
         with self._path.open("w") as file:
-            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            now = datetime.now(UTC).isoformat(timespec="seconds")
             file.write(f"rank {self._rank} on {platform.node()}, {now}: {self._phase} for {still:.0f} s\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

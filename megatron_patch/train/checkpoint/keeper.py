@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.recipe import Recipe
@@ -100,7 +100,7 @@ class Keeper:
                 samples=saved.state.samples,
                 tokens=saved.state.tokens,
                 segments=f"{first}-{(step - 1) // self._order.steps_per_segment}",
-                wall_time=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                wall_time=datetime.now(UTC).isoformat(timespec="seconds"),
                 contents=saved.contents,
                 digest=saved.digest,
             )
