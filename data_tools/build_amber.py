@@ -11,7 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError, DatasetManifest
+from data_tools.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DataError, DatasetManifest
 
 AMBER = Path(__file__).with_name("amber.yaml")
 
@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     mix.add_argument(
         "--held-out-per-source", type=_count(0), default=0, metavar="N", help="rows kept from training (0)"
     )
-    mix.add_argument("--seed", type=_count(0), default=11111, metavar="N", help="chooses the held-out rows (11111)")
+    mix.add_argument("--seed", type=_count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
     _add_segment(mix)
 
     index = _command(

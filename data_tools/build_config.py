@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SOURCES, DataError
+from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DataError
 
 
 class Published(BaseModel):
@@ -26,7 +26,7 @@ class BuildConfig(BaseModel):
     row_length: int = Field(ROW_LENGTH, ge=2)
     num_segments: int = Field(NUM_SEGMENTS, ge=1)
     held_out_per_source: int = Field(0, ge=0)
-    seed: int = 11111
+    seed: int = SEED
     direct: bool = True
     sources: dict[str, Path]
     published: Published | None = None

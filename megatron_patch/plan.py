@@ -9,31 +9,25 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.format import NUM_SEGMENTS
 from megatron_patch import counts, recipe
 from megatron_patch.arguments import amount, count, share
 from megatron_patch.gpus import GIB, GPUS, Gpu
 from megatron_patch.launch import check_rank_map
 from megatron_patch.memory import Memory, Place, Traffic, memory, traffic
+from megatron_patch.paper import TABLE_1
 from megatron_patch.recipe import Recipe, RecipeError
 
-# Amber (paper Table 2, released segments): rows of a segment, segments.
-ROWS_PER_SEGMENT, NUM_SEGMENTS = 1_706_976, 360
+# Of Amber's released segments.
+ROWS_PER_SEGMENT = 1_706_976
 # CUDA context, NCCL's buffers, cuBLAS workspaces, the allocator's fragments.
 RESERVED = 4 * GIB
 # Mean hours between failures of one GPU's share: 7.9 h at 1,024 GPUs (Kokolis et al. 2024, Revisiting Reliability).
 GPU_HOURS_BETWEEN_FAILURES = 7.9 * 1024
 MODELS = ("mobillama_05b", "mobillama_08b", "large_base", "baseline1", "baseline2")
-TABLE_1 = {  # paper Table 1 and section 4: parameters in billions, GPU hours in thousands
-    "mobillama_05b": ("0.52", "26.6"),
-    "mobillama_08b": ("0.8", "-"),
-    "large_base": ("1.2", "46.1"),
-    "baseline1": ("0.54", "28.8"),
-    "baseline2": ("0.52", "26.9"),
-}
 
 
 def add_cluster(parser: argparse._ActionsContainer) -> None:
@@ -57,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan. Exit code 2: the recipe cannot be run so, with the reason."""
     if args.recipe is None:
-        print(table(recipe.RECIPES, args.nodes, args.gpus, args.mfu))
+        print(table(args.nodes, args.gpus, args.mfu))
         return 0
     try:
         settings = recipe.load(args.recipe, args.overrides)
@@ -253,24 +247,25 @@ def _storage_lines(plan: Plan) -> list[str]:
     ]
 
 
-def table(recipes: Path, nodes: int, gpu_name: str, mfu: float, names: Sequence[str] = MODELS) -> str:
+def table(nodes: int, gpu_name: str, mfu: float) -> str:
     """The paper's models side by side in Markdown, its Table 1 beside the exact numbers."""
+    paper = {row.recipe: (row.parameters, f"{row.gpu_hours / 1e3:.1f}") for row in TABLE_1}
     lines = [
         "| model | parameters | paper | applied | GFLOP/token | GiB a GPU | days | K GPU hours | paper |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        settings = recipe.load(recipes / f"{name}.yaml")
+    for name in MODELS:
+        settings = recipe.load(recipe.RECIPES / f"{name}.yaml")
         # All over the same 1.26T tokens, as Table 1 has it.
         steps = ROWS_PER_SEGMENT // settings.batch.global_batch_size * NUM_SEGMENTS
-        settings = recipe.load(recipes / f"{name}.yaml", [f"run.steps={steps}"])
-        plan = Plan.of(settings, nodes, GPUS[gpu_name], mfu, restart_minutes=5)
+        settings = recipe.load(recipe.RECIPES / f"{name}.yaml", [f"run.steps={steps}"])
+        plan = Plan.of(settings, nodes, GPUS[gpu_name], mfu, restart_minutes=0)
         n, flops = counts.parameters(settings.model), counts.flops_per_token(settings.model)
-        billions, hours = TABLE_1[name]
+        printed, hours = paper.get(name, ("-", "-"))  # Table 1 has no 0.8B
         cells = [
             name,
             f"{n.unique:,}",
-            f"{billions}B",
+            printed,
             f"{n.applied:,}",
             f"{flops / 1e9:.2f}",
             f"{plan.needed / GIB:.1f}",

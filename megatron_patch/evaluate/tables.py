@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_patch.evaluate.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
 from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS
+from megatron_patch.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
 from megatron_patch.results import amount
 
 Format = Literal["markdown", "csv"]

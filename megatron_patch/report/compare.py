@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 
 from data_tools.durable import write_beside
 from megatron_patch import counts
-from megatron_patch.evaluate.paper import TABLE_1, TABLE_4, TABLE_9
 from megatron_patch.gpus import GPUS
+from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
 from megatron_patch.plan import Plan
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.report.read import ReportError, read_run
 
-_PAPER_TOKENS = 1259.13  # billions, Table 2
+_PAPER_TOKENS = 1259.13  # billions, the total of Table 2
 _PAPER_ACCURACY = {
     "MobiLlama": next(r.average for r in TABLE_4 if r.model == "MobiLlama 0.5B"),
     "large-base": TABLE_9[0].average,

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from megatron_patch.__main__ import main
-from megatron_patch.evaluate.paper import TABLE_4, TABLE_5, TABLE_9
 from megatron_patch.evaluate.scores import TaskResult, average, scores
 from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.paper import TABLE_4, TABLE_5, TABLE_9
 
 NAMES = [b.name for b in BENCHMARKS]
 

@@ -1,6 +1,6 @@
 """The paper's figures (arXiv 2402.16840): Tables 1, 4, 5 and 9, and what Figure 1 compares.
 
-Scores in percent, in the order of `suite.BENCHMARKS`; averages as printed. The 0.8B's text average of 49.06 is
+Scores in percent, in the order of `evaluate.suite.BENCHMARKS`; averages as printed. The 0.8B's text average of 49.06 is
 large-base's (docs/errata.md).
 """
 
