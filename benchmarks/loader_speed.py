@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.format import (
+    SEED,
     SOURCES,
     DatasetManifest,
     SegmentManifest,
@@ -73,7 +74,7 @@ def open_loader(folder: Path, num_segments: int, rows: int) -> Any:
 
     segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=32000)
     return Loader(
-        segments, SampleOrder(num_segments, rows, BATCH), data_parallel_rank=0, data_parallel_size=1,
+        segments, SampleOrder(num_segments, rows, BATCH, SEED), data_parallel_rank=0, data_parallel_size=1,
         micro_batch_size=5, num_micro_batches=BATCH // 5, samples_consumed=0,
     )  # fmt: skip
 
@@ -101,7 +102,8 @@ def rows_a_second(folder: Path) -> dict[str, float]:
     from megatron_patch.data.order import SampleOrder
     from megatron_patch.data.segments import open_segments
 
-    segments, order = open_segments(folder, row_length=ROW_LENGTH, vocab_size=32000), SampleOrder(1, PEER_ROWS, BATCH)
+    segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=32000)
+    order = SampleOrder(1, PEER_ROWS, BATCH, SEED)
     batches = [order.batch(step * BATCH) for step in range(order.total_steps)]
     for segment, rows in batches:  # page cache and page tables, as for the peer below
         segments.read(segment, rows)

@@ -73,18 +73,3 @@ def stage_layers(recipe: Recipe) -> list[int]:
     held[0] -= 1
     held[-1] -= 1
     return held
-
-
-def rank_parameters(recipe: Recipe, stage: int) -> int:
-    """Scalars that one rank of a pipeline stage holds: matrices split over the tensor group, norms whole.
-
-    A shared FFN has a replica on every stage.
-    """
-    m, tensor = recipe.model, recipe.parallel.tensor
-    last = recipe.parallel.pipeline - 1
-    layers = stage_layers(recipe)[stage]
-    h = m.hidden_size
-    matrices = layers * 4 * h * h + 3 * h * m.ffn_hidden_size * (1 if m.shared_ffn else layers)
-    matrices += m.vocab_size * h * ((stage == 0) + (stage == last))
-    norms = h * (2 * layers + (stage == last))
-    return matrices // tensor + norms

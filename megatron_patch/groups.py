@@ -47,7 +47,7 @@ def parameter_groups(
     `bucket` parameters; a layer is never divided. 0 puts them all into one, which is reduced at the end.
     """
     groups: list[ParameterGroup[P]] = []
-    local_layers = {layer for whole, _ in parameters if (layer := _layer(whole)) is not None}
+    local_layers = {layer for whole, _ in parameters if (layer := whole.layer) is not None}
     for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
         replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
         decays = decay_everything or whole.kind in ("matrix", "ffn")
@@ -62,20 +62,14 @@ def parameter_groups(
     return groups
 
 
-def _layer(whole: Whole) -> int | None:
-    section, _, rest = whole.name.partition(".")
-    return int(rest.partition(".")[0]) if section == "layers" else None
-
-
 def _backward_order(whole: Whole) -> tuple[int, int]:
-    layer = _layer(whole)
-    if layer is not None:
-        return 1, -layer
+    if whole.layer is not None:
+        return 1, -whole.layer
     return {"ffn": 2, "embedding": 3}.get(whole.kind, 0), 0
 
 
 def _joins(whole: Whole, group: ParameterGroup[P], bucket: int) -> bool:
-    same_layer = _layer(whole) is not None and _layer(whole) in group.layers
+    same_layer = whole.layer is not None and whole.layer in group.layers
     return whole.kind != "embedding" and (same_layer or group.size < bucket)
 
 
@@ -85,6 +79,5 @@ def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
         return set()  # autograd adds these after the layer's hook; both come at the end
     if whole.kind == "ffn":
         return local_layers
-    layer = _layer(whole)
     # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
-    return {max(local_layers) if layer is None else layer}
+    return {max(local_layers) if whole.layer is None else whole.layer}

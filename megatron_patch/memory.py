@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_patch import groups
 from megatron_patch.counts import stage_layers
-from megatron_patch.data.deal import deal
+from megatron_patch.data.deal import micro_batches
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.model.parameters import Whole, whole_tensors
 from megatron_patch.recipe import Recipe
@@ -52,9 +52,7 @@ class Place:
     @property
     def micro_batches(self) -> int:
         """Micro-batches that a rank runs a step."""
-        p, b = self.recipe.parallel, self.recipe.batch
-        multiple = p.pipeline if p.virtual_pipeline > 1 else 1
-        return deal(b.global_batch_size, self.data_size, b.micro_batch_size, multiple_of=multiple)
+        return micro_batches(self.recipe, self.data_size)
 
     @property
     def tokens(self) -> int:
@@ -65,6 +63,17 @@ class Place:
     def hidden_bytes(self) -> int:
         """Hidden states of a micro-batch, whole."""
         return self.tokens * self.recipe.model.hidden_size * self.element
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a micro-batch whose norms and residuals this rank holds."""
+        p = self.recipe.parallel
+        return self.tokens // (p.tensor if p.sequence else 1)
+
+    @property
+    def own_hidden_bytes(self) -> int:
+        """Their hidden states."""
+        return self.own_tokens * self.recipe.model.hidden_size * self.element
 
 
 @dataclass(frozen=True)
@@ -103,10 +112,9 @@ def parameter_groups(place: Place) -> list[Group]:
 
 def _is_local(whole: Whole, place: Place) -> bool:
     """Whether a stage holds a tensor. Layers are alike: the first ones stand for those of any stage."""
-    part, _, rest = whole.name.partition(".")
-    if part == "layers":
-        return int(rest.split(".")[0]) < place.layers
-    return {"embedding": place.is_first, "ffn": True}.get(part, place.is_last)
+    if whole.layer is not None:
+        return whole.layer < place.layers
+    return {"embedding": place.is_first, "ffn": True}.get(whole.kind, place.is_last)
 
 
 @dataclass(frozen=True)
@@ -139,10 +147,10 @@ def memory(place: Place) -> Memory:
 def saved_by_layer(place: Place, recompute: str) -> int:
     """Bytes that autograd keeps of one layer and one micro-batch."""
     m, p = place.recipe.model, place.recipe.parallel
-    hidden = place.hidden_bytes // (p.tensor if p.sequence else 1)
+    hidden = place.own_hidden_bytes
     if recompute == "full":
         return hidden  # the layer's input
-    statistic = FP32 * place.tokens // (p.tensor if p.sequence else 1)  # 1 / root mean square of each token
+    statistic = FP32 * place.own_tokens  # 1 / root mean square of each token
     norms = 2 * (hidden + statistic)  # their inputs
     inputs = 2 * hidden  # of the QKV projection and of the FFN
     attention = 4 * place.hidden_bytes // p.tensor  # query, key, value; the output, which the projection reads as it is
@@ -165,22 +173,16 @@ def _activations(place: Place) -> int:
     per_chunk = saved_by_layer(place, r.recompute) * place.layers // r.parallel.virtual_pipeline
     ends = 0
     if place.is_last:  # the final norm's input and statistics, and the gradient that the loss already holds
-        ends = 2 * _own_hidden(place) + FP32 * place.tokens // (r.parallel.tensor if r.parallel.sequence else 1)
+        ends = 2 * place.own_hidden_bytes + FP32 * place.own_tokens
     return per_chunk * chunks_in_flight(place) + ends
-
-
-def _own_hidden(place: Place) -> int:
-    """Hidden states of a micro-batch, this rank's part of the tokens."""
-    p = place.recipe.parallel
-    return place.hidden_bytes // (p.tensor if p.sequence else 1)
 
 
 def _in_backward(place: Place) -> int:
     """The last layer's backward pass at the gradient of gate and up: what is recomputed of it, and that gradient."""
     m, p, recompute = place.recipe.model, place.recipe.parallel, place.recipe.recompute
     again = saved_by_layer(place, "none") - saved_by_layer(place, recompute)
-    output = _own_hidden(place) if recompute != "none" else 0
-    freed = _own_hidden(place) if place.is_last else 0  # the final norm's input is not needed any more
+    output = place.own_hidden_bytes if recompute != "none" else 0
+    freed = place.own_hidden_bytes if place.is_last else 0  # the final norm's input is not needed any more
     return again + output + 2 * place.tokens * m.ffn_hidden_size * place.element // p.tensor - freed
 
 
@@ -188,7 +190,7 @@ def _in_loss(place: Place) -> int:
     """A chunk of logits and the rows they come of; under sequence parallelism all ranks' rows and their gradient."""
     m, p = place.recipe.model, place.recipe.parallel
     chunk = min(CHUNK_TOKENS, place.tokens) * m.vocab_size // p.tensor * place.element
-    return chunk + _own_hidden(place) + (2 * place.hidden_bytes if p.sequence else 0)
+    return chunk + place.own_hidden_bytes + (2 * place.hidden_bytes if p.sequence else 0)
 
 
 @dataclass(frozen=True)
@@ -216,19 +218,18 @@ def traffic(place: Place) -> list[Traffic]:
 
 def _traffic(place: Place) -> Iterator[Traffic]:
     p = place.recipe.parallel
-    groups = parameter_groups(place)
-    flat, dp = sum(group.size for group in groups), place.data_size
-    early = sum(group.size for group in groups if group.during_backward)
-    ffn, norms = (sum(g.size for g in groups if g.replication == kind) for kind in ("ffn", "norm"))
+    held = parameter_groups(place)
+    flat, dp = sum(group.size for group in held), place.data_size
+    early = sum(group.size for group in held if group.during_backward)
+    ffn, norms = (sum(group.size for group in held if group.replication == kind) for kind in ("ffn", "norm"))
     yield Traffic("data", "gradients, in backward", "reduce-scatter", dp, FP32 * early, hidden=True)
     yield Traffic("data", "gradients, after it", "reduce-scatter", dp, FP32 * (flat - early))
     # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
     yield Traffic("data", "weights, for layer 0", "all-gather", dp, place.element * (flat - early))
     yield Traffic("data", "weights, in forward", "all-gather", dp, place.element * early, hidden=True)
     yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * ffn // dp)
-    part = place.hidden_bytes // (p.tensor if p.sequence else 1)
     hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
-    yield Traffic("pipeline", "activations", "send", p.pipeline, hops * part * place.micro_batches)
+    yield Traffic("pipeline", "activations", "send", p.pipeline, hops * place.own_hidden_bytes * place.micro_batches)
     yield from _tensor_traffic(place, norms)
 
 

@@ -3,10 +3,7 @@
 Every rank measures its device and its node; then nodes all-reduce in pairs, in rounds with changing partners, so that
 a failing pair can be blamed on one of its two; then all fit nodes together. Nothing is taken on trust: each
 measurement runs in a forked child with a deadline, so a hang or an abort costs that measurement and no more, and the
-ranks talk through files in F on the shared file system, which works when the network under test does not.
-
-A rank writes F/PHASE.RANK.json; the judge, a thread of rank 0, writes F/PHASE.plan.json once all have answered or the
-deadline is over, and at last F/good and F/bad (`HOST: reason`), one node a line.
+ranks talk through files in F on the shared file system (judge.py), which works when the network under test does not.
 """
 
 from __future__ import annotations
@@ -33,9 +30,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch import device, launch, recipe
+from megatron_patch.gpus import GIB
 from megatron_patch.judge import PHASES, Limits, judge
 
-GIB = 2**30
 Result = dict[str, Any]
 
 

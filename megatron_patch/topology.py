@@ -45,10 +45,6 @@ class Topology:
     def data_group(self) -> dist.ProcessGroup:
         return ps.get_data_parallel_group()
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
-
     def __str__(self) -> str:
         virtual = f"xVPP{self.virtual_pipeline_size}" if self.virtual_pipeline_size > 1 else ""
         return f"TP{self.tensor_size} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"

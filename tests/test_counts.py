@@ -49,16 +49,10 @@ def test_flops_of_the_other_models(name: str, gflop: float) -> None:
     assert flops / 1e9 == pytest.approx(gflop, abs=0.006)
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1), (1, 4, 1), (4, 2, 2), (2, 11, 1)])
-@pytest.mark.parametrize("name", ["mobillama_05b", "large_base"])
-def test_rank_parameters_add_up_to_the_model(name: str, layout: tuple[int, int, int]) -> None:
-    tensor, pipeline, virtual = layout
-    r = recipe.load(
-        RECIPES / f"{name}.yaml",
-        [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}"],
-    )
-    n = counts.parameters(r.model)
-    assert sum(counts.stage_layers(r)) == r.model.num_layers
-    held = sum(tensor * counts.rank_parameters(r, stage) for stage in range(pipeline))
-    ffn_replicas = (pipeline - 1) * n.ffn if r.model.shared_ffn else 0
-    assert held == n.unique + ffn_replicas + (tensor - 1) * n.norms
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "expected"),
+    [(1, 1, [22]), (2, 1, [11, 11]), (11, 1, [2] * 11), (4, 1, [5, 6, 6, 5]), (4, 2, [5, 6, 6, 5]), (2, 6, [11, 11])],
+)
+def test_layers_of_each_stage(pipeline: int, virtual: int, expected: list[int]) -> None:
+    layout = [f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}"]
+    assert counts.stage_layers(recipe.load(RECIPES / "mobillama_05b.yaml", layout)) == expected

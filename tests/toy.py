@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_patch import topology
-from megatron_patch.data.deal import deal, share_of
+from megatron_patch.data.deal import micro_batches, share_of
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.model.parameters import local_parameters, whole_tensors
 from megatron_patch.recipe import Recipe, load
@@ -46,11 +46,7 @@ def random_rows(recipe: Recipe, step: int) -> np.ndarray:
 def toy_trainer(recipe: Recipe) -> Trainer:
     """On a rank with a process group: groups, model and optimizer of the recipe's layout."""
     place = topology.initialize(recipe.parallel)
-    multiple = recipe.parallel.pipeline if recipe.parallel.virtual_pipeline > 1 else 1
-    batch = recipe.batch
-    return Trainer(
-        recipe, place, deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
-    )
+    return Trainer(recipe, place, micro_batches(recipe, place.data_size))
 
 
 def toy_share(trainer: Trainer, step: int) -> BatchShare:

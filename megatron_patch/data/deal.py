@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_patch.recipe import Recipe
 
-def deal(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int = 1) -> int:
-    """Micro-batches that every rank runs for one global batch.
 
-    Args:
-        multiple_of: the result is rounded up to a multiple of it (the interleaved schedule wants the pipeline's size).
-    """
+def micro_batches(recipe: Recipe, data_parallel_size: int) -> int:
+    """Micro-batches that every rank runs a step; the interleaved schedule wants a multiple of the pipeline's size."""
+    parallel, batch = recipe.parallel, recipe.batch
+    multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+    return deal(batch.global_batch_size, data_parallel_size, batch.micro_batch_size, multiple)
+
+
+def deal(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int) -> int:
+    """Micro-batches that every rank runs for one global batch, rounded up to a multiple of `multiple_of`."""
     largest_share = -(-global_batch_size // data_parallel_size)
     micro_batches = -(-largest_share // micro_batch_size)
     return -(-micro_batches // multiple_of) * multiple_of

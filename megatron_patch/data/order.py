@@ -8,8 +8,6 @@ import numpy as np
 
 from data_tools.format import DataError
 
-DATA_SEED = 11111
-
 
 class SampleOrder:
     """Segments one after the other, segment k permuted by the seed `seed + k`; what a batch cannot fill is left out.
@@ -22,7 +20,7 @@ class SampleOrder:
         total_steps: batches of all segments.
     """
 
-    def __init__(self, num_segments: int, rows_per_segment: int, global_batch_size: int, seed: int = DATA_SEED) -> None:
+    def __init__(self, num_segments: int, rows_per_segment: int, global_batch_size: int, seed: int) -> None:
         """Raises DataError where a segment has fewer rows than one batch."""
         if rows_per_segment < global_batch_size:
             raise DataError(

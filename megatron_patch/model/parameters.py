@@ -39,6 +39,12 @@ class Whole:
     cut: int | None
     kind: Kind
 
+    @property
+    def layer(self) -> int | None:
+        """Number of the decoder layer it belongs to, from 0; None of what stands outside the layers."""
+        section, _, rest = self.name.partition(".")
+        return int(rest.partition(".")[0]) if section == "layers" else None
+
     def part(self, tensor: torch.Tensor, index: int, parts: int) -> torch.Tensor:
         """The view of whole `tensor` that tensor-parallel rank `index` of `parts` holds."""
         return tensor if self.cut is None else tensor.chunk(parts, self.cut)[index]

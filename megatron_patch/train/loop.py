@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from data_tools.durable import write_whole
 from megatron_patch import device, launch, recipe, topology
 from megatron_patch.attempts import REFUSED
-from megatron_patch.data.deal import deal
+from megatron_patch.data.deal import micro_batches
 from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
@@ -153,9 +153,7 @@ class _Attempt:
         accept_changes: bool,
         status: StatusFile,
     ) -> None:
-        batch = resolved.batch
-        multiple = resolved.parallel.pipeline if resolved.parallel.virtual_pipeline > 1 else 1
-        micro_batches = deal(batch.global_batch_size, place.data_size, batch.micro_batch_size, multiple_of=multiple)
+        num_micro_batches = micro_batches(resolved, place.data_size)
         self._resolved, self._place, self._order, self._total, self._status = resolved, place, order, total, status
         self._requests = Requests(
             place.rank, place.world_size, resolved.checkpoint.interval_minutes, resolved.run.wall_minutes
@@ -163,7 +161,7 @@ class _Attempt:
         self._hang = HangWatch(
             resolved.watchdog.hang_minutes, resolved.run_folder, place.rank, place.world_size, status
         )
-        self._trainer = Trainer(resolved, place, micro_batches)
+        self._trainer = Trainer(resolved, place, num_micro_batches)
         self._keeper = Keeper(resolved, place, self._trainer.optimizer, order, status)
         self._hang.beat("resume")
         self._state = self._keeper.resume(segments.digest, accept_changes)
@@ -175,12 +173,12 @@ class _Attempt:
         dealt = {
             "data_parallel_rank": place.data_rank,
             "data_parallel_size": place.data_size,
-            "micro_batch_size": batch.micro_batch_size,
-            "num_micro_batches": micro_batches,
+            "micro_batch_size": resolved.batch.micro_batch_size,
+            "num_micro_batches": num_micro_batches,
         }
         rows = resolved.data.held_out_rows if resolved.data.held_out_interval else 0
         self._held_out = list(
-            held_out_shares(segments, num_rows=rows, global_batch_size=batch.global_batch_size, **dealt)
+            held_out_shares(segments, num_rows=rows, global_batch_size=resolved.batch.global_batch_size, **dealt)
         )
         self._log = Log(resolved, place.world_size, total, self._state.step) if place.rank == 0 else None
         self._loader = Loader(segments, order, samples_consumed=self._state.samples, **dealt)

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from data_tools.format import DataError
+from data_tools.format import SEED, DataError
 from megatron_patch.data.deal import deal, share_of
 from megatron_patch.data.loader import HELD_OUT_SEGMENT, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
@@ -43,11 +43,11 @@ def loaders(folder, ranks: int, micro: int, samples_consumed: int = 0) -> list[L
     return [
         Loader(
             segments,
-            SampleOrder(segments.num_segments, segments.rows_per_segment, BATCH),
+            SampleOrder(segments.num_segments, segments.rows_per_segment, BATCH, SEED),
             data_parallel_rank=rank,
             data_parallel_size=ranks,
             micro_batch_size=micro,
-            num_micro_batches=deal(BATCH, ranks, micro),
+            num_micro_batches=deal(BATCH, ranks, micro, 1),
             samples_consumed=samples_consumed,
         )
         for rank in range(ranks)
@@ -57,7 +57,7 @@ def loaders(folder, ranks: int, micro: int, samples_consumed: int = 0) -> list[L
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (2, 1), (3, 2)])
 def test_the_ranks_together_read_the_global_batch(data_set, ranks: int, micro: int) -> None:
     folder, rows, _ = data_set
-    order = SampleOrder(3, ROWS, BATCH)
+    order = SampleOrder(3, ROWS, BATCH, SEED)
     steps = list(zip(*loaders(folder, ranks, micro), strict=True))
     assert len(steps) == order.total_steps == 9
     for step, shares in enumerate(steps):
@@ -111,7 +111,7 @@ def test_held_out_rows_are_dealt_like_batches(data_set) -> None:
             data_parallel_rank=rank,
             data_parallel_size=2,
             micro_batch_size=1,
-            num_micro_batches=deal(4, 2, 1),
+            num_micro_batches=deal(4, 2, 1, 1),
         )
         for share in shares:
             assert share.segment == HELD_OUT_SEGMENT

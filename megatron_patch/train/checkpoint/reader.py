@@ -5,6 +5,7 @@ Needs neither Megatron-Core nor a process group, so export and evaluation read c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -104,7 +105,9 @@ class Checkpoint:
         """
         whole, stored = self._wholes[name], self.index.tensors[name]
         parts = [
-            self.elements(name, part, 0, _numel(whole, stored.parts), what).view(whole.part_shape(stored.parts))
+            self.elements(name, part, 0, math.prod(whole.part_shape(stored.parts)), what).view(
+                whole.part_shape(stored.parts)
+            )
             for part in range(stored.parts)
         ]
         return parts[0] if whole.cut is None or len(parts) == 1 else torch.cat(parts, whole.cut)
@@ -190,14 +193,7 @@ def coverage_problems(tensors: Mapping[str, StoredTensor], wholes: Mapping[str, 
                     break
                 end = offset + length
             else:
-                if end != _numel(whole, stored.parts):
+                if end != math.prod(whole.part_shape(stored.parts)):
                     expected.append((part, end))
         if expected or any(s[0] >= stored.parts for s in spans):
             yield f"{name}: fragments do not cover it once; first gap or overlap at (part, element) {expected[:1]}"
-
-
-def _numel(whole: Whole, parts: int) -> int:
-    count = 1
-    for n in whole.part_shape(parts):
-        count *= n
-    return count
