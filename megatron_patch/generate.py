@@ -1,6 +1,9 @@
-"""Continue a text with a trained checkpoint, on one process."""
+"""Load a trained model whole, and continue a text with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -8,15 +11,21 @@ from sentencepiece import SentencePieceProcessor
 from megatron_patch import device, topology
 from megatron_patch.model.build import build
 from megatron_patch.model.initialise import fill
-from megatron_patch.train.checkpoint import Checkpoint
+from megatron_patch.recipe import Recipe
 
 
-def load_model(checkpoint: Checkpoint) -> torch.nn.Module:
-    """The checkpoint's model whole on this process, whatever layout wrote it. Needs RANK=0 and WORLD_SIZE=1."""
-    recipe = checkpoint.recipe.model_copy(update={"parallel": checkpoint.recipe.parallel.model_copy(update=_WHOLE)})
-    topology.initialize(recipe.parallel)
-    [model] = build(recipe, device.current())
-    fill([model], recipe.model, lambda whole: checkpoint.tensor(whole.name), 0, 1)
+def load_model(recipe: Recipe, tensor: Callable[[str], torch.Tensor], patience: timedelta) -> torch.nn.Module:
+    """The model whole on every rank, in whatever layout it was trained, in the recipe's precision.
+
+    `tensor` gives whole tensors by name (model/parameters.py), `patience` is how long one rank may keep the others
+    waiting. Needs RANK and WORLD_SIZE (`launch.setup_environment`).
+    """
+    whole = recipe.parallel.model_copy(
+        update={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False, "zero_stage": 1}
+    )
+    topology.initialize(whole, patience)
+    [model] = build(recipe.model_copy(update={"parallel": whole, "recompute": "none"}), device.current())
+    fill([model], recipe.model, lambda part: tensor(part.name), tensor_rank=0, tensor_size=1)
     return model.eval()
 
 
@@ -45,6 +54,3 @@ def sample(
             break
         ids.append(token)
     return tokenizer.decode(ids)
-
-
-_WHOLE = {"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False}

@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> int:
         checkpoint = _newest(args.run)
         tokenizer = _tokenizer(segments)
         text = sample(
-            load_model(checkpoint),
+            load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10)),
             tokenizer,
             args.prompt,
             num_tokens=args.tokens,

@@ -19,16 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from data_tools.format import tokenizer_in
 from data_tools.text_encoder import EOS_TEXT, read_tokenizer_json
-from megatron_patch import device, launch, topology
-from megatron_patch.convert.export import tokenizer_of
+from megatron_patch import device, launch
+from megatron_patch.convert.export import BOS_TEXT, tokenizer_of
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.imported import ImportedModel, recipe_of
 from megatron_patch.convert.source import WeightsSource
 from megatron_patch.evaluate.data import EvaluationError
 from megatron_patch.evaluate.language_model import CausalLM
-from megatron_patch.model.build import build
-from megatron_patch.model.parameters import local_parameters
-from megatron_patch.recipe import Parallel
+from megatron_patch.generate import load_model
 from megatron_patch.train.checkpoint.format import MARKER_NAME
 from megatron_patch.train.checkpoint.reader import open_checkpoint
 
@@ -175,16 +173,8 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
     recipe = source.recipe
     tokenizer = OurTokenizer(settings.tokenizer or tokenizer_of(recipe))
     precision = recipe.precision if settings.precision == "auto" else settings.precision
-    recipe = recipe.model_copy(
-        update={"parallel": Parallel.model_validate({}), "recompute": "none", "precision": precision}
-    )
     join_ranks()
-    topology.initialize(recipe.parallel, _SLOWEST_RANK)
-    (model,) = build(recipe, device.current())
-    with torch.no_grad():
-        for whole, parameter in local_parameters([model], recipe.model):
-            parameter.copy_(source.tensor(whole.name).reshape(parameter.shape))
-    model.eval()
+    model = load_model(recipe.model_copy(update={"precision": precision}), source.tensor, _SLOWEST_RANK)
     return CausalLM(
         lambda tokens: model(tokens, None, None),
         tokenizer,
@@ -234,7 +224,7 @@ class OurTokenizer:
         """Raises EvaluationError where the file has no `</s>` or `<s>`."""
         self._file = file
         self._raw = RawTokenizer.from_str(read_tokenizer_json(file))
-        self.eos_id, self.bos_id = self._control(EOS_TEXT), self._control("<s>")
+        self.eos_id, self.bos_id = self._control(EOS_TEXT), self._control(BOS_TEXT)
 
     def _control(self, text: str) -> int:
         token = self._raw.token_to_id(text)

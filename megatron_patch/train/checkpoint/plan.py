@@ -14,6 +14,7 @@ from megatron_patch.groups import ParameterGroup
 from megatron_patch.model.parameters import Whole
 from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import Fragment
+from megatron_patch.zero import ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ def shard_ranges(
         low, high = max(offset, first), min(offset + length, last)
         if low < high:
             yield ShardRange(whole, low - offset, low - first, high - first)
+
+
+def local_ranges(optimizer: ShardedOptimizer, group: int, data_rank: int) -> Iterator[ShardRange]:
+    """What of each parameter of a group lies in this data-parallel rank's shard."""
+    parameters, flat = optimizer.groups[group].parameters, optimizer.zero.bit16_groups_flat[group]
+    offsets = [p.storage_offset() - flat.storage_offset() for p in parameters]
+    lengths = [p.numel() for p in parameters]
+    return shard_ranges(
+        optimizer.groups[group].wholes, offsets, lengths, data_rank, optimizer.master_shards[group].numel()
+    )
 
 
 def is_writer(group: ParameterGroup[Any], topology: Topology) -> bool:

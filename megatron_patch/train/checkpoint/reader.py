@@ -104,12 +104,8 @@ class Checkpoint:
         Raises CheckpointError where the checkpoint does not hold it (moments of a weights checkpoint).
         """
         whole, stored = self._wholes[name], self.index.tensors[name]
-        parts = [
-            self.elements(name, part, 0, math.prod(whole.part_shape(stored.parts)), what).view(
-                whole.part_shape(stored.parts)
-            )
-            for part in range(stored.parts)
-        ]
+        shape = whole.part_shape(stored.parts)
+        parts = [self.elements(name, part, 0, math.prod(shape), what).view(shape) for part in range(stored.parts)]
         return parts[0] if whole.cut is None or len(parts) == 1 else torch.cat(parts, whole.cut)
 
     def range_of_part(self, name: str, part: int, parts: int, start: int, stop: int, what: What) -> torch.Tensor:

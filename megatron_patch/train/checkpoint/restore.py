@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import What
-from megatron_patch.train.checkpoint.plan import shard_ranges
+from megatron_patch.train.checkpoint.plan import local_ranges
 from megatron_patch.train.checkpoint.reader import Checkpoint
 from megatron_patch.zero import ShardedOptimizer
 
@@ -23,7 +23,7 @@ def restore(
     Each rank reads what its ZeRO shard holds; weights are the rounded master weights, as after every step, gathered
     over the data-parallel group. Every rank must call it. Raises CheckpointError where the optimizer is not stored.
     """
-    for i, group in enumerate(optimizer.groups):
+    for i in range(len(optimizer.groups)):
         flat, master = optimizer.zero.bit16_groups_flat[i], optimizer.master_shards[i]
         targets: dict[What, torch.Tensor] = {"master" if checkpoint.is_full else "weight": master.detach()}
         if not weights_alone:
@@ -31,9 +31,7 @@ def restore(
             moments["step"] = torch.tensor(float(checkpoint.state.optimizer_step), device=master.device)
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             targets |= {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-        offsets = [p.storage_offset() - flat.storage_offset() for p in group.parameters]
-        lengths = [p.numel() for p in group.parameters]
-        for piece in shard_ranges(group.wholes, offsets, lengths, topology.data_rank, master.numel()):
+        for piece in local_ranges(optimizer, i, topology.data_rank):
             for what, target in targets.items():
                 values = checkpoint.range_of_part(
                     piece.whole.name, topology.tensor_rank, topology.tensor_size, piece.start, piece.stop, what

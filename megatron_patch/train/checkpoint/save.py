@@ -34,7 +34,7 @@ from megatron_patch.train.checkpoint.format import (
     rank_file,
     stored_whats,
 )
-from megatron_patch.train.checkpoint.plan import ShardRange, fragment, is_writer, shard_ranges
+from megatron_patch.train.checkpoint.plan import ShardRange, fragment, is_writer, local_ranges
 from megatron_patch.train.checkpoint.write import finish, index_tensors, partial_folder, write_file
 from megatron_patch.train.side_channel import SideChannel
 from megatron_patch.zero import ShardedOptimizer
@@ -64,11 +64,7 @@ class HostCopy:
         self._pieces: list[tuple[int, ShardRange, Fragment]] = []
         for i, group in enumerate(optimizer.groups):
             if is_writer(group, topology):
-                flat = optimizer.zero.bit16_groups_flat[i]
-                offsets = [p.storage_offset() - flat.storage_offset() for p in group.parameters]
-                lengths = [p.numel() for p in group.parameters]
-                shard_length = flat.numel() // topology.data_size
-                for piece in shard_ranges(group.wholes, offsets, lengths, topology.data_rank, shard_length):
+                for piece in local_ranges(optimizer, i, topology.data_rank):
                     self._pieces.append((i, piece, fragment(piece, topology.tensor_rank, topology.tensor_size)))
 
     def fill(self, whats: tuple[What, ...]) -> dict[str, torch.Tensor]:
