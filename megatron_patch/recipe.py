@@ -1,7 +1,9 @@
 """The typed recipe: read a YAML file, extend, override, derive, refuse.
 
-A recipe is the one place where a setting of a run is written. `load` reads `recipes/NAME.yaml`, follows `extends`,
-applies named alternatives (`use=NAME`) and `key.path=value` overrides, and returns a validated, frozen `Recipe`.
+A recipe is the one place where a setting of a run is written, so no field here has a default. (One that is added after
+a release needs the value that stands for what was before: run folders and checkpoints carry their recipe.) `load` reads
+`recipes/NAME.yaml`, follows `extends`, applies named alternatives (`use=NAME`) and `key.path=value` overrides, and
+returns a validated, frozen `Recipe`.
 Everything a layout cannot do is refused here, with the arithmetic in the message, before a process group exists.
 """
 
@@ -57,15 +59,15 @@ class Section(BaseModel):
 class Model(Section):
     """The architecture (paper Table 3; conflicts with the released code in docs/errata.md)."""
 
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, description="Decoder layers.")
+    hidden_size: int = Field(gt=0, description="Width of embeddings and residuals.")
     ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU FFN.")
     num_attention_heads: int = Field(gt=0, description="Query heads; as many KV heads (MHA).")
     vocab_size: int = Field(gt=0, le=65536, description="Rows are stored as uint16.")
     sequence_length: int = Field(gt=0, description="Input tokens of a row; a stored row has one more.")
     shared_ffn: bool = Field(description="One FFN for all layers (MobiLlama) or one for each (baselines).")
-    norm_epsilon: float = Field(gt=0)
-    rope_base: float = Field(gt=0)
+    norm_epsilon: float = Field(gt=0, description="Of every RMSNorm.")
+    rope_base: float = Field(gt=0, description="Base of the rotary embedding's angles.")
     init_std: float = Field(gt=0, description="N(0, init_std) for every matrix and embedding, without depth scaling.")
 
     @property
@@ -92,14 +94,14 @@ class Model(Section):
 class Parallel(Section):
     """How one model is laid over ranks. Data parallel size is what remains of the world."""
 
-    tensor: int = Field(1, gt=0, description="Tensor-parallel size.")
-    pipeline: int = Field(1, gt=0, description="Pipeline stages.")
-    virtual_pipeline: int = Field(1, gt=0, description="Model chunks a stage (interleaved 1F1B above 1).")
-    sequence: bool = Field(False, description="Sequence parallelism of norms and residuals over the tensor group.")
+    tensor: int = Field(gt=0, description="Tensor-parallel size.")
+    pipeline: int = Field(gt=0, description="Pipeline stages.")
+    virtual_pipeline: int = Field(gt=0, description="Model chunks a stage (interleaved 1F1B above 1).")
+    sequence: bool = Field(description="Sequence parallelism of norms and residuals over the tensor group.")
     reduce_bucket: int = Field(
-        50_000_000, ge=0, description="Parameters reduced together, during backward; 0: all of them, after it."
+        ge=0, description="Parameters reduced together, during backward; 0: all of them, after it."
     )
-    zero_stage: Literal[1, 2] = Field(1, description="1: optimizer state sharded; 2: reduced gradients too.")
+    zero_stage: Literal[1, 2] = Field(description="1: optimizer state sharded; 2: reduced gradients too.")
 
 
 class Batch(Section):
@@ -113,13 +115,11 @@ class Optimizer(Section):
     learning_rate: float = Field(gt=0, description="Peak, reached after the warm-up.")
     min_learning_rate: float = Field(ge=0, description="Floor of the cosine.")
     warmup_steps: int = Field(ge=0, description="Linear from LR(0)=0.")
-    decay_steps: int | None = Field(
-        None, gt=0, description="Step at which the cosine meets the floor; null: last step."
-    )
-    beta1: float = Field(ge=0, lt=1)
-    beta2: float = Field(ge=0, lt=1)
-    epsilon: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
+    decay_steps: int | None = Field(gt=0, description="Step at which the cosine meets the floor; null: last step.")
+    beta1: float = Field(ge=0, lt=1, description="Decay of the first moment.")
+    beta2: float = Field(ge=0, lt=1, description="Decay of the second moment.")
+    epsilon: float = Field(gt=0, description="Added to the root of the second moment.")
+    weight_decay: float = Field(ge=0, description="Decoupled: a step takes learning rate x this off each weight.")
     decay_everything: bool = Field(description="true: norms and embeddings decay too, as the authors ran it.")
     clip_grad_norm: float = Field(gt=0, description="Global gradient norm is clipped to this.")
 
@@ -136,12 +136,12 @@ class Optimizer(Section):
 
 
 class Data(Section):
-    folder: Folder | None = Field(None, description="Data set written by data_tools/build_amber.py.")
+    folder: Folder | None = Field(description="Data set written by data_tools/build_amber.py.")
     order_seed: int = Field(ge=0, lt=2**31, description="Segment k is permuted by seed order_seed + k (32 bits).")
     held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
     held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
-    read_ahead: bool = Field(False, description="Read each segment through before its rows are asked for.")
-    stage_folder: Folder | None = Field(None, description="Copy segments to this storage of the node first (two fit).")
+    read_ahead: bool = Field(description="Read each segment through before its rows are asked for.")
+    stage_folder: Folder | None = Field(description="Copy segments to this storage of the node first (two fit).")
 
 
 class Checkpoint(Section):
@@ -149,7 +149,7 @@ class Checkpoint(Section):
     interval_minutes: float = Field(ge=0, description="Minutes between restart points; 0: none by time.")
     keep: int = Field(gt=0, description="Restart points kept; the newest verified one always is.")
     milestone_steps: int | None = Field(
-        None, ge=0, description="Steps between milestones, kept for ever; null: one a segment; 0: none."
+        ge=0, description="Steps between milestones, kept for ever; null: one a segment; 0: none."
     )
     full_milestone_every: int = Field(ge=0, description="Every M-th milestone holds the optimizer too; 0: none does.")
 
@@ -159,23 +159,22 @@ class Watchdog(Section):
 
     non_finite: Literal["stop", "skip"] = Field(description="NaN or infinity in loss or gradient norm.")
     spike: Literal["ignore", "log", "stop", "skip"] = Field(description="Loss above spike_zscore of the window.")
-    spike_zscore: float = Field(gt=0)
+    spike_zscore: float = Field(gt=0, description="Standard deviations above the mean of the window.")
     spike_window: int = Field(ge=8, description="Steps the mean and deviation are taken over.")
     hang_minutes: float = Field(ge=0, description="A step longer than this dumps every stack and ends the job; 0: off.")
     slow_factor: float = Field(ge=0, description="A step this many medians long is logged with its rank; 0: off.")
 
 
 class Run(Section):
-    folder: Folder | None = Field(None, description="Run folder; null: runs/NAME.")
+    folder: Folder | None = Field(description="Run folder; null: runs/NAME.")
     initial_weights: Folder | None = Field(
-        None,
-        description="Checkpoint, e.g. an imported one, whose weights step 0 has; null: drawn from the seed.",
+        description="Checkpoint, e.g. an imported one, whose weights step 0 has; null: drawn from the seed."
     )
-    steps: int | None = Field(None, gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
-    log_interval: int = Field(1, gt=0)
-    tensorboard: bool = Field(False, description="Write event files where tensorboard is installed.")
-    wall_minutes: float = Field(0.0, ge=0, description="Stop with a checkpoint after this long; 0: no budget.")
-    deterministic: bool = Field(True, description="Bit-reproducible kernels and collectives on GPUs.")
+    steps: int | None = Field(gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
+    log_interval: int = Field(gt=0, description="Steps between lines on standard output; log.jsonl has every step.")
+    tensorboard: bool = Field(description="Write event files where tensorboard is installed.")
+    wall_minutes: float = Field(ge=0, description="Stop with a checkpoint after this long; 0: no budget.")
+    deterministic: bool = Field(description="Bit-reproducible kernels and collectives on GPUs.")
 
 
 class Recipe(Section):
@@ -186,7 +185,7 @@ class Recipe(Section):
         description="selective: the FFN's activations are recomputed in backward; full: every layer's."
     )
     kernels: Literal["auto", "reference", "compiled", "triton"] = Field(
-        "auto", description="auto: what is fastest on this device (megatron_patch/kernels/choice.py)."
+        description="auto: what is fastest on this device (megatron_patch/kernels/choice.py)."
     )
     model: Model
     parallel: Parallel
