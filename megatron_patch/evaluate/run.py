@@ -32,12 +32,8 @@ from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
 from megatron_patch.evaluate.ranks import is_first_rank, on_first_rank
 from megatron_patch.evaluate.scores import TaskResult, average, scores
-from megatron_patch.evaluate.suite import BY_NAME, Benchmark, Task
+from megatron_patch.evaluate.suite import BY_NAME, STOCK_FOLDERS, Benchmark, Task
 from megatron_patch.results import SCORES_NAME
-
-_STOCK_FOLDERS = (
-    "hellaswag", "truthfulqa", "mmlu/default", "arc", "crows_pairs", "piqa", "race", "siqa", "winogrande",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,7 +118,7 @@ def _run_tasks(
 def task_manager() -> TaskManager:
     """The harness's task files of the suite and ours; reading all 13,000 of the harness takes seconds."""
     stock = Path(lm_eval.tasks.__file__).parent
-    folders = [*(stock / folder for folder in _STOCK_FOLDERS), Path(__file__).with_name("tasks")]
+    folders = [*(stock / folder for folder in STOCK_FOLDERS), Path(__file__).with_name("tasks")]
     return TaskManager(include_defaults=False, include_path=[str(folder) for folder in folders])
 
 

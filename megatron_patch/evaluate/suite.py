@@ -117,6 +117,11 @@ BENCHMARKS = (
 )  # fmt: skip
 """In the order of the paper's columns."""
 
+STOCK_FOLDERS = (
+    "hellaswag", "truthfulqa", "mmlu/default", "arc", "crows_pairs", "piqa", "race", "siqa", "winogrande",
+)  # fmt: skip
+"""Folders of the harness's task files that hold these tasks."""
+
 BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 CROWS_PAIRS = "crows_pairs"
 """Its score grows with bias, so averages are given with and without it."""

@@ -46,9 +46,7 @@ class Log:
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
 
-    def step(
-        self, step: int, loss: float, grad_norm: float, learning_rate: float, seconds: float, **extra: Any
-    ) -> None:
+    def step(self, step: int, loss: float, grad_norm: float, learning_rate: float, seconds: float) -> None:
         """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it, `seconds` it took."""
         self._recent.append(seconds)
         rate = self.tokens_per_second = self._tokens_a_step / seconds
@@ -66,7 +64,6 @@ class Log:
             "mfu": mfu,
             "memory": device.peak_memory(),
             "time": time.time(),
-            **extra,
         }
         self._write(record)
         if step % self._recipe.run.log_interval == 0 or step == self._total_steps:
