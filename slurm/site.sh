@@ -28,7 +28,7 @@ export SBATCH_OUTPUT=$SITE_LOGS/%x-%j.out
 # ---- The environment of every process --------------------------------------------------------------------------------
 site_environment() {
     # One of: a conda environment made from environment.yml, the site's modules, a virtual environment.
-    # module load CUDA/12.9 && source "$HOME/miniforge3/bin/activate" mobillama
+    # module load CUDA/13.0 && source "$HOME/miniforge3/bin/activate" mobillama
     # shellcheck source=/dev/null
     source "$SITE_REPOSITORY/.venv/bin/activate"
 }
@@ -70,12 +70,10 @@ site_alert() {
 export NCCL_IB_TIMEOUT=22
 # GPUDirect RDMA between a card and a GPU below the same PCIe switch only (PIX) up to the same host bridge (PHB).
 # export NCCL_NET_GDR_LEVEL=PHB
-# What NCCL prints into the run's logs/nccl folder, one file a process: WARN, or INFO to see rings and cards chosen.
+# What NCCL prints into the run's logs/attempt_N/nccl, one file a process: WARN, or INFO to see rings and cards chosen.
 export NCCL_DEBUG=WARN
 # A collective that fails ends its process instead of spinning until the watchdog.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
-# Collectives that torch's flight recorder remembers; a rank that hangs writes them beside its stacks.
-export TORCH_FR_BUFFER_SIZE=2000
 # One OpenMP thread a rank: the CPUs of a rank feed its GPU, they do not compute.
 export OMP_NUM_THREADS=1
 # Blocks of the allocator grow instead of fragmenting; costs nothing at a fixed shape and saves a restart.
