@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,8 @@ def test_snapshot_holds_what_an_attempt_ran_with(monkeypatch: pytest.MonkeyPatch
     taken = launch.snapshot({"name": "x"}, ["dgx01"])
     assert taken["recipe"] == {"name": "x"} and taken["nodes"] == ["dgx01"]
     assert taken["packages"]["pydantic"]
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert taken["git"] == revision.stdout.strip()  # none in a tarball
     assert taken["variables"]["NCCL_IB_HCA"] == "mlx5_0"
     assert "HOME_SECRET" not in str(taken)
     launch.write_json(tmp_path / "environment/attempt_1.json", taken)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_patch.__main__ import VERBS, main
 from megatron_patch.launch import write_json
+from megatron_patch.recipe import load
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,9 @@ def test_a_file_of_the_system_that_is_in_the_way_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path / "file" / "run")]) != 0
     told = capsys.readouterr().err
     assert "Traceback" not in told and str(tmp_path / "file") in told
+    (tmp_path / "recipe.yaml").write_text(load("recipes/demo.yaml").to_yaml())
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "absent/report.html")]) == 1
+    assert re.fullmatch(rf"report: {tmp_path}/absent/\S+: No such file or directory\n", capsys.readouterr().err)
 
 
 def test_a_reader_who_has_seen_enough_is_no_error():

@@ -160,6 +160,14 @@ def test_status_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert part in told, told
 
 
+def test_a_run_started_by_hand_began_with_its_first_step(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 3.0, "seconds": 2.0, "time": 1000.0 + 2 * step} for step in (1, 2, 3)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    launch.write_json(tmp_path / "status.json", {"state": "stopped", "updated": 1012.0})
+    standing = status.Standing.of(tmp_path)
+    assert (standing.started, standing.effective, standing.num_attempts) == (1000.0, 0.5, 1)
+
+
 def test_status_names_the_rank_of_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "a", state="failed", reason="loss nan", rank=3, node="dgx07")
     run_status(str(tmp_path / "a"))

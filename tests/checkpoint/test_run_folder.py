@@ -141,7 +141,9 @@ def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: 
 def test_a_finished_run_started_again_changes_nothing(finished: Path, data_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
+    before = {path: path.stat().st_ino for path in run.glob("checkpoints/*/*")}
     said = Job(1, settings(data_folder, run, "checkpoint.milestone_steps=10"), tmp_path / "log").run()
+    assert {path: path.stat().st_ino for path in run.glob("checkpoints/*/*")} == before, "written once more"
     assert "all 30 steps are done already; to go on, set run.steps above 30" in said
     assert names(run) == names(finished) and history(run) == history(finished)
     assert newest(run).digest == newest(finished).digest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -203,7 +204,8 @@ def test_damaged_folders_are_refused(published: Path, weights: MemoryWeights, tm
         ImportedModel(ours, recipe)
     index = published / "pytorch_model.bin.index.json"
     entries = json.loads(index.read_text())
-    entries["weight_map"]["model.norm.weight"] = "../elsewhere.bin"
+    shutil.copy(published / entries["weight_map"]["model.norm.weight"], published.parent / "elsewhere.bin")
+    entries["weight_map"]["model.norm.weight"] = "../elsewhere.bin"  # whole, but not of this folder
     index.write_text(json.dumps(entries))
     with pytest.raises(ConvertError, match=r"names \['\.\./elsewhere\.bin'\]"):
         ImportedModel(published, recipe)

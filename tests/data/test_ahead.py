@@ -28,6 +28,25 @@ def test_read_ahead_changes_no_row(data_set) -> None:
     segments.close()
 
 
+def test_the_segment_after_the_one_in_use_is_read_through(data_set, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, *_ = data_set
+    read: list[str] = []
+
+    def advised(descriptor: int, *_: int) -> None:
+        read.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr("megatron_patch.data.ahead.os.posix_fadvise", advised)
+    for wanted, expected in ((True, ["segment_000.bin", "segment_001.bin"]), (False, [])):
+        read.clear()
+        segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=VOCAB, read_ahead=wanted)
+        segments.read(0, EVERY)
+        segments.read(0, EVERY)
+        for coming in segments._ahead._coming.values():
+            coming.result()
+        assert read == expected
+        segments.close()
+
+
 def test_segments_are_staged_one_ahead_and_removed_behind(data_set, tmp_path: Path) -> None:
     folder, rows, _ = data_set
     scratch = tmp_path / "scratch"

@@ -171,6 +171,7 @@ def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:
 
 
 MIX = {"num_segments": 1, "row_length": 9, "vocab_size": 10, "dropped_rows": 0, "rejected": 0, "has_held_out": False}
+MIX["tokenizer"] = {"file": "tokenizer.json", "sha256": "", "vocab_size": 10}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ MIX = {"num_segments": 1, "row_length": 9, "vocab_size": 10, "dropped_rows": 0, 
     [
         ("mix.json", "{}", "field missing or of the wrong type: 'num_segments'"),
         ("mix.json", json.dumps({**MIX, "tokenizer": {}}), "field missing or of the wrong type"),
-        ("mix.json", json.dumps({**MIX, "tokenizer": None, "num_segments": "1"}), "field missing or of the wrong type"),
+        ("mix.json", json.dumps({**MIX, "num_segments": "1"}), "field missing or of the wrong type: 'str' object"),
         ("mix.json", "[" * 100_000, "not JSON"),
         ("tokenizer.json", "{}", "cannot load: "),
         ("train_0.json", '{"digests": 3}', "field missing or of the wrong type"),

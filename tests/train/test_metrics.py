@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.format import DataError
+from megatron_patch import counts, device
 from megatron_patch.train.metrics import Log
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe
@@ -25,6 +26,24 @@ def write_steps(run: Path, done: int, last: int, *overrides: str) -> None:
 
 def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_speed_counts_applied_layers_on_every_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device, "peak_flops", lambda: 1e9)
+    recipe = toy_recipe(f"run.folder={tmp_path}", "run.log_interval=2")
+    log = Log(recipe, 4, 10, 0)
+    for step, seconds in ((1, 0.5), (2, 1.5)):
+        log.step(step, loss=2.0, grad_norm=1.0, learning_rate=1e-3, seconds=seconds)
+    tokens = 8 * 16  # of a step
+    first, second = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert (first["tokens"], second["tokens"], second["samples"]) == (tokens, 2 * tokens, 16)
+    assert (first["tokens_per_second"], second["tokens_per_second"]) == (tokens / 0.5, tokens / 1.5)
+    assert first["mfu"] == pytest.approx(tokens / 0.5 * counts.flops_per_token(recipe.model) / 4e9)
+    assert log.eta_seconds == 8 * 1.0, "steps that are left, at the mean of the last ones"
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed] == ["2/10"] and f"MFU {second['mfu']:.1%}  ETA 0:00:08" in printed[0]
 
 
 @pytest.mark.parametrize(
