@@ -20,9 +20,7 @@ def load_model(recipe: Recipe, tensor: Callable[[str], torch.Tensor], patience: 
     `tensor` gives whole tensors by name (model/parameters.py), `patience` is how long one rank may keep the others
     waiting. Needs RANK and WORLD_SIZE (`launch.setup_environment`).
     """
-    whole = recipe.parallel.model_copy(
-        update={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False, "zero_stage": 1}
-    )
+    whole = recipe.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "virtual_pipeline": 1, "sequence": False})
     topology.initialize(whole, patience)
     [model] = build(recipe.model_copy(update={"parallel": whole, "recompute": "none"}), device.current())
     fill([model], recipe.model, lambda part: tensor(part.name), tensor_rank=0, tensor_size=1)

@@ -17,8 +17,8 @@ def micro_batches(recipe: Recipe, data_parallel_size: int) -> int:
 def deal(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int) -> int:
     """Micro-batches that every rank runs for one global batch, rounded up to a multiple of `multiple_of`."""
     largest_share = -(-global_batch_size // data_parallel_size)
-    micro_batches = -(-largest_share // micro_batch_size)
-    return -(-micro_batches // multiple_of) * multiple_of
+    needed = -(-largest_share // micro_batch_size)
+    return -(-needed // multiple_of) * multiple_of
 
 
 def share_of(
