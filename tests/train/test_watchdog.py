@@ -74,6 +74,9 @@ def test_a_slow_step_is_measured_against_the_median() -> None:
     assert "3.5 times the median of 1.00 s" in str(watch.check(3.5))
     assert watch.check(2.9) is None
     assert SlowWatch(0).check(1e9) is None
+    young = SlowWatch(3)
+    assert [young.check(seconds) for seconds in (*[1.0] * 15, 9.0)] == [None] * 16, "too few steps to say"
+    assert young.check(9.0) is not None
 
 
 def poison(*steps: int) -> Callable[[int], None]:
