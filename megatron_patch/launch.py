@@ -183,8 +183,10 @@ def snapshot(recipe: Mapping[str, Any], nodes: Sequence[str] = ()) -> dict[str, 
 
 def _git(root: Path, *arguments: str) -> str:
     """Output of a git command; empty where there is no git or no repository, as in a container image."""
+    # A checkout shared by several users is owned by one of them; git would refuse to read it for the others.
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run([*git, *arguments], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -146,3 +147,14 @@ def test_snapshot_holds_what_an_attempt_ran_with(monkeypatch: pytest.MonkeyPatch
     assert "HOME_SECRET" not in str(taken)
     launch.write_json(tmp_path / "environment/attempt_1.json", taken)
     assert [p.name for p in (tmp_path / "environment").iterdir()] == ["attempt_1.json"]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="the record names no revision where there is no git")
+def test_the_revision_is_recorded_whoever_owns_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for this
+    (tmp_path / "megatron_patch").mkdir()
+    monkeypatch.setattr(launch, "__file__", str(tmp_path / "megatron_patch/launch.py"))
+    author = ["-c", "user.name=x", "-c", "user.email=x@localhost", "-c", f"safe.directory={tmp_path}"]
+    for arguments in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=first"]):
+        subprocess.run(["git", *author, *arguments], cwd=tmp_path, check=True)
+    assert len(launch.snapshot({})["git"]) == 40
