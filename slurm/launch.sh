@@ -13,9 +13,11 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     echo "slurm/launch.sh: not inside a Slurm job; submit a template with sbatch" >&2
     exit 2
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$repository"
 
-log() { printf '%(%F %T)T launch: %s\n' -1 "$*"; }
+# A full disk under SITE_LOGS costs lines, not the run.
+log() { printf '%(%F %T)T launch: %s\n' -1 "$*" || true; }
 
 # What the submitting shell had for another Python must not shadow the site's packages, nor may ~/.local.
 unset PYTHONPATH PYTHONHOME
@@ -23,36 +25,68 @@ export PYTHONNOUSERSITE=1
 site_failed() {
     log "refused: slurm/site.sh failed on $SLURMD_NODENAME, see above; site_environment must end with a python that" \
         "has the dependencies (make env, or environment.yml)"
+    exit 2
 }
 trap site_failed EXIT
+set +u    # module and conda scripts read variables that nobody has set
 # shellcheck source=slurm/site.sh
 source slurm/site.sh
 site_environment
+set -u
+cd "$repository"
 trap - EXIT
+for name in SITE_{RAW_DATA,DATA,RUNS,BENCHMARKS,EVALUATIONS,LOGS,RANKS_PER_NODE,SPARE_NODES,MOST_BAD_NODES} \
+    SITE_{ATTEMPTS,PREFLIGHT}; do
+    if [[ -z ${!name:-} ]]; then
+        log "refused: slurm/site.sh does not set $name"
+        exit 2
+    fi
+done
 
 attempt_job=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 series=${MOBILLAMA_CHAIN:-job-$SLURM_JOB_ID}    # slurm/chain.sh names a chain
-# These describe the batch script's own step and would be taken as options by every srun below.
-unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK
+# These describe the batch script's own step, or the allocation in which somebody typed sbatch (salloc, srun --pty), and
+# would be taken as options by every srun below.
+unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_GPUS_PER_TASK \
+    SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_THREADS_PER_CORE SLURM_DISTRIBUTION
 unset SLURM_EXPORT_ENV    # sbatch --export=NONE: this shell starts bare, its ranks need what it has set since
 
-# The other jobs of a chain have nothing left to do.
+# An alert that cannot be sent ends no run.
+alert() { (set +u && site_alert "$@") || log "site_alert in slurm/site.sh failed with status $?"; }
+
+# The other jobs of a chain, which bear its name as their comment, have nothing left to do.
 end_chain() {
     if [[ -n ${MOBILLAMA_CHAIN:-} ]]; then
-        scancel --state=PENDING --name="$SLURM_JOB_NAME" --user="$(id -un)"
+        squeue --noheader --states=PENDING --user="$(id -un)" --format="%i %k" |
+            awk -v chain="$MOBILLAMA_CHAIN" '$2 == chain {print $1}' | xargs --no-run-if-empty scancel ||
+            log "the jobs of $MOBILLAMA_CHAIN that still wait could not be cancelled"
     fi
 }
 
 give_up() {
     log "given up: $1"
     end_chain
-    site_alert "job $SLURM_JOB_ID ($SLURM_JOB_NAME) is given up" "$1"
+    alert "job $SLURM_JOB_ID ($SLURM_JOB_NAME) is given up" "$1"
     exit 1
+}
+
+# patiently COMMAND...: Slurm's clients wait seconds for its controller, a failover takes minutes. A command has failed
+# when it did so twice while the controller answered.
+patiently() {
+    local failures=0
+    while ! ("$@"); do
+        if scontrol ping >/dev/null 2>&1; then
+            if ((++failures == 2)); then return 1; fi
+        else
+            log "Slurm's controller does not answer; trying again" >&2
+            sleep 5
+        fi
+    done
 }
 
 requeue() {
     log "putting the job back in the queue"
-    scontrol requeue "$SLURM_JOB_ID" ||
+    patiently scontrol requeue "$SLURM_JOB_ID" ||
         give_up "Slurm does not put this job back (--no-requeue?): submit it again, or use slurm/chain.sh"
 }
 
@@ -131,7 +165,7 @@ check() {
     fi
     if [[ -s $folder/bad ]]; then
         log "bad nodes:"$'\n'"$(cat "$folder/bad")"
-        site_alert "bad nodes found by job $SLURM_JOB_ID" "$(cat "$folder/bad")"
+        alert "bad nodes found by job $SLURM_JOB_ID" "$(cat "$folder/bad")"
     fi
 }
 
@@ -139,6 +173,7 @@ verb=$1
 shift
 case $verb in
 index)
+    log "segment $SLURM_ARRAY_TASK_ID"
     step --nodes=1 --ntasks=1 -- python data_tools/build_amber.py index --input "$SITE_RAW_DATA" \
         --output "$SITE_DATA" --segment "$SLURM_ARRAY_TASK_ID" "$@"
     ;;
@@ -177,15 +212,27 @@ if [[ $verb == check ]]; then
 fi
 
 # The early signal before the time limit, or a preemption: hold it while there are no ranks, then hand it on.
-asked_to_stop=
-trap 'asked_to_stop=yes; log "asked to stop: saving a checkpoint first"' USR1 TERM
+asked_to_stop='' too_early=''
+ask_to_stop() {
+    asked_to_stop=yes
+    log "asked to stop: saving a checkpoint first"
+}
+trap ask_to_stop TERM
+# Where the time limit is shorter than what --signal asks for, it comes at once, and every attempt would make one step.
+trap 'grep -qs "\"state\": \"running\"" "${run:-}/status.json" || too_early=yes; ask_to_stop' USR1
 
 # shellcheck disable=SC2086  # one word a node
-read -r decision attempt run < <(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
+answer=$(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
     --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || {
+    # 2 is the refusal; else Slurm started nothing: after two nodes died at once, 22.05 brings a job back without its GPUs.
+    if (($? != 2 && ${SLURM_RESTART_COUNT:-0})) && [[ -z $asked_to_stop ]]; then
+        requeue
+        exit
+    fi
     log "not started, for the reason above; submit the template again when it is mended"
     exit 2
 }
+read -r decision attempt run <<<"$answer"
 case $decision in
 go) ;;
 complete | stop)
@@ -207,10 +254,11 @@ else
     echo "$nodes" >"$folder/good"
 fi
 num_good=$(wc -l <"$folder/good")
-num_wanted=$((SLURM_JOB_NUM_NODES - SITE_SPARE_NODES))
-num_least=$((num_wanted - SITE_MOST_BAD_NODES))
+# A job of few nodes, as the rehearsal, has no node to spare.
+num_wanted=$((SLURM_JOB_NUM_NODES > SITE_SPARE_NODES ? SLURM_JOB_NUM_NODES - SITE_SPARE_NODES : 1))
+num_least=$((num_wanted > SITE_MOST_BAD_NODES ? num_wanted - SITE_MOST_BAD_NODES : 1))
 num_used=$((num_good < num_wanted ? num_good : num_wanted))
-if ((num_used < num_least || num_used < 1)); then
+if ((num_used < num_least)); then
     give_up "only $num_good nodes are fit, an attempt needs $num_least (SITE_MOST_BAD_NODES, SITE_SPARE_NODES in site.sh)"
 fi
 used=$(head -n "$num_used" "$folder/good")
@@ -242,12 +290,15 @@ status=0
 wait "$training" || status=$?
 log "the ranks ended with status $status"
 
-if ! decision=$(here python -m megatron_patch.attempts end "$run" --series "$series" --limit "$SITE_ATTEMPTS"); then
+if ! decision=$(patiently here python -m megatron_patch.attempts end "$run" --series "$series" \
+    --limit "$SITE_ATTEMPTS"); then
     log "Slurm has ended this job, or see above; unless it is put back (preemption), submit the template again to go on"
     exit 1
 fi
 case $decision in
 again)
+    [[ -z $too_early ]] ||
+        give_up "Slurm's early signal came before the first step: ask for more --time (SBATCH_TIMELIMIT)"
     [[ -n ${MOBILLAMA_CHAIN:-} ]] || requeue
     ;;
 complete | stop) end_chain ;;

@@ -12,9 +12,11 @@
 # export SBATCH_QOS=normal
 # export SBATCH_RESERVATION=mobillama
 # export SBATCH_CONSTRAINT=fat            # e.g. the feature that marks A100-80GB nodes
+# export SBATCH_TIMELIMIT=1-00:00:00      # where the partition or QOS allows less than the templates' days
 
 # ---- Where things lie; all on a file system that every node sees -----------------------------------------------------
-SITE_REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# CDPATH, a shell's own cd and zsh (whose sourced file is $0) must not change it.
+SITE_REPOSITORY=$(unset CDPATH && builtin cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)
 SITE_RAW_DATA=$SITE_REPOSITORY/data/amber_raw       # Amber's train_000.jsonl ... train_359.jsonl, 7.5 TB
 SITE_DATA=$SITE_REPOSITORY/data/amber               # what build_amber.sbatch makes of them, 2.5 TB
 SITE_RUNS=$SITE_REPOSITORY/runs                     # run folders: checkpoints, logs
@@ -32,7 +34,8 @@ site_environment() {
     # shellcheck source=/dev/null
     source "$SITE_REPOSITORY/.venv/bin/activate"
 }
-# A container instead (see slurm/Dockerfile): options that pyxis adds to srun, or a command put before python.
+# A container instead (see slurm/Dockerfile): site_environment holds `:` alone, and these the options that pyxis adds to
+# srun, or a command put before python.
 # pyxis/enroot: (--container-image=/shared/mobillama.sqsh --container-mounts=/shared:/shared
 #                --container-workdir="$SITE_REPOSITORY")
 SITE_SRUN_OPTIONS=()

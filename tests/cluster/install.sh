@@ -14,5 +14,5 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 apt=(apt-get -qq -o DPkg::Lock::Timeout=300)
 "${apt[@]}" update
-"${apt[@]}" install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux >/dev/null
+"${apt[@]}" install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 util-linux zsh >/dev/null
 slurmctld -V

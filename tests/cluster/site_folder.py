@@ -16,9 +16,11 @@ from slurm_cluster import Cluster, wait_for
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 # What differs from a real cluster: the virtual environment of the tests, one CPU rank a node, and thresholds for two
-# cores that all pretended nodes share.
+# cores that all pretended nodes share. As a module's script would, it reads a variable that is not set, and moves.
 SITE_EDITS = {
-    'source "$SITE_REPOSITORY/.venv/bin/activate"': f'PATH="{Path(sys.executable).parent}:$PATH"',
+    'source "$SITE_REPOSITORY/.venv/bin/activate"': (
+        f'cd / && MODULES=/opt:$MODULES PATH="{Path(sys.executable).parent}:$PATH"'
+    ),
     "SITE_RANKS_PER_NODE=8 ": "SITE_RANKS_PER_NODE=1 ",
     "SITE_PREFLIGHT_OPTIONS=()": (
         "SITE_PREFLIGHT_OPTIONS=(--slow 0.0001 --slow-network 0.01 --slow-disk 0.0001 --patience 60)"
@@ -87,14 +89,12 @@ class Site:
     def submit(self, template: str, *options: str, arguments: tuple[str, ...] = ()) -> int:
         """Source site.sh and sbatch a template from a folder that is not the repository; returns the job's number.
 
-        The submitting shell is that of somebody who works with another Python, too.
+        The submitting shell is that of somebody who works with another Python and CDPATH, inside another allocation.
         """
         command = ["sbatch", "--parsable", *options, str(self.folder / "slurm" / template), *arguments]
-        script = 'source "$1"; shift; cd /; exec "$@"'
-        site = self.folder / "slurm/site.sh"
-        done = self.cluster.command(
-            "bash", "-c", script, "submit", site, *command, PYTHONPATH=str(self._other_python())
-        )
+        script = 'cd "$1"; source slurm/site.sh; shift; cd /; exec "$@"'
+        shell = {"PYTHONPATH": str(self._other_python()), "CDPATH": ".", "SLURM_MEM_PER_CPU": "100"}
+        done = self.cluster.command("bash", "-c", script, "submit", self.folder, *command, **shell)
         return int(done.split()[-1])
 
     def _other_python(self) -> Path:

@@ -56,9 +56,19 @@ def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, s
     output = site.finish(site.submit("pretrain_05b.sbatch", "--nodes=1"), expected="FAILED")
     assert f"refused: run.folder {site.folder}/runs/mobillama_05b: cannot be written" in output
     assert "Traceback" not in output
+    (site.folder / "runs").unlink()
+    job = site.submit("pretrain_05b.sbatch", "--nodes=1")
+    wait_for(lambda: "launch: training on" in site.output(job), "the ranks to be started", 60)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job))
+    output = site.finish(job, expected="FAILED")
+    assert "given up: Slurm's early signal came before the first step: ask for more --time" in output
+    assert site.status()["step"] == 1
     site.edit("SITE_RANKS_PER_NODE=1 ", "SITE_RANKS_PER_NODE=16 ")
     output = site.finish(site.submit("preflight.sbatch", "--nodes=1"), expected="FAILED")
     assert "refused: SITE_RANKS_PER_NODE is 16 in slurm/site.sh, the job has 8 GPUs a node" in output
+    site.edit("SITE_ATTEMPTS=3 ", "SITE_ATTEMPTS= ")
+    output = site.finish(site.submit("preflight.sbatch", "--nodes=1"), expected="FAILED")
+    assert "refused: slurm/site.sh does not set SITE_ATTEMPTS" in output
     site.edit("PATH=", "module load CUDA && PATH=")
     for template in ("pretrain_05b.sbatch", "preflight.sbatch"):
         output = site.finish(site.submit(template, "--nodes=1"), expected="FAILED")
@@ -69,7 +79,7 @@ def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, s
 def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: Path, data: Path) -> None:
     site = make_site(cluster, scratch / "hopeless", data)
     site.edit("SITE_ATTEMPTS=3", "SITE_ATTEMPTS=2")
-    site.edit("SITE_SPARE_NODES=0", "SITE_SPARE_NODES=1")
+    site.edit("SITE_SPARE_NODES=0", "SITE_SPARE_NODES=2")
     # The loss overflows in the first steps of every attempt; only the first attempt gets as far as a checkpoint.
     job = site.submit("pretrain_05b.sbatch", "--nodes=2", arguments=("optimizer.learning_rate=1.0e30",))
     output = site.finish(job, expected="FAILED")
@@ -87,6 +97,7 @@ def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
     script = 'source "$1/slurm/site.sh"; cd /; "$1/slurm/chain.sh" 4 --nodes=2 "$1/slurm/pretrain_05b.sbatch"'
     jobs = [int(line.split()[-1]) for line in cluster.command("bash", "-c", script, "x", site.folder).splitlines()]
     assert len(jobs) == 4
+    other = site.submit("pretrain_05b.sbatch", "--begin=now+1hour", arguments=("run.folder=runs/other",))
     site.wait_for_step(jobs[0], 50)
     site.cluster.command("scancel", str(jobs[0]))
     site.finish(jobs[0], expected="CANCELLED")
@@ -95,6 +106,8 @@ def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
     assert [step for step, *_ in site.accepted()] == list(range(1, 401))
     for job in jobs[2:]:
         site.finish(job, timeout=30, expected="CANCELLED")
+    assert cluster.job(other)["JobState"] == "PENDING", "a job of the same name that is none of the chain's"
+    cluster.command("scancel", str(other))
 
 
 def test_a_node_that_falls_sick_leaves_nineteen_of_twenty_and_the_sample_order_as_it_was(
@@ -102,7 +115,8 @@ def test_a_node_that_falls_sick_leaves_nineteen_of_twenty_and_the_sample_order_a
 ) -> None:
     """Twenty real ranks on twenty nodes, then nineteen: the same rows in the same order, as on one node alone."""
     alone = make_site(cluster, scratch / "alone", data, steps=60)
-    alone.finish(alone.submit("pretrain_05b.sbatch", "--nodes=1"))
+    # Where its output goes, the disk is full.
+    alone.finish(alone.submit("pretrain_05b.sbatch", "--nodes=1", "--output=/dev/full"))
     site = make_site(cluster, scratch / "nineteen", data, steps=60, preflight="yes")
     job = site.submit("pretrain_05b.sbatch", "--signal=B:USR1@60", arguments=("watchdog.hang_minutes=5",))
     site.wait_for_step(job, 20, timeout=400)

@@ -20,9 +20,8 @@ def test_planted_bad_nodes_are_found_and_named(cluster: Cluster, scratch: Path) 
     runs.mkdir()
     cluster.on_node(read_only, "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(runs))
     alerts = scratch / "alerts"
-    site.edit(
-        "    local subject=$1 text=$2\n", f'    local subject=$1 text=$2\n    echo "$subject: $text" >>{alerts}\n'
-    )
+    local = "    local subject=$1 text=$2\n"
+    site.edit(local, f'{local}    echo "$subject: $text" >>{alerts}\n    return 3  # mail is out of order\n')
 
     job = site.submit("preflight.sbatch")
     output = site.finish(job, timeout=500, expected="FAILED")
@@ -31,5 +30,6 @@ def test_planted_bad_nodes_are_found_and_named(cluster: Cluster, scratch: Path) 
     assert [line.split(":")[0] for line in bad] == [slow, lonely, read_only], output
     assert "of the median pace" in bad[0]
     assert "Read-only file system" in bad[2]
+    assert "site_alert in slurm/site.sh failed with status 3" in output
     assert "fit nodes: 17 of 20" in output
     assert alerts.read_text() == f"bad nodes found by job {job}: " + "\n".join(bad) + "\n"

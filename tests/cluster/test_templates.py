@@ -52,6 +52,15 @@ def test_slurm_refuses_what_this_cluster_has_not(cluster: Cluster) -> None:
         cluster.command("sbatch", "--test-only", "--nodes=21", REPOSITORY / "slurm/pretrain_05b.sbatch")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_site_sh_finds_the_repository_from_any_shell(shell: str, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/site.sh").write_text((REPOSITORY / "slurm/site.sh").read_text())
+    script = 'cd() { builtin cd "$@" && ls; }; . slurm/site.sh && echo "$SBATCH_OUTPUT"'
+    done = subprocess.run([shell, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/logs/%x-%j.out\n"
+
+
 def test_scripts_pass_shellcheck() -> None:
     scripts = [p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch")]
     scripts += [REPOSITORY / "tests/cluster" / name for name in ("run", "install.sh")]

@@ -120,6 +120,23 @@ def test_a_node_loses_power(site: Site, undisturbed: Site) -> None:
     check_like(site, undisturbed, output, attempts=2)
 
 
+def test_two_nodes_lose_power_at_once(site: Site, undisturbed: Site) -> None:
+    """Slurm 22.05 then starts the job without its GPUs, and takes its new nodes' for used until slurmctld restarts."""
+    cluster = site.cluster
+    job = submit(site)
+    site.wait_for_step(job, DISTURB_AT)
+    nodes = cluster.hosts(job)
+    for node in nodes:
+        cluster.cut_power(node)
+    wait_for(lambda: cluster.job(job)["Restarts"] != "0", "Slurm to put the job back", 60)
+    for node in nodes:
+        cluster.start_node(node)
+    output = site.finish(job)
+    cluster.kill_controller()
+    cluster.start_controller()
+    check_like(site, undisturbed, output, attempts=2)
+
+
 def test_a_node_is_drained(site: Site, undisturbed: Site) -> None:
     """A draining node keeps its job; the next attempt goes elsewhere."""
     job = submit(site)
@@ -135,12 +152,19 @@ def test_a_node_is_drained(site: Site, undisturbed: Site) -> None:
 
 
 def test_the_controller_restarts(site: Site, undisturbed: Site) -> None:
+    """The run goes on without it; a rank that dies meanwhile is started again when the controller is back."""
     job = submit(site)
     site.wait_for_step(job, DISTURB_AT)
     site.cluster.kill_controller()
     site.cluster.start_controller()
+    site.wait_for_step(job, 2 * DISTURB_AT)
+    node = site.cluster.hosts(job)[1]
+    site.cluster.kill_controller()
+    site.cluster.signal_rank(node, "KILL")
+    wait_for(lambda: "controller does not answer" in site.output(job), "the launcher to wait for the controller", 120)
+    site.cluster.start_controller()
     output = site.finish(job)
-    check_like(site, undisturbed, output, attempts=1)
+    check_like(site, undisturbed, output, attempts=2)
 
 
 def test_preemption(site: Site, undisturbed: Site) -> None:
