@@ -35,6 +35,8 @@ class RecipeError(ValueError):
 
 def _home(folder: Path) -> Path:
     """`~/x` as the shell would read it, which leaves `key=~/x` alone."""
+    if folder == Path() or any(character < " " for character in str(folder)):  # `key=""`: a variable that was not set
+        raise ValueError(f"{str(folder)!r} names no folder")
     try:
         return folder.expanduser()
     except RuntimeError as error:
@@ -42,6 +44,7 @@ def _home(folder: Path) -> Path:
 
 
 Folder = Annotated[Path, AfterValidator(_home)]
+_YEAR = 365 * 24 * 60  # minutes
 
 
 class Section(BaseModel):
@@ -49,10 +52,12 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _switches_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads `yes`, `on` and `true` as true, which pydantic would take for the number 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a switch (true or false) is given where none is expected")
+        if isinstance(value, int) and abs(value) >= 2**63:  # what the libraries below can count
+            raise ValueError("is beyond 64 bits")
         return value
 
 
@@ -161,7 +166,9 @@ class Watchdog(Section):
     spike: Literal["ignore", "log", "stop", "skip"] = Field(description="Loss above spike_zscore of the window.")
     spike_zscore: float = Field(gt=0, description="Standard deviations above the mean of the window.")
     spike_window: int = Field(ge=8, description="Steps the mean and deviation are taken over.")
-    hang_minutes: float = Field(ge=0, description="A step longer than this dumps every stack and ends the job; 0: off.")
+    hang_minutes: float = Field(
+        ge=0, le=_YEAR, description="A step longer than this dumps every stack and ends the job; 0: off."
+    )
     slow_factor: float = Field(ge=0, description="A step this many medians long is logged with its rank; 0: off.")
 
 
@@ -178,7 +185,10 @@ class Run(Section):
 
 
 class Recipe(Section):
-    name: str = Field(pattern="^[^/.][^/]*$", description="Names the run folder: no slash, no dot in front.")
+    name: str = Field(
+        pattern=r"^[^/.\x00-\x1f][^/\x00-\x1f]*$",
+        description="Names the run folder: one line, no slash, no dot in front.",
+    )
     seed: int = Field(ge=0, description="Initialisation is a function of (seed, parameter name).")
     precision: Literal["bf16", "fp32"] = Field(description="bf16: bf16 weights; fp32 master, moments and gradients.")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -284,7 +294,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             names += [n for n in value.split(",") if n]
         else:
             try:
-                settings.append((key, yaml.safe_load(value)))
+                settings.append((key, yaml.load(value, Loader=_Loader)))
             except _NOT_YAML as e:
                 raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
     for name in names:
@@ -305,18 +315,21 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
     except _NOT_YAML as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
     alternatives = tree.pop("alternatives", None) or {}
-    if not (isinstance(alternatives, dict) and all(isinstance(a, dict) for a in alternatives.values())):
+    if not (
+        isinstance(alternatives, dict)
+        and all(isinstance(name, str) and isinstance(a, dict) for name, a in alternatives.items())
+    ):
         raise RecipeError(f"{path}: alternatives: expected settings under each name, as in recipes/base.yaml")
     base = tree.pop("extends", None)
     if base is not None:
@@ -335,7 +348,7 @@ class _Loader(yaml.SafeLoader):
     """A key written twice is an error, not a silent last-one-wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
         if twice := {k for k in keys if keys.count(k) > 1}:
             raise yaml.constructor.ConstructorError(
                 None, None, f"written twice: {sorted(twice, key=str)}", node.start_mark

@@ -1,5 +1,7 @@
 """Recipes: what the files say, what is refused and with which words."""
 
+from pathlib import Path
+
 import pytest
 
 from megatron_patch.recipe import RecipeError, load
@@ -58,6 +60,13 @@ def test_overrides_and_alternatives():
         (["run.wall_minutes=true"], "run.wall_minutes: a switch .* where none is expected"),
         (["model=5"], r"model: expected a section of settings \(given: 5\)"),
         (["name=../../elsewhere"], "name: .*pattern"),
+        (['name="a\\nb"'], "name: .*pattern"),
+        (['run.folder=""'], "run.folder: '.' names no folder"),
+        (['data.folder="a\\0b"'], r"data.folder: 'a\\x00b' names no folder"),
+        (["run={steps: 5, steps: 6}"], r"override .*written twice: \['steps'\]"),
+        (["watchdog.spike_window=9223372036854775808"], "watchdog.spike_window: is beyond 64 bits"),
+        (["model.hidden_size=" + "9" * 400], "model.hidden_size: is beyond 64 bits"),
+        (["watchdog.hang_minutes=1e9"], "watchdog.hang_minutes: .*less than or equal to 525600"),
         (["seed=2024-99-99"], "override 'seed=2024-99-99': the value is not YAML"),
         (["data.order_seed=4294967296"], "data.order_seed: .*less than 2147483648"),
     ],
@@ -82,6 +91,7 @@ def test_files_that_cannot_be_read(tmp_path):
         ("number.yaml", b"extends: 5\n", "extends: expected the name of a file beside it, found 5"),
         ("names.yaml", b"alternatives: [a]\n", "alternatives: expected settings under each name"),
         ("flat.yaml", b"alternatives: {a: 5}\n", "alternatives: expected settings under each name"),
+        ("numbered.yaml", b"alternatives: {1: {}, a: {}}\n", "alternatives: expected settings under each name"),
         ("month.yaml", b"name: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
         ("tag.yaml", b"seed: !!timestamp x\n", "not valid YAML"),
         ("mixed.yaml", b"{1: 2, 1: 3, a: 1, a: 2}\n", r"not valid YAML: written twice: \[1, 'a'\]"),
@@ -90,12 +100,28 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(RecipeError, match=f"{name}: {reason}"):
             load(tmp_path / name)
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(RecipeError, match=r"loop.yaml: cannot be read \(Too many levels"):
+        load(tmp_path / "loop.yaml")
+    (tmp_path / "nul.yaml").write_text('extends: "a\\0b"\n')
+    with pytest.raises(RecipeError, match="embedded null byte"):
+        load(tmp_path / "nul.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(RecipeError, match="expected a mapping"):
         load(tmp_path / "list.yaml")
     (tmp_path / "short.yaml").write_text("name: x\n")
     with pytest.raises(RecipeError, match="model: missing"):
         load(tmp_path / "short.yaml")
+
+
+def test_anchors_and_merge_keys_are_yaml_too(tmp_path):
+    base = Path("recipes/demo.yaml").resolve()
+    (tmp_path / "merged.yaml").write_text(
+        f"extends: {base}\nmodel: &small {{hidden_size: 64}}\n"
+        "alternatives: {wide: {model: {<<: *small, ffn_hidden_size: 512}}}\n"
+    )
+    model = load(tmp_path / "merged.yaml", ["use=wide"]).model
+    assert (model.hidden_size, model.ffn_hidden_size, model.num_layers) == (64, 512, 6)
 
 
 def test_a_folder_at_home_is_meant_as_the_shell_means_it(monkeypatch, tmp_path):
