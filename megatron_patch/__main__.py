@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_patch import arguments
-from megatron_patch.launch import LaunchError
+from megatron_patch.launch import LaunchError, complain
 from megatron_patch.train import signals
 
 # Megatron-Core says in every process, several times, that apex and Transformer Engine are missing. Neither is needed.
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> int:
     try:
         return int(importlib.import_module(verb.module).main(parsed))
     except LaunchError as error:
-        print(f"refused: {error}", file=sys.stderr)
+        complain(f"refused: {error}")
         return 2
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        complain(f"{name}: {error.filename}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_patch import launch, recipe
+from megatron_patch.log_file import is_number
 from megatron_patch.run_lock import RunBusy, wait_until_free
 
 Decision = Literal["go", "again", "complete", "stop", "give-up", "busy"]
 
 STOP_NAME = "STOP"
+_NUMBERS = ("updated", "step", "total_steps", "samples", "tokens")
 REFUSED = "refused: "
 """How the reason of an attempt begins that ended before its first step because its input does not fit."""
 
@@ -32,23 +34,25 @@ REFUSED = "refused: "
 def read_status(run: Path) -> dict[str, Any]:
     """RUN/status.json; empty where the run has none yet, or a damaged one: the checkpoints say where it stands."""
     status = launch.read_json(run / "status.json")
-    return status if isinstance(status.get("state"), str) else {}
+    numbers = [status[name] for name in _NUMBERS if name in status]
+    return status if isinstance(status.get("state"), str) and all(map(is_number, numbers)) else {}
 
 
 def checkpoint_step(run: Path) -> int:
     """Step of the newest finished checkpoint; 0 before the first."""
     try:
         name = (run / "checkpoints/latest").read_text().strip()
-    except (FileNotFoundError, UnicodeDecodeError):  # training looks at the checkpoints themselves
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):  # training looks at the checkpoints themselves
         return 0
     digits = re.search(r"(\d+)$", name)
     return int(digits.group()) if digits else 0
 
 
 def attempts(run: Path) -> list[dict[str, Any]]:
-    """Records of the run's attempts, oldest first."""
+    """Records of the run's attempts, oldest first; a damaged one is left out."""
     records = [launch.read_json(path) for path in (run / "environment").glob("attempt_*.json")]
-    return sorted(filter(None, records), key=lambda record: record["attempt"])
+    whole = [r for r in records if all(is_number(r.get(name)) for name in ("attempt", "started", "checkpoint_step"))]
+    return sorted(whole, key=lambda record: record["attempt"])
 
 
 def fruitless(run: Path, series: str) -> int:

@@ -6,6 +6,7 @@ own steps on a login or batch host start at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -68,6 +70,15 @@ def _check_place(environment: Mapping[str, str]) -> None:
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if place[rank] >= place[size]:
             raise LaunchError(f"{rank} is {place[rank]}, but {size} is {place[size]}; {remedy}")
+
+
+def complain(text: str) -> None:
+    """Say on standard error why this process ends, and to torchrun, whose own last words repeat it then."""
+    print(text, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            write_json(Path(file), content)
 
 
 def job_port(job_id: int) -> int:

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 DAMAGED = (ValueError, KeyError, TypeError)  # what `record_of` raises
+_NUMBERS = ("time", "seconds", "samples", "tokens", "tokens_per_second", "learning_rate")
+_NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a number."""
+    return isinstance(value, int | float)
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -25,7 +32,15 @@ def record_of(line: bytes) -> dict[str, Any]:
     """The record of a line. Raises one of DAMAGED where it is none."""
     record: dict[str, Any] = json.loads(line)
     operator.index(record["step"])
+    for name in (*_NUMBERS, *_NUMBERS_OR_NULL):
+        if name in record and not is_number(value := record[name]) and not (value is None and name in _NUMBERS_OR_NULL):
+            raise TypeError(f"{name} is {value!r}, not a number")
     return record
+
+
+def is_step(record: dict[str, Any]) -> bool:
+    """Whether a record is that of a step, with all its numbers; others are held-out losses and remarks."""
+    return all(name in record for name in (*_NUMBERS, "loss", "grad_norm"))
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -58,12 +57,12 @@ def main(args: argparse.Namespace) -> int:
         launch.check_rank_map(settings.parallel.tensor, int(os.environ["LOCAL_WORLD_SIZE"]))
     except ValueError as error:
         if rank == 0:
-            print(f"refused: {error}", file=sys.stderr)
+            launch.complain(f"refused: {error}")
         return 2
     folder = args.folder or settings.run_folder / "check" / name_of_start()
     folder.mkdir(parents=True, exist_ok=True)
     if answer_file(folder, "node", rank).exists():
-        print(f"refused: {folder} holds answers of an earlier check; name a new --folder", file=sys.stderr)
+        launch.complain(f"refused: {folder} holds answers of an earlier check; name a new --folder")
         return 2
     hosts = hosts_of_ranks(folder, world_size)
     if rank == 0:

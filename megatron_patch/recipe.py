@@ -64,7 +64,7 @@ class Section(BaseModel):
 class Model(Section):
     """The architecture (paper Table 3; conflicts with the released code in docs/errata.md)."""
 
-    num_layers: int = Field(gt=0, description="Decoder layers.")
+    num_layers: int = Field(gt=0, le=10_000, description="Decoder layers.")
     hidden_size: int = Field(gt=0, description="Width of embeddings and residuals.")
     ffn_hidden_size: int = Field(gt=0, description="Inner width of the SwiGLU FFN.")
     num_attention_heads: int = Field(gt=0, description="Query heads; as many KV heads (MHA).")

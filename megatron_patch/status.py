@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.attempts import attempts, checkpoint_step, read_status
-from megatron_patch.log_file import records
+from megatron_patch.log_file import is_number, records
 
 # A running job writes its status every few seconds; after this long it is not running, whatever the file says.
 SILENCE = 600.0
+_LAST_DAY = 1e11  # seconds since 1970: of the calendar's years of four digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,7 @@ class Standing:
     @property
     def eta(self) -> str:
         seconds = self.status.get("eta_seconds")
-        if seconds is None or self.state not in ("running", "stopped"):
+        if not is_number(seconds) or self.state not in ("running", "stopped"):
             return "-"
         return str(timedelta(seconds=round(seconds)))
 
@@ -106,7 +107,7 @@ class Standing:
             f"step         {s.get('step', 0):,} of {s.get('total_steps', 0):,}",
             f"tokens       {s.get('tokens', 0):,}",
         ]
-        if s.get("loss") is not None:
+        if is_number(s.get("loss")):
             lines.append(f"loss         {s['loss']:.4f}, {s.get('tokens_per_second', 0):,.0f} tokens/s")
         lines += [
             f"ETA          {self.eta}",
@@ -129,7 +130,7 @@ class Standing:
 def _told(run: Path) -> dict[str, Any]:
     """RUN/status.json; empty where it is damaged."""
     status = read_status(run)
-    return status if isinstance(status.get("updated"), int | float) else {}
+    return status if 0 <= status.get("updated", -1) < _LAST_DAY else {}
 
 
 def _steps(log: Path) -> dict[int, dict[str, Any]]:

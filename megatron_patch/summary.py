@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from megatron_patch import counts, launch
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
-from megatron_patch.log_file import records
+from megatron_patch.log_file import is_step, records
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
@@ -84,7 +84,7 @@ class History:
         for record in records(path):
             if "held_out_loss" in record:
                 held_out[record["step"]] = record["held_out_loss"]
-            elif "loss" in record:
+            elif is_step(record):
                 steps[record["step"]] = record
         if not steps:
             raise ValueError(f"{path}: holds no step yet; train first")

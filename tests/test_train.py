@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from data_tools.format import TokenizerRecord, segment_name, sha256_file
 from data_tools.segment_files import DatasetPlan, write_dataset_manifest
@@ -71,6 +72,19 @@ def test_refused_before_the_first_step(data_folder, tmp_path, overrides, message
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
     assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_torchrun_repeats_why_at_its_end(data_folder, tmp_path, monkeypatch):
+    """Its own traceback follows ours; what it prints last is what a person reads."""
+    file = tmp_path / "attempt_0" / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    settings = [*TOY, f"data.folder={data_folder}", f"run.folder={tmp_path / 'run'}", "run.steps=1000"]
+    code, errors = run_ranks(1, run_main, settings)[0]
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file=str(file))
+    last_words = ChildFailedError("train", {0: failure}).format_msg()
+    assert "holds 24 steps of 8 rows" in errors
+    for line in errors.splitlines():
+        assert line in last_words
 
 
 def test_kernels_that_cannot_run_here_are_refused(data_folder, tmp_path, monkeypatch):

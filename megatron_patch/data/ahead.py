@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,10 +24,18 @@ class Ahead:
     """Where to read a segment's `.bin` from, and the bringing of the next one."""
 
     def __init__(self, folder: Path, segments: list[SegmentManifest], *, read: bool, stage_folder: Path | None) -> None:
+        """Raises DataError where `stage_folder` cannot be written."""
         self._folder, self._segments, self._read = folder, segments, read
         self._stage_folder = stage_folder
         if stage_folder is not None:
-            stage_folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(OSError):  # said below
+                stage_folder.mkdir(parents=True, exist_ok=True)
+            if not (stage_folder.is_dir() and os.access(stage_folder, os.W_OK | os.X_OK)):
+                raise DataError(
+                    f"no folder on {platform.node()} that segments can be copied to",
+                    file=stage_folder,
+                    remedy="name one on the node's own disk as data.stage_folder, or leave it out",
+                )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="segment-ahead")
         self._coming: dict[int, Future[Path]] = {}
 

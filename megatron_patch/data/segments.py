@@ -39,7 +39,7 @@ def open_segments(
 
     Raises:
         DataError: a file is missing, has the wrong size or disagrees with the manifest; rows of another length; ids
-            beyond the model's vocabulary.
+            beyond the model's vocabulary; nothing can be written to `stage_folder`.
     """
     manifest_path = folder / MANIFEST_NAME
     manifest = DatasetManifest.read(manifest_path)

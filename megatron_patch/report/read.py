@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.format import MANIFEST_NAME
+from data_tools.format import MANIFEST_NAME, DatasetManifest
+from megatron_patch import launch, milestone_table
 from megatron_patch.attempts import attempts, read_status
-from megatron_patch.log_file import records
+from megatron_patch.log_file import is_step, records
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.results import read_scores
 
 _LONGEST_SAVE = 10.0
 """Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""
-
-_OF_MILESTONE = ("name", "step", "tokens", "segments", "wall_time", "contents", "digest")  # a damaged line lacks some
 
 
 class ReportError(ValueError):
@@ -63,13 +60,14 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     Raises:
         ReportError: no recipe.yaml in it.
         RecipeError: the recipe is not valid.
+        DataError: the data set's manifest is damaged.
     """
     if not (folder / "recipe.yaml").is_file():
         raise ReportError(f"{folder}: no recipe.yaml in it; name a run's folder, e.g. runs/mobillama_05b")
     run = Run(folder, load(folder / "recipe.yaml"), read_status(folder))
-    logged = list(records(folder / "log.jsonl"))
+    logged = [record for record in records(folder / "log.jsonl") if "time" in record]
     for record in logged:
-        if "loss" in record:
+        if is_step(record):
             run.steps.append(record)
         elif "held_out_loss" in record:
             run.held_out.append(record)
@@ -78,10 +76,7 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     started = attempts(folder)
     starts = [a["started"] for a in started]
     run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(logged, starts)])
-    table = folder / "checkpoints" / "checkpoints.csv"
-    if table.is_file():
-        with table.open(newline="", errors="replace") as stream:
-            run.milestones = [row for row in csv.DictReader(stream) if all(row.get(key) for key in _OF_MILESTONE)]
+    run.milestones, _ = milestone_table.read(folder / "checkpoints" / milestone_table.TABLE_NAME)
     digests = {m["digest"] for m in run.milestones}
     run.scores = [s for s in read_scores(evaluations) if s["digest"] in digests]
     run.mix = _mix(run.recipe)
@@ -123,11 +118,11 @@ def _mix(recipe: Recipe) -> dict[str, int] | None:
     """Rows by source of the data set, or None where it is not within reach."""
     if recipe.data.folder is None or not (recipe.data.folder / MANIFEST_NAME).is_file():
         return None
-    manifest = json.loads((recipe.data.folder / MANIFEST_NAME).read_bytes())
-    return dict(manifest["rows_per_source"])
+    return dict(DatasetManifest.read(recipe.data.folder / MANIFEST_NAME).rows_per_source)
 
 
 def _checkpoint_environment(folder: Path) -> dict[str, Any]:
-    """What the newest checkpoint says it was written with."""
+    """What the newest checkpoint says it was written with, whose index is whole."""
     indexes = sorted((folder / "checkpoints").glob("*/index.json"), key=lambda f: f.stat().st_mtime)
-    return dict(json.loads(indexes[-1].read_bytes())["environment"]) if indexes else {}
+    written = (launch.read_json(index).get("environment") for index in reversed(indexes))
+    return next((environment for environment in written if isinstance(environment, dict)), {})

@@ -54,13 +54,13 @@ def main(args: argparse.Namespace) -> int:
         total_steps = _total_steps(resolved, order)
     except (RecipeError, DataError) as error:
         if is_first:
-            print(f"refused: {error}", file=sys.stderr)
+            launch.complain(f"refused: {error}")
             if status is not None:
                 status.refuse(str(error))
         elif status is not None and os.environ["LOCAL_RANK"] == "0":  # its node may lack what the first one has
             text = f"refused on {platform.node()}: {error}"
             status.fail(text)
-            print(text, file=sys.stderr)
+            launch.complain(text)
         return 2
     status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
@@ -75,11 +75,11 @@ def main(args: argparse.Namespace) -> int:
         refused = isinstance(error, ResumeRefused | KernelError)
         status.fail(REFUSED + str(error) if refused else str(error))
         if is_first:
-            print(f"{'refused' if refused else 'stopped'}: {error}", file=sys.stderr)
+            launch.complain(f"{'refused' if refused else 'stopped'}: {error}")
         return 2 if refused else 1
     except DataError as error:  # a row that this rank alone has read
         status.fail(str(error))
-        print(f"stopped on rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        launch.complain(f"stopped on rank {os.environ['RANK']}: {error}")
         return 1
     except BaseException as error:
         if device.lost_peer(error):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from data_tools.format import digest_file
 from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
+from megatron_patch.train.checkpoint.format import Marker, StoredFile, to_json
 from tests.train.job import Job, write_data_set
 
 DAMAGES = 600
@@ -84,6 +88,53 @@ def test_every_damage_is_found(made: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "away").rename(files[3])
     with pytest.raises(CheckpointError, match="rank_00000"):
         open_checkpoint(folder)
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change the header of a rank's file, and the marker's digests with it; returns the file."""
+    path = folder / "rank_00001.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    files = {p.name: StoredFile(bytes=p.stat().st_size, xxh3_128=digest_file(p)) for p in folder.glob("*.*")}
+    (folder / "COMPLETE").write_bytes(to_json(Marker.of(files)))
+    return path
+
+
+def other_offsets(header: dict[str, Any]) -> None:
+    next(iter(header.values()))["data_offsets"][1] += 1 << 40
+
+
+def other_name(header: dict[str, Any]) -> None:
+    header["x" + KEY] = header.pop(KEY)
+
+
+def other_shape(header: dict[str, Any]) -> None:
+    """One element, which would be spread over all of the fragment's."""
+    header[KEY]["shape"] = [1, header[KEY]["shape"][0]]
+
+
+def other_type(header: dict[str, Any]) -> None:
+    header[KEY]["dtype"] = "I32"
+
+
+KEY = "ffn.linear_fc1.weight/1-2/0/master"
+
+
+@pytest.mark.parametrize("change", [other_offsets, other_name, other_shape, other_type])
+def test_a_file_that_is_not_as_the_index_says_is_named(
+    made: tuple[Path, Path], tmp_path: Path, change: Callable[[dict[str, Any]], None]
+) -> None:
+    data_folder, run = made[0], tmp_path / "run"
+    shutil.copytree(made[1], run)
+    path = forge(run / "checkpoints/step_00000004", change)
+    with open_checkpoint(path.parent) as checkpoint, pytest.raises(CheckpointError, match=f"{path}: .*{KEY}"):
+        checkpoint.tensor("ffn.linear_fc1.weight", "master")
+    said = Job(2, settings(data_folder, run, 5), tmp_path / "log").run()
+    assert f"{path}: " in said and "falling back to the checkpoint before" in said and "step_00000002 at step 2" in said
 
 
 @pytest.mark.parametrize("name", ["COMPLETE", "index.json", "rank_00001.safetensors"])

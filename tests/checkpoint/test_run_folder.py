@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.milestone_table import Milestone
 from megatron_patch.recipe import load
 from megatron_patch.train.cadence import Cadence
 from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
-from megatron_patch.train.checkpoint.run_folder import Milestone, RunFolder
+from megatron_patch.train.checkpoint.run_folder import RunFolder
 from tests.checkpoint.compare import history, newest
 from tests.train.job import Job, write_data_set
 
@@ -94,6 +95,53 @@ def test_a_checkpoint_that_was_moved_and_linked_to_is_read_and_not_deleted(
     assert names(run)[-2:] == ["step_00000032", "step_00000036"]
     for name in ("step_00000028", "step_00000030"):
         open_checkpoint(away / name).close()
+
+
+def test_what_stands_in_the_way_is_set_aside_and_said(finished: Path, data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    folder = run / "checkpoints"
+    (folder / "step_00000032").write_text("a file")
+    (folder / "latest").unlink()
+    shutil.copytree(folder / "step_00000030", folder / "latest")
+    (folder / "ckpt_000/COMPLETE").unlink()
+    marker = folder / "step_00000030/COMPLETE"
+    marker.unlink()
+    marker.symlink_to("/proc/self/mem")  # reading it is an input/output error
+    (folder / "step_00000030.broken").write_text("of an earlier time")
+    said = Job(1, settings(data_folder, run, "run.steps=32"), tmp_path / "log").run()
+    for line in (
+        f"{folder}/step_00000032: is no folder; set aside as step_00000032.broken",
+        f"{folder}/latest: is no file; set aside as latest.broken",
+        f"{folder}/ckpt_000: its COMPLETE was lost; set aside as ckpt_000.broken",
+        f"{marker}: cannot be read (Input/output error); falling back to the checkpoint before",
+        "step_00000028 at step 28",
+    ):
+        assert line in said
+    aside = ["ckpt_000.broken", "latest.broken", "step_00000030.broken", "step_00000032.broken"]
+    assert [name for name in names(run) if name.endswith(".broken")] == aside
+    assert all((folder / name / "index.json").exists() for name in aside[:3])
+    assert newest(run).step == 32
+    assert history(run).items() >= history(finished).items()
+
+
+def test_a_marker_that_cannot_be_read_is_no_missing_one(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    runs = RunFolder(load("recipes/demo.yaml", [f"run.folder={tmp_path / 'run'}"]))
+    before = runs.candidates()
+    assert [folder.name for folder in before] == ["step_00000030", "step_00000028", "ckpt_001"]
+    for folder in before:
+        (folder / "COMPLETE").unlink()
+        (folder / "COMPLETE").symlink_to("COMPLETE")
+    assert runs.sweep() == [] and runs.candidates() == before
+
+
+def test_a_file_in_place_of_the_checkpoints_is_refused(data_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").touch()
+    job = Job(2, settings(data_folder, tmp_path / "run", "batch.micro_batch_size=4"), tmp_path / "log")
+    assert job.wait() == [2, 2]
+    assert f"refused: {tmp_path}/run/checkpoints: is not a folder" in job.log.read_text()
 
 
 @pytest.mark.parametrize("damaged", ["a,b\n1,2\n", "", "name,step\n", "\0\0\0\0"])

@@ -100,6 +100,13 @@ def test_damage_is_found_while_staging(data_set, tmp_path: Path) -> None:
         segments.read(1, EVERY)
 
 
+@pytest.mark.parametrize("place", ["file", "file/scratch", "/proc/scratch"])
+def test_a_place_where_nothing_can_be_staged_is_refused_at_once(data_set, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=rf"{place}: no folder on .* that segments can be copied to"):
+        open_segments(data_set[0], row_length=ROW_LENGTH, vocab_size=VOCAB, stage_folder=tmp_path / place)
+
+
 def test_without_room_the_data_set_itself_is_read(data_set, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, rows, _ = data_set
 

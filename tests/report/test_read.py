@@ -74,12 +74,28 @@ def test_damaged_records_are_left_out(
     whole, damaged = read_run(run, evaluations), tmp_path / "run"
     shutil.copytree(run, damaged)
     lines = (damaged / "log.jsonl").read_bytes().splitlines(keepends=True)
-    (damaged / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff\0\n", *lines[1:]]))
+    (damaged / "log.jsonl").write_bytes(b"".join([lines[0], b"\xff\0\n", b'{"step": 1, "loss": 5}\n', *lines[1:]]))
     table = damaged / "checkpoints/checkpoints.csv"
     table.write_text(table.read_text() + "ckpt_900,9\n")
     read = read_run(damaged, evaluations)
     assert (read.steps, read.milestones) == (whole.steps, whole.milestones) and whole.milestones
+    assert list(History.read(damaged / "log.jsonl").steps) == [step["step"] for step in whole.steps]
     assert f"{damaged / 'log.jsonl'}, line 2: damaged" in capsys.readouterr().err
+    shutil.rmtree(damaged / "environment")
+    newest = max((damaged / "checkpoints").glob("*/index.json"), key=lambda file: file.stat().st_mtime)
+    newest.write_text("{")
+    assert "torch" in read_run(damaged, evaluations).environment, "of the checkpoint before"
+
+
+def test_a_damaged_data_set_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    data = Path(read_run(run, tmp_path).recipe.data.folder or "")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data/manifest.json").write_text("{")
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace(str(data), str(tmp_path / "data")))
+    assert main(["report", str(copy), "--output", str(tmp_path / "report.html")]) == 2
+    assert f"refused: {tmp_path}/data/manifest.json: not JSON" in capsys.readouterr().err
 
 
 def test_thin_keeps_every_peak() -> None:

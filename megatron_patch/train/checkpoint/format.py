@@ -161,7 +161,7 @@ def to_json(value: BaseModel) -> bytes:
     return canonical_json(value.model_dump(mode="json"))
 
 
-_BROKEN = "use another checkpoint of the run; `train` falls back to the newest good one by itself"
+BROKEN = "use another checkpoint of the run; `train` falls back to the newest good one by itself"
 
 
 def read_marker(folder: Path) -> Marker:
@@ -171,36 +171,47 @@ def read_marker(folder: Path) -> Marker:
         content = path.read_bytes()
         marker = Marker.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(path, "missing: this is no finished checkpoint", _BROKEN) from None
+        raise CheckpointError(path, "missing: this is no finished checkpoint", BROKEN) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except ValidationError as error:
-        raise CheckpointError(path, f"damaged ({_first(error)})", _BROKEN) from None
+        raise CheckpointError(path, f"damaged ({_first(error)})", BROKEN) from None
     if content != to_json(Marker.of(marker.files)) or INDEX_NAME not in marker.files:
-        raise CheckpointError(path, "damaged (its content does not match its digest)", _BROKEN)
+        raise CheckpointError(path, "damaged (its content does not match its digest)", BROKEN)
     return marker
 
 
 def check_file(folder: Path, name: str, expected: StoredFile) -> None:
-    """Raises CheckpointError where a file is missing or not what was written."""
+    """Raises CheckpointError where a file is missing, cannot be read or is not what was written."""
     path = folder / name
     try:
         size = path.stat().st_size
+        if size != expected.bytes:
+            raise CheckpointError(path, f"{size} bytes, but {expected.bytes} were written", BROKEN)
+        digest = digest_file(path)
     except FileNotFoundError:
-        raise CheckpointError(path, "missing", _BROKEN) from None
-    if size != expected.bytes:
-        raise CheckpointError(path, f"{size} bytes, but {expected.bytes} were written", _BROKEN)
-    if digest_file(path) != expected.xxh3_128:
-        raise CheckpointError(path, "damaged (its XXH3-128 is not the one recorded when it was written)", _BROKEN)
+        raise CheckpointError(path, "missing", BROKEN) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if digest != expected.xxh3_128:
+        raise CheckpointError(path, "damaged (its XXH3-128 is not the one recorded when it was written)", BROKEN)
 
 
 def read_index(folder: Path) -> Index:
-    """Raises CheckpointError where the index does not fit this version of the repository."""
+    """Raises CheckpointError where the index cannot be read or does not fit this version of the repository."""
     path = folder / INDEX_NAME
     try:
         return Index.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise _unreadable(path, error) from None
     except ValidationError as error:
         raise CheckpointError(
             path, f"not an index of version 1 ({_first(error)})", "read it with the version that wrote it"
         ) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(path, f"cannot be read ({error.strerror})", BROKEN)
 
 
 def _first(error: ValidationError) -> str:

@@ -6,18 +6,19 @@ Needs neither Megatron-Core nor a process group, so export and evaluation read c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from megatron_patch.model.parameters import Whole, whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import (
+    BROKEN,
     INDEX_NAME,
     CheckpointError,
     Fragment,
@@ -133,9 +134,7 @@ class Checkpoint:
             if piece.part != part or low >= high:
                 continue
             fragment = Fragment(name, piece.part, stored.parts, piece.offset, piece.length)
-            values = self._file(piece.file).get_slice(fragment.key(stored_what))[
-                low - piece.offset : high - piece.offset
-            ]
+            values = self._stored(piece.file, fragment, stored_what)[low - piece.offset : high - piece.offset]
             if out is None:
                 if high - low == stop - start:
                     return values
@@ -144,11 +143,33 @@ class Checkpoint:
         assert out is not None, "coverage was checked when the checkpoint was opened"
         return out
 
-    def _file(self, name: str) -> Any:
-        if name not in self._files:
-            handle = safe_open(str(self.folder / name), framework="pt", device="cpu")
-            self._files[name] = self._open_files.enter_context(handle)
-        return self._files[name]
+    def _stored(self, file: str, fragment: Fragment, what: What) -> Any:
+        """A fragment to take elements from. Raises CheckpointError where its file is not as the index says."""
+        key = fragment.key(what)
+        try:
+            if file not in self._files:
+                handle = safe_open(str(self.folder / file), framework="pt", device="cpu")
+                self._files[file] = self._open_files.enter_context(handle)
+            stored = self._files[file].get_slice(key)
+            found = stored.get_shape(), stored.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(self.folder / file, f"{key} cannot be read ({error})", BROKEN) from None
+        is_bf16 = self.recipe.precision == "bf16" and what == "weight"
+        expected = [fragment.length], "BF16" if is_bf16 else "F32"
+        if found != expected:
+            raise CheckpointError(self.folder / file, f"{key} is {found}, the index says {expected}", BROKEN)
+        return stored
+
+    def check_fragments(self, files: Collection[str]) -> None:
+        """Raises CheckpointError where one of these files does not hold its fragments as the index says."""
+        whats = stored_whats(self.index.contents, self.recipe.precision)
+        for name, tensor in self.index.tensors.items():
+            for piece in tensor.fragments:
+                if piece.file in files:
+                    for what in whats:
+                        self._stored(
+                            piece.file, Fragment(name, piece.part, tensor.parts, piece.offset, piece.length), what
+                        )
 
     def _check_tensors(self) -> None:
         """Every element of every tensor of the recipe's model stands in the index exactly once."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.topology import Topology
-from megatron_patch.train.checkpoint.format import CheckpointError, State, check_file, read_index, read_marker
+from megatron_patch.train.checkpoint.format import CheckpointError, State, StoredFile, check_file, read_marker
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_patch.train.checkpoint.restore import restore
 from megatron_patch.train.checkpoint.run_folder import RunFolder
@@ -48,10 +48,12 @@ def resume(
     are checkpoints and none of them is good.
     """
     runs = RunFolder(recipe)
+    if runs.path.exists() and not runs.path.is_dir():
+        raise ResumeRefused(runs.path, "is not a folder", "move it away: checkpoints go there")
     listed: list[str] | None = None
     if topology.rank == 0:
-        for name in runs.sweep():
-            note(f"{runs.path / name}: was never finished; removed")
+        for line in runs.sweep():
+            note(f"{runs.path}/{line}")
         listed = [str(folder) for folder in runs.candidates()]
     candidates = [Path(folder) for folder in channel.from_first(listed)]
     if not candidates:
@@ -60,8 +62,8 @@ def resume(
         return None
     broken: list[Path] = []
     for folder in candidates:
-        problem = _verify(folder, topology, channel) or _renamed(folder, runs)
-        if problem is None:
+        checkpoint, problem = _verified(folder, topology, channel)
+        if checkpoint is not None and not (problem := _renamed(checkpoint, runs)):
             break
         note(f"{problem.splitlines()[0]}; falling back to the checkpoint before")
         broken.append(folder)
@@ -71,7 +73,7 @@ def resume(
             f"none of the {len(candidates)} checkpoints is good (see above)",
             "see to the file system; to begin again at step 0, move the folder away",
         )
-    with open_checkpoint(folder, verify=False) as checkpoint:
+    with checkpoint:
         if (obstacle := _obstacle(checkpoint.recipe, recipe)) is not None:
             raise ResumeRefused(folder, obstacle, "restore the setting, or use another run.folder")
         changes = _changes(checkpoint, recipe, data_digest, data_steps, note)
@@ -101,9 +103,10 @@ def _start_from(
 ) -> None:
     """Weights of a checkpoint in place of those drawn from the seed; rows and schedule begin at step 0."""
     remedy = "name a checkpoint of this model as run.initial_weights, or leave it out"
-    if (problem := _verify(folder, topology, channel)) is not None:
+    checkpoint, problem = _verified(folder, topology, channel)
+    if checkpoint is None:
         raise ResumeRefused(folder, problem.splitlines()[0], remedy)
-    with open_checkpoint(folder, verify=False) as checkpoint:
+    with checkpoint:
         # Rows may be longer than those it was trained on; all else of the model says what its weights mean.
         unlike = [line for line in checkpoint.recipe.differences(recipe) if _MEANING.match(line)]
         if unlike:
@@ -112,24 +115,44 @@ def _start_from(
         note(f"step 0 has the weights of {folder} (step {checkpoint.step} of {checkpoint.recipe.name})")
 
 
-def _verify(folder: Path, topology: Topology, channel: SideChannel) -> str | None:
-    """What is wrong with a checkpoint; the ranks share its files among them."""
-    try:
-        files = list(read_marker(folder).files.items())
-        for name, expected in files[topology.rank :: topology.world_size]:
+def _verified(folder: Path, topology: Topology, channel: SideChannel) -> tuple[Checkpoint | None, str]:
+    """A good checkpoint, or what is wrong with it; the ranks share its files among them, and agree.
+
+    Raises CheckpointError where its index is of another version.
+    """
+    mine: dict[str, StoredFile] = {}
+
+    def check_files() -> None:
+        files = sorted(read_marker(folder).files.items())
+        mine.update(files[topology.rank :: topology.world_size])
+        for name, expected in mine.items():
             check_file(folder, name, expected)
-        problem = None
-    except (CheckpointError, OSError) as error:
+
+    if problem := _problem(check_files, channel):
+        return None, problem
+    checkpoint = open_checkpoint(folder, verify=False)
+    if problem := _problem(lambda: checkpoint.check_fragments(mine), channel):
+        checkpoint.close()
+        return None, problem
+    return checkpoint, ""
+
+
+def _problem(check: Callable[[], None], channel: SideChannel) -> str:
+    """What the first rank whose check fails says of it, on every rank; empty where none fails."""
+    try:
+        check()
+        problem = ""
+    except CheckpointError as error:
         problem = str(error)
-    return next((answer for answer in channel.gather(problem) if answer is not None), None)
+    return next((answer for answer in channel.gather(problem) if answer), "")
 
 
-def _renamed(folder: Path, runs: RunFolder) -> str | None:
+def _renamed(checkpoint: Checkpoint, runs: RunFolder) -> str:
     """A copy under a later step's name would stay the newest for ever, and every resume would go back to it."""
-    step = read_index(folder).state.step
-    if folder.name.startswith("step_") and folder != runs.restart_point(step):
-        return f"{folder}: holds step {step}, so it was renamed"
-    return None
+    folder = checkpoint.folder
+    if folder.name.startswith("step_") and folder != runs.restart_point(checkpoint.step):
+        return f"{folder}: holds step {checkpoint.step}, so it was renamed"
+    return ""
 
 
 def _obstacle(trained: Recipe, recipe: Recipe) -> str | None:

@@ -4,41 +4,26 @@
     RUN/checkpoints/ckpt_007/         a milestone: kept for ever; weights alone, every M-th full
     RUN/checkpoints/checkpoints.csv   the milestones
     RUN/checkpoints/latest            name of the newest restart point, for people and scripts; `train` looks itself
-    RUN/checkpoints/NAME.broken       set aside: by a resume that fell back to an earlier one, or a damaged table
+    RUN/checkpoints/NAME.broken       set aside: by a resume that fell back to an earlier one, or not what its name says
 
 Only rank 0 changes anything here.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data_tools.durable import write_whole
+from megatron_patch import milestone_table
+from megatron_patch.milestone_table import TABLE_NAME, Milestone
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, read_index
 from megatron_patch.train.checkpoint.write import remove
 
 LATEST_NAME = "latest"
-TABLE_NAME = "checkpoints.csv"
-
-
-@dataclass(frozen=True)
-class Milestone:
-    """A line of `checkpoints.csv`."""
-
-    name: str
-    step: int
-    samples: int
-    tokens: int
-    segments: str  # segments whose rows were trained on since the milestone before, "first-last"
-    wall_time: str  # UTC, ISO 8601
-    contents: str
-    digest: str
+_CHECKPOINT = re.compile(r"(step|ckpt)_\d+")
 
 
 class RunFolder:
@@ -56,39 +41,49 @@ class RunFolder:
 
     def restart_points(self) -> list[Path]:
         """Finished ones, newest first."""
-        found = [p for p in self._folders() if re.fullmatch(r"step_\d{8,}", p.name) and (p / MARKER_NAME).exists()]
+        found = [p for p in self._folders() if re.fullmatch(r"step_\d{8,}", p.name) and _is_finished(p)]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def candidates(self) -> list[Path]:
         """Folders that training may go on from, newest first: restart points and full milestones."""
         by_step = [(int(p.name.removeprefix("step_")), 1, p) for p in self.restart_points()]
         for folder in self._folders():
-            if re.fullmatch(r"ckpt_\d{3,}", folder.name) and (folder / MARKER_NAME).exists():
+            if re.fullmatch(r"ckpt_\d{3,}", folder.name) and _is_finished(folder):
                 try:
                     index = read_index(folder)
-                except (CheckpointError, OSError):
+                except CheckpointError:
                     continue  # whoever opens that milestone is told; the run goes on from another
                 if index.contents == "full":
                     by_step.append((index.state.step, 0, folder))
         return [folder for _, _, folder in sorted(by_step, reverse=True)]
 
     def sweep(self) -> list[str]:
-        """Remove what was never finished; returns its names. Call it only while nothing is being written."""
-        swept = []
-        for folder in self._folders():
-            unfinished = folder.name.endswith(".partial") or (
-                re.fullmatch(r"(step|ckpt)_\d+", folder.name) and not (folder / MARKER_NAME).exists()
-            )
-            if unfinished:
-                remove(folder)
-                swept.append(folder.name.removeprefix(".").removesuffix(".partial"))
-        return swept
+        """Remove what was never finished, set aside what is no checkpoint; returns what was done, a line each.
 
-    def set_aside(self, folder: Path) -> None:
-        """Keep a broken checkpoint for inspection, out of the way of later ones."""
-        aside = folder.with_name(f"{folder.name}.broken")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        Call it only while nothing is being written.
+        """
+        recorded = {row["name"] for row in milestone_table.read(self.path / TABLE_NAME)[0]}
+        done = []
+        for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            name, is_folder, named = path.name, path.is_dir(), _CHECKPOINT.fullmatch(path.name)
+            if (named and path.is_file()) or (name == LATEST_NAME and is_folder and not path.is_symlink()):
+                done.append(f"{name}: is no {'file' if is_folder else 'folder'}; set aside as {self.set_aside(path)}")
+            elif named and is_folder and not _is_finished(path) and name in recorded:
+                done.append(f"{name}: its {MARKER_NAME} was lost; set aside as {self.set_aside(path)}")
+            elif is_folder and (name.endswith(".partial") or (named and not _is_finished(path))):
+                remove(path)
+                done.append(f"{name.removeprefix('.').removesuffix('.partial')}: was never finished; removed")
+        return done
+
+    def set_aside(self, path: Path) -> str:
+        """Keep what is no good checkpoint for inspection, out of the way of later ones; returns its new name."""
+        aside = path.with_name(f"{path.name}.broken")
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+        path.rename(aside)
+        return aside.name
 
     def point_latest(self) -> None:
         """Make `latest` name the newest restart point; without one there is no `latest`."""
@@ -115,20 +110,21 @@ class RunFolder:
         A table that someone damaged is set aside, its whole lines are kept: no training ends for it.
         """
         table = self.path / TABLE_NAME
-        names = [f.name for f in fields(Milestone)]
-        rows: list[dict[str, str]] = []
-        if table.exists():
-            found = list(csv.DictReader(io.StringIO(table.read_text(errors="replace"))))
-            rows = [row for row in found if row.keys() == set(names) and str(row["step"]).isdecimal()]
-            if len(rows) < len(found) or not found:
-                table.replace(table.with_name(f"{TABLE_NAME}.broken"))
-        rows = [row for row in rows if row["name"] != milestone.name]
-        rows.append({key: str(value) for key, value in asdict(milestone).items()})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: int(row["step"])))
-        write_whole(table, text.getvalue().encode())
+        rows, whole = milestone_table.read(table)
+        if not whole:
+            self.set_aside(table)
+        write_whole(table, milestone_table.with_line(rows, milestone))
 
     def _folders(self) -> list[Path]:
         return [p for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a folder has a marker; one that cannot be read counts: whoever opens it is told, nobody removes it."""
+    try:
+        (folder / MARKER_NAME).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
