@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -70,6 +71,12 @@ def _check_place(environment: Mapping[str, str]) -> None:
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if place[rank] >= place[size]:
             raise LaunchError(f"{rank} is {place[rank]}, but {size} is {place[size]}; {remedy}")
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system allows this process: every group holds one for each other rank."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def complain(text: str) -> None:

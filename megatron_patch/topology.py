@@ -7,6 +7,7 @@ tensor group stays inside a node.
 from __future__ import annotations
 
 import os
+import platform
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,6 +17,7 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 
 from megatron_patch import device, patches
+from megatron_patch.launch import LaunchError
 from megatron_patch.recipe import Parallel, RecipeError
 
 
@@ -65,7 +67,7 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
     """Join the process group (unless the caller has) and build Megatron's groups, in place of earlier ones.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them.
-    Raises RecipeError where the layout does not divide the world.
+    Raises RecipeError where the layout does not divide the world, LaunchError where groups cannot be made.
     """
     data_parallel_size(parallel, dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]))
     if parallel.tensor > 1:
@@ -73,16 +75,24 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.use(int(os.environ.get("LOCAL_RANK", "0")))
     patches.apply()
-    if not dist.is_initialized():
-        device.init_process_group(timeout)
-    if ps.model_parallel_is_initialized():
-        ps.destroy_model_parallel()
-    ps.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        create_gloo_process_groups=False,  # for checkpoints of mcore; ours has a group of its own
-    )
+    try:
+        if not dist.is_initialized():
+            device.init_process_group(timeout)
+        if ps.model_parallel_is_initialized():
+            ps.destroy_model_parallel()
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            create_gloo_process_groups=False,  # for checkpoints of mcore; ours has a group of its own
+        )
+    except RuntimeError as error:
+        if device.lost_peer(error):
+            raise
+        raise LaunchError(
+            f"process groups cannot be made on {platform.node()}: {error}; they need a network interface (`ip link`) "
+            "and an open file for each pair of ranks (`ulimit -n`)"
+        ) from error
     # mcore forks a named random state around embedding and recompute. Nothing here draws from it: no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return Topology(

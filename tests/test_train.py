@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from data_tools.format import TokenizerRecord, segment_name, sha256_file
 from data_tools.segment_files import DatasetPlan, write_dataset_manifest
+from megatron_patch import launch, topology
+from megatron_patch.launch import LaunchError
+from megatron_patch.recipe import load
 from megatron_patch.train import loop
 from tests.data.conftest import write_rows
 from tests.ranks import run_ranks
@@ -85,6 +89,25 @@ def test_torchrun_repeats_why_at_its_end(data_folder, tmp_path, monkeypatch):
     assert "holds 24 steps of 8 rows" in errors
     for line in errors.splitlines():
         assert line in last_words
+
+
+def groups_without_files() -> tuple[str, bool]:
+    """What is said where groups find no file to open, and whether the limit is as high as it may be afterwards."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())), most))
+    try:
+        topology.initialize(load("recipes/demo.yaml", TOY).parallel)
+        said = ""
+    except LaunchError as error:
+        said = str(error)
+    launch.raise_file_limit()
+    return said, resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+
+
+def test_groups_that_cannot_be_made_say_what_they_need():
+    said, is_high = run_ranks(1, groups_without_files)[0]
+    assert re.search(r"process groups cannot be made on .*: .*Too many open files.*`ulimit -n`", said, re.DOTALL), said
+    assert is_high
 
 
 def test_kernels_that_cannot_run_here_are_refused(data_folder, tmp_path, monkeypatch):

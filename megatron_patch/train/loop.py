@@ -37,6 +37,7 @@ class TrainingError(RuntimeError):
 def main(args: argparse.Namespace) -> int:
     """Train to the recipe's last step. Exit code 2: refused before the first step; 1: stopped by an error."""
     launch.setup_environment()
+    launch.raise_file_limit()
     launch.bind_to_gpu(int(os.environ["LOCAL_RANK"]))
     is_first = os.environ["RANK"] == "0"
     status: StatusFile | None = None
@@ -77,6 +78,9 @@ def main(args: argparse.Namespace) -> int:
         if is_first:
             launch.complain(f"{'refused' if refused else 'stopped'}: {error}")
         return 2 if refused else 1
+    except launch.LaunchError as error:
+        status.fail(str(error))
+        raise
     except DataError as error:  # a row that this rank alone has read
         status.fail(str(error))
         launch.complain(f"stopped on rank {os.environ['RANK']}: {error}")
