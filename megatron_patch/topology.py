@@ -6,8 +6,10 @@ tensor group stays inside a node.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -63,11 +65,11 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
     return world_size // model_ranks
 
 
-def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> Topology:
-    """Join the process group (unless the caller has) and build Megatron's groups, in place of earlier ones.
+def join(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Join the process group, unless that was done.
 
     Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them.
-    Raises RecipeError where the layout does not divide the world, LaunchError where groups cannot be made.
+    Raises RecipeError where the layout does not divide the world, LaunchError where the group cannot be made.
     """
     data_parallel_size(parallel, dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]))
     if parallel.tensor > 1:
@@ -75,24 +77,23 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.use(int(os.environ.get("LOCAL_RANK", "0")))
     patches.apply()
-    try:
-        if not dist.is_initialized():
+    if not dist.is_initialized():
+        with _named():
             device.init_process_group(timeout)
-        if ps.model_parallel_is_initialized():
-            ps.destroy_model_parallel()
+
+
+def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> Topology:
+    """Join, and build Megatron's groups, in place of earlier ones. Raises as `join` does."""
+    join(parallel, timeout)
+    if ps.model_parallel_is_initialized():
+        ps.destroy_model_parallel()
+    with _named():
         ps.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
             create_gloo_process_groups=False,  # for checkpoints of mcore; ours has a group of its own
         )
-    except RuntimeError as error:
-        if device.lost_peer(error):
-            raise
-        raise LaunchError(
-            f"process groups cannot be made on {platform.node()}: {error}; they need a network interface (`ip link`) "
-            "and an open file for each pair of ranks (`ulimit -n`)"
-        ) from error
     # mcore forks a named random state around embedding and recompute. Nothing here draws from it: no dropout.
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return Topology(
@@ -106,6 +107,20 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
         data_rank=ps.get_data_parallel_rank(),
         data_size=ps.get_data_parallel_world_size(),
     )
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Turns what keeps process groups from being made into a LaunchError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device.lost_peer(error):
+            raise
+        raise LaunchError(
+            f"process groups cannot be made on {platform.node()}: {error}; they need a network interface (`ip link`) "
+            "and an open file for each pair of ranks (`ulimit -n`)"
+        ) from error
 
 
 def destroy() -> None:

@@ -18,6 +18,7 @@ from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.kernels.choice import KernelError
 from megatron_patch.recipe import Recipe, RecipeError
+from megatron_patch.train.alike import check_alike
 from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import Keeper
 from megatron_patch.train.checkpoint.resume import ResumeRefused
@@ -67,13 +68,15 @@ def main(args: argparse.Namespace) -> int:
     try:
         if resolved.run.deterministic:
             device.make_deterministic()
+        topology.join(resolved.parallel)
+        check_alike(resolved, segments.digest)  # ranks of other layouts would wait for each other's groups
         place = topology.initialize(resolved.parallel)
         if is_first:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
             print(f"{resolved.to_yaml()}# {layout}", flush=True)
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
-    except (TrainingError, CheckpointError, KernelError) as error:
-        refused = isinstance(error, ResumeRefused | KernelError)
+    except (TrainingError, CheckpointError, KernelError, RecipeError) as error:
+        refused = isinstance(error, ResumeRefused | KernelError | RecipeError)
         status.fail(REFUSED + str(error) if refused else str(error))
         if is_first:
             launch.complain(f"{'refused' if refused else 'stopped'}: {error}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_patch import recipe
 from megatron_patch.run_lock import RunBusy, RunLock
+from megatron_patch.train import loop
 from tests.checkpoint.compare import assert_bit_equal, history, newest
 from tests.train.conftest import RANKS, run_settings
-from tests.train.job import Job
+from tests.train.job import Job, write_data_set
 from tests.train.test_status_file import status_of
 
 
@@ -48,6 +51,35 @@ def test_a_file_system_without_locks_cannot_refuse(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     RunLock(tmp_path).release()
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("optimizer.learning_rate=1e-3", "optimizer.learning_rate: 0.0003 -> 0.001"),
+        ("parallel.tensor=2", "parallel.tensor: 1 -> 2"),
+        ("data.folder={other}", "data set in {other}: "),
+        ("data.folder={copy}", None),
+    ],
+)
+def test_a_node_with_another_recipe_or_data_set_is_named(
+    data_folder: Path, tmp_path: Path, override: str, shown: str | None
+) -> None:
+    places = {"other": write_data_set(tmp_path / "other", seed=1), "copy": tmp_path / "copy"}
+    shutil.copytree(data_folder, places["copy"])
+
+    def differ(rank: int) -> None:
+        if rank == 1:
+            load = recipe.load
+            loop.recipe.load = lambda path, overrides: load(path, [*overrides, override.format(**places)])  # type: ignore[assignment]
+
+    layout = ["parallel.tensor=1", "parallel.pipeline=1", "run.steps=2", "optimizer.warmup_steps=1"]
+    job = Job(2, run_settings(data_folder, tmp_path / "run", *layout), tmp_path / "log", before=differ)
+    assert job.wait() == ([0, 0] if shown is None else [2, 2])
+    if shown is not None:
+        said = job.log.read_text()
+        assert said.count("refused: rank 1 on ") == 1 and shown.format(**places) in said
+        assert status_of(tmp_path / "run")["reason"].startswith("refused: rank 1 on ")
 
 
 @pytest.mark.parametrize("place", ["file", "file/run"])
