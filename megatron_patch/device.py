@@ -70,8 +70,16 @@ def init_process_group(timeout: timedelta) -> None:
         if not address or not port:
             raise LaunchError("MASTER_ADDR and MASTER_PORT say where ranks meet, but are not set; start with torchrun")
         try:
+            store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # torchrun --max-restarts keeps its store, with addresses of ranks that are gone. Its agents count
+                # restarts each for itself, so that the number is common to all ranks on one node alone.
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = torch.distributed.PrefixStore(f"restart_{restart}", store)
             # Without device_id: with it NCCL would make every one of mcore's groups at once, and out of one another.
-            torch.distributed.init_process_group(backend, timeout=timeout)
+            torch.distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             raise LaunchError(
                 f"ranks cannot meet at {address}, port {port}: {error}; if the port is in use, set another MASTER_PORT "

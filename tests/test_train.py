@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from data_tools.format import TokenizerRecord, segment_name, sha256_file
@@ -89,6 +92,41 @@ def test_torchrun_repeats_why_at_its_end(data_folder, tmp_path, monkeypatch):
     assert "holds 24 steps of 8 rows" in errors
     for line in errors.splitlines():
         assert line in last_words
+
+
+def meet(rank: int, restart: int, port: int, met: Connection) -> None:
+    """A rank of two under torchrun, whose agent keeps the store; it stays until it is killed."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    place |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": restart}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    topology.join(load("recipes/demo.yaml", TOY).parallel)
+    ones = torch.ones(1)
+    torch.distributed.all_reduce(ones)
+    met.send(ones.item())
+    signal.pause()
+
+
+def test_ranks_that_torchrun_starts_again_meet_again():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork = multiprocessing.get_context("fork")
+    for restart in range(2):
+        receive, send = fork.Pipe(duplex=False)
+        ranks = [fork.Process(target=meet, args=(r, restart, store.port, send), daemon=True) for r in range(2)]
+        left = store.num_keys()
+        try:
+            ranks[0].start()
+            deadline = time.monotonic() + 20
+            while store.num_keys() == left:  # it has published nothing, or in place of what a rank before it left
+                assert time.monotonic() < deadline, f"restart {restart} shares the keys of the start before"
+                time.sleep(0.005)
+            ranks[1].start()
+            for _ in ranks:
+                assert receive.poll(20) and receive.recv() == 2
+        finally:
+            for process in ranks:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
 
 
 def groups_without_files() -> tuple[str, bool]:
