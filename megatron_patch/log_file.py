@@ -7,14 +7,14 @@ import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 DAMAGED = (ValueError, KeyError, TypeError)  # what `record_of` raises
 _NUMBERS = ("time", "seconds", "samples", "tokens", "tokens_per_second", "learning_rate")
 _NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value read from JSON is a number."""
     return isinstance(value, int | float)
 
