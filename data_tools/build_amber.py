@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,9 @@ def _say_dataset(folder: Path, manifest: DatasetManifest) -> None:
 
 def main() -> int:
     """Entry point: errors in the data and of the file system are said in one or two lines, without a traceback."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # Slurm's time limit, a closed terminal: as Ctrl-C, unless ignored
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     try:
         return run(build_parser().parse_args())
     except DataError as error:
@@ -315,10 +319,15 @@ def main() -> int:
             " then run the same command again: finished work is kept",
             file=sys.stderr,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
         print("interrupted: the same command goes on, finished work is kept", file=sys.stderr)
-        return 130
+        return 128 + int(number)
     return 1
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

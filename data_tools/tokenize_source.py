@@ -13,16 +13,21 @@ what is left after the last whole row is counted and kept in `tail.tokens`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_tools.documents import TASK_BYTES, Document, Task, list_files, plan_tasks, read_documents, rejected_line
-from data_tools.durable import folder_lock, write_beside, write_whole
+from data_tools.durable import PARTIAL_SUFFIX, folder_lock, write_beside, write_whole
 from data_tools.format import (
     SOURCES,
     TOKEN_DTYPE,
@@ -40,6 +45,7 @@ from data_tools.text_encoder import TextEncoder
 BATCH_CHARACTERS = 1 << 23  # a call of gigatoken costs 3 ms before its first document
 SAMPLE_DOCUMENTS = 32
 SAMPLE_CHARACTERS = 1 << 16
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -90,10 +96,11 @@ def tokenize_source(
             encoder.check([text for _, text in _sample(folder)], folder)
             copy_tokenizer(tokenizer, output)
         jobs = [_Job(folder, tasks[i], target, i, tokenizer, identities[i], on_error, max_rejected) for i in waiting]
-        progress = Progress(f"tokenize {source}", total=sum(_task_size(folder, task) for task in tasks), unit="B")
-        progress.advance(sum(_task_size(folder, task) for i, task in enumerate(tasks) if i not in set(waiting)))
-        with progress:
-            for job in _run(jobs, workers):
+        total = sum(_task_size(folder, task) for task in tasks)
+        progress = Progress(f"tokenize {source}", total, unit="B")
+        progress.advance(total - sum(_task_size(folder, tasks[i]) for i in waiting))
+        with progress, contextlib.closing(_run(jobs, workers)) as finished:
+            for job in finished:
                 progress.advance(_task_size(folder, job.task))
         return _finish_source(source, target, options, asdict(record), len(tasks), max_rejected)
 
@@ -160,24 +167,51 @@ class _Job:
 _encoders: dict[Path, TextEncoder] = {}
 
 
-def _run(jobs: list[_Job], workers: int) -> Iterator[_Job]:
+def _run(jobs: list[_Job], workers: int) -> Generator[_Job, None, None]:
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield _do(job)
         return
     # Spawned, not forked: gigatoken and pyarrow have threads, which a fork would lose.
-    with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _die_with, (os.getpid(),)) as pool:
         queue = iter(jobs)
-        running: set[Future[_Job]] = {pool.submit(_do, job) for job in islice(queue, 2 * workers)}
         try:
+            running = _submit(pool, islice(queue, 2 * workers))
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()
-                    running |= {pool.submit(_do, job) for job in islice(queue, 1)}
-        except BaseException:
+                running |= _submit(pool, islice(queue, len(done)))
+        except BaseException as error:
+            for process in multiprocessing.active_children():  # what they are at may take minutes, and is not kept
+                process.kill()
             pool.shutdown(cancel_futures=True)
+            for partial in jobs[0].target.glob(f"*{PARTIAL_SUFFIX}"):
+                partial.unlink()
+            if isinstance(error, BrokenProcessPool):
+                raise DataError(
+                    "a worker process was killed, as the kernel does when memory runs out",
+                    file=jobs[0].target,
+                    remedy="run the same command again with fewer --workers or more memory: finished parts are kept",
+                ) from None
             raise
+
+
+def _submit(pool: ProcessPoolExecutor, jobs: Iterator[_Job]) -> set[Future[_Job]]:
+    """Hands jobs to the pool; what is spawned for them never sees the terminal's Ctrl-C, which is this process's."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_do, job) for job in jobs}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _die_with(parent: int) -> None:
+    """Ends this worker when its parent ends, however that ends: it would wait for work, or write, for ever."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # ended already
+        os._exit(1)
 
 
 def _do(job: _Job) -> _Job:
