@@ -79,9 +79,9 @@ def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _add_segment(parser: argparse.ArgumentParser) -> None:
+def _add_segment(parser: argparse.ArgumentParser, then: str) -> None:
     parser.add_argument(
-        "--segment", type=_segments, metavar="K|A-B", help="only these segments (Slurm array); then merge"
+        "--segment", type=_segments, metavar="K|A-B", help=f"only these segments (Slurm array); then {then}"
     )
 
 
@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out-per-source", type=_count(0), default=0, metavar="N", help="rows kept from training (0)"
     )
     mix.add_argument("--seed", type=_count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
-    _add_segment(mix)
+    _add_segment(mix, "once without it")
 
     index = _command(
         commands,
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
     )
     _add_errors(index, "row")
-    _add_segment(index)
+    _add_segment(index, "merge")
 
     merge = _command(
         commands,
@@ -250,13 +250,12 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from data_tools.index_segments import index, plan_dataset
-    from data_tools.segment_files import write_dataset_manifest
+    from data_tools.index_segments import index, merge, plan_dataset
     from data_tools.segment_reader import ErrorPolicy
 
     plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size)
     if arguments.command == "merge":
-        _say_dataset(arguments.output, write_dataset_manifest(arguments.output, plan))
+        _say_dataset(arguments.output, merge(arguments.input, arguments.output, plan))
         return 0
     policy = ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
     manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment, arguments.threads)
@@ -290,7 +289,7 @@ def _fetch_or_run(arguments: argparse.Namespace) -> int:
         raise DataError("no address", file=arguments.config, place="published", remedy="give one with --input")
     tokenizer = arguments.tokenizer or (published.tokenizer if published and not arguments.input else None)
     checksums = read_checksums(arguments.checksums) if arguments.checksums else {}
-    fetch_segments(address, tokenizer, arguments.output, arguments.segment or range(config.num_segments), checksums)
+    fetch_segments(address, tokenizer, arguments.output, config.num_segments, arguments.segment, checksums)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -23,11 +24,11 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     tokenizer: Path
-    row_length: int = Field(ROW_LENGTH, ge=2)
-    num_segments: int = Field(NUM_SEGMENTS, ge=1)
-    held_out_per_source: int = Field(0, ge=0)
-    seed: int = SEED
-    direct: bool = True
+    row_length: int = Field(ROW_LENGTH, ge=2, strict=True)
+    num_segments: int = Field(NUM_SEGMENTS, ge=1, strict=True)
+    held_out_per_source: int = Field(0, ge=0, strict=True)
+    seed: int = Field(SEED, ge=0, strict=True)
+    direct: bool = Field(True, strict=True)
     sources: dict[str, Path]
     published: Published | None = None
 
@@ -40,6 +41,16 @@ class BuildConfig(BaseModel):
         return sources
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML's reader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path) -> BuildConfig:
     """Reads and checks a configuration.
 
@@ -48,12 +59,12 @@ def read_config(path: Path) -> BuildConfig:
     """
     remedy = "compare it with data_tools/amber.yaml"
     try:
-        return BuildConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return BuildConfig.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
     except FileNotFoundError:
         raise DataError("no such file", file=path, remedy="name a YAML file with --config") from None
-    except yaml.YAMLError as error:
-        raise DataError(f"not YAML: {error}", file=path, remedy=remedy) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(first["msg"], file=path, place=place, remedy=remedy) from None
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # a date in month 99 is a ValueError
+        raise DataError(f"not YAML: {error}", file=path, remedy=remedy) from None

@@ -10,6 +10,7 @@ import base64
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from typing import Any, BinaryIO, cast
 import orjson
 import zstandard
 
-from data_tools.format import DataError, digest_stream
+from data_tools.durable import errors_named
+from data_tools.format import DataError, digest_stream, file_size
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
 TEXT_FIELDS = ("text", "content")
 TASK_BYTES = 1 << 30
 """Plain JSONL files are cut into tasks of this many bytes; compressed files and Parquet are one task each."""
+LONGEST_LINE = 1 << 28
+"""Bytes of a line of JSONL; a longer one is no document, and reading it would take the memory of the machine."""
 DECOMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 LEFT_OUT = "github"
 """RedPajama's github subset is tokenised by the authors' scripts but is not in the mix (paper, Table 2)."""
@@ -53,24 +57,37 @@ class Document:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The data files of a source, all levels deep, in the order of their relative paths.
+    """The data files of a source, all levels deep and through links, in the order of their relative paths.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or a link leads to a folder that is there already.
+        OSError: a folder cannot be read.
     """
-    files = [
-        path
-        for path in folder.rglob("*")
-        if path.name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX))
-        and not any(part.startswith(".") or part == LEFT_OUT for part in path.relative_to(folder).parts)
-    ]
+    files: list[Path] = []
+    seen: dict[str, str] = {}
+    for here, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (same := seen.setdefault(os.path.realpath(here), here)) != here:
+            raise DataError(f"is the folder {same} again", file=here, remedy="remove one of them, or the link")
+        folders[:] = [name for name in folders if not name.startswith(".") and name != LEFT_OUT]
+        files += [
+            Path(here, name)
+            for name in names
+            if name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)) and not name.startswith(".")
+        ]
     if not files:
         raise DataError(
             f"no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} file",
             file=folder,
             remedy="--input names the folder that holds the source's files",
         )
+    for path in files:
+        if bad_text(str(path)):
+            raise DataError("the name is not UTF-8, as a manifest must be", file=path, remedy="rename it")
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def plan_tasks(folder: Path, task_bytes: int = TASK_BYTES) -> list[Task]:
@@ -79,7 +96,7 @@ def plan_tasks(folder: Path, task_bytes: int = TASK_BYTES) -> list[Task]:
     for path in list_files(folder):
         name = path.relative_to(folder).as_posix()
         if name.endswith(".jsonl"):
-            size = path.stat().st_size
+            size = file_size(path)
             tasks += [Task(name, at, min(at + task_bytes, size)) for at in range(0, max(size, 1), task_bytes)]
         else:
             tasks.append(Task(name, 0, None))
@@ -93,24 +110,27 @@ def read_documents(folder: Path, task: Task, digest: Any = None) -> Iterator[Doc
         digest: takes the bytes as they are read: the task's lines, decompressed, or the whole of a Parquet file.
 
     Raises:
-        DataError: the file itself cannot be read (cut short, not what its name says).
+        DataError: the file itself cannot be read (cut short, not what its name says), or a line is endless.
     """
     path = folder / task.file
-    if task.file.endswith(PARQUET_SUFFIX):
-        if digest is not None:
-            with path.open("rb") as stream:
-                digest_stream(stream, digest)
-        yield from _parquet_documents(path)
-        return
-    try:
-        with open_decompressed(path) as stream:
-            yield from _jsonl_documents(stream, task, digest)
-    except DECOMPRESSION_ERRORS as error:
-        raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
+    with errors_named(path):
+        if task.file.endswith(PARQUET_SUFFIX):
+            if digest is not None:
+                with path.open("rb") as stream:
+                    digest_stream(stream, digest)
+            yield from _parquet_documents(path)
+            return
+        try:
+            with open_decompressed(path) as stream:
+                yield from _jsonl_documents(stream, path, task, digest)
+        except DECOMPRESSION_ERRORS as error:
+            raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
 
 
 def open_decompressed(path: Path) -> BinaryIO:
     """The bytes of a plain, gz or zst file, as one stream."""
+    if path.name.endswith((".gz", ".zst")) and not path.stat().st_size:
+        raise EOFError("the file is empty")
     if path.name.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
     if path.name.endswith(".zst"):
@@ -121,10 +141,12 @@ def open_decompressed(path: Path) -> BinaryIO:
 class _ZstdStream(io.RawIOBase):
     """All frames of a zst file; a file that ends inside a frame is an error, which zstandard's reader lets pass."""
 
+    READ_BYTES = 1 << 12  # four bytes can stand for 128 KiB, so this much for 128 MiB, which are held at once
+
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
         self._decompressor = zstandard.ZstdDecompressor().decompressobj()
-        self._ready = b""
+        self._ready = memoryview(b"")
         self._inside_frame = False
 
     def readable(self) -> bool:
@@ -132,7 +154,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            block = self._file.read(1 << 18)
+            block = self._file.read(self.READ_BYTES)
             if not block:
                 if self._inside_frame:
                     raise EOFError("the file ends inside a zstd frame")
@@ -153,26 +175,39 @@ class _ZstdStream(io.RawIOBase):
                 block = self._decompressor.unused_data
                 self._decompressor = zstandard.ZstdDecompressor().decompressobj()
                 self._inside_frame = False
-        self._ready = b"".join(pieces)
+        self._ready = memoryview(b"".join(pieces))
 
     def close(self) -> None:
         self._file.close()
         super().close()
 
 
-def _jsonl_documents(stream: BinaryIO, task: Task, digest: Any) -> Iterator[Document]:
+def _jsonl_documents(stream: BinaryIO, path: Path, task: Task, digest: Any) -> Iterator[Document]:
     at = task.start
     if at:
-        stream.seek(at - 1)
-        at += len(stream.readline()) - 1  # the line that starts before the task belongs to the one before
+        at -= 1
+        stream.seek(at)
+        piece = b""
+        while not piece.endswith(b"\n"):  # the line that starts before the task belongs to the one before
+            piece = stream.readline(LONGEST_LINE)
+            at += len(piece)
+            if not piece:
+                return
     first = f"byte {at} + line" if task.start else "line"
     number = 0
     while task.stop is None or at < task.stop:
-        line = stream.readline()
+        line = stream.readline(LONGEST_LINE + 1)
         if not line:
             return
         at += len(line)
         number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"longer than {LONGEST_LINE} bytes",
+                file=path,
+                place=f"{first} {number}",
+                remedy="not a file of one document a line, or a damaged one: mend it or take it away",
+            )
         if digest is not None:
             digest.update(line)
         if line.strip(b" \t\r\n"):
@@ -190,7 +225,10 @@ def parse_line(line: bytes, place: str) -> Document:
         return Document(place, "", raw, f"not JSON in UTF-8: {error}")
     if not isinstance(value, dict):
         return Document(place, "", raw, "not a JSON object")
-    text = next((value[name] for name in TEXT_FIELDS if name in value), None)
+    name = next((name for name in TEXT_FIELDS if name in value), None)
+    if name is None:
+        return Document(place, "", raw, f"no {' or '.join(TEXT_FIELDS)} field")
+    text = value[name]
     reason = bad_text(text)
     return Document(place, "", raw, reason) if reason else Document(place, str(text), raw)
 
@@ -206,9 +244,9 @@ def _read_json(raw: bytes) -> object:
 def bad_text(text: object) -> str:
     """Why `text` cannot be a document; empty if it can."""
     if text is None:
-        return f"no {' or '.join(TEXT_FIELDS)} field"
+        return "the text is null"
     if not isinstance(text, str):
-        return "the text is not a string"
+        return "the text is not a string" if not isinstance(text, bytes) else "the text is bytes, not UTF-8"
     if not text.isascii():
         try:
             text.encode()
@@ -223,18 +261,36 @@ def _parquet_documents(path: Path) -> Iterator[Document]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            column = next((name for name in TEXT_FIELDS if name in file.schema_arrow.names), None)
-            if column is None:
-                raise DataError(f"no {' or '.join(TEXT_FIELDS)} column", file=path, remedy="check the source's files")
+            names = file.schema_arrow.names
+            column = next((name for name in TEXT_FIELDS if name in names), None)
+            if column is None or names.count(column) > 1:
+                which = f"no {' or '.join(TEXT_FIELDS)} column" if column is None else f"more than one column {column}"
+                raise DataError(which, file=path, remedy="check the source's files")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
+                for text in _values(batch.column(column)):
                     number += 1
                     place = f"row {number}"
                     reason = bad_text(text)
-                    yield Document(place, "" if reason else text, repr(text).encode() if reason else b"", reason)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    yield Document(place, "", repr(text).encode(), reason) if reason else Document(place, str(text))
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read: {error}", file=path, remedy="fetch or copy the file again") from None
+
+
+def _values(column: Any) -> list[object]:
+    """The values of a Parquet column; those of a string column that are not UTF-8 as bytes."""
+    try:
+        return cast(list[object], column.to_pylist())
+    except UnicodeDecodeError:
+        raw = column.cast("binary").to_pylist()
+        return [value if value is None else _decoded(value) for value in raw]
+
+
+def _decoded(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 def rejected_line(file: str, document: Document) -> bytes:

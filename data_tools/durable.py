@@ -93,13 +93,23 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_named(path: Path) -> Iterator[None]:
-    """Turns "no space left" into an error that names the file; other errors of the system learn its name."""
+def errors_named(path: Path) -> Iterator[None]:
+    """Gives errors of the system that name no file (a read that fails) the name of this one."""
     try:
         yield
     except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turns "no space left" into an error that names the file; other errors of the system learn its name."""
+    try:
+        with errors_named(path):
+            yield
+    except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            error.filename = error.filename or str(path)
             raise
         raise DataError(
             f"cannot write: {os.strerror(error.errno)}",
@@ -109,10 +119,13 @@ def full_disk_named(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) -> Iterator[None]:
+def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
     """Holds `folder` for this process; the kernel lets go when the process ends, however it ends.
 
     Tasks of a Slurm array that each do a part hold the folder `shared` and their own part, by `name`, alone.
+
+    Args:
+        wait: for a moment's work that several processes do one after the other.
 
     Raises:
         FolderBusy: another process holds it.
@@ -122,7 +135,7 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False) ->
     path = folder / name
     with path.open("a") as stream:
         try:
-            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise FolderBusy(
                 "another run is writing this folder",

@@ -13,6 +13,7 @@ import http.client
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.durable import folder_lock, full_disk_named, partial_path, publish, write_whole
-from data_tools.format import DataError, canonical_json, new_digest, read_json
+from data_tools.durable import LOCK_NAME, folder_lock, full_disk_named, partial_path, publish, write_whole
+from data_tools.format import DataError, canonical_json, new_digest, read_json, tokenizer_name
 from data_tools.jsonl_segments import jsonl_name
 from data_tools.progress import Progress
+from data_tools.segment_files import chosen_segments, segments_lock
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60.0
@@ -57,7 +59,7 @@ def _read_headers(headers: Message, stated: _Stated, linked_only: bool = False) 
     stated.tag = stated.tag or tag or None
     if SHA256.fullmatch(tag):
         stated.sha256 = stated.sha256 or tag
-    if linked_size := headers.get("X-Linked-Size"):
+    if (linked_size := headers.get("X-Linked-Size", "")).isdigit():
         stated.size = int(linked_size)
 
 
@@ -93,10 +95,13 @@ class Fetcher:
                 stated = self._transfer(url, path)
                 break
             except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403, 404, 410):
-                    raise DataError(
-                        f"the server answers {error.code} {error.reason}", file=url, remedy="check the address"
-                    ) from None
+                if isinstance(error, urllib.error.HTTPError):
+                    if error.code in (401, 403, 404, 410):
+                        raise DataError(
+                            f"the server answers {error.code} {error.reason}", file=url, remedy="check the address"
+                        ) from None
+                elif isinstance(error, OSError) and error.filename:  # a file here: trying again would not help
+                    raise
                 if attempt + 1 == self.tries:
                     raise DataError(
                         f"{self.tries} attempts failed, the last: {error}",
@@ -132,13 +137,14 @@ class Fetcher:
             if not goes_on:
                 have = 0
                 write_whole(tag_path, (stated.tag or "").encode())
-            length = response.headers.get("Content-Length")
-            stated.size = stated.size if stated.size is not None else have + int(length) if length else None
+            length = response.headers.get("Content-Length", "")
+            stated.size = stated.size if stated.size is not None else have + int(length) if length.isdigit() else None
             progress = Progress(f"fetch {path.name}", stated.size or 0, "B")
             progress.advance(have)
-            with full_disk_named(path), partial.open("ab" if have else "wb") as stream, progress:
+            with partial.open("ab" if have else "wb") as stream, progress:
                 for block in _blocks(response):
-                    stream.write(block)
+                    with full_disk_named(path):
+                        stream.write(block)
                     progress.advance(len(block))
         if stated.size is not None and partial.stat().st_size < stated.size:
             raise OSError(f"the connection ended after {partial.stat().st_size} of {stated.size} bytes")
@@ -184,7 +190,7 @@ def read_checksums(path: Path) -> dict[str, str]:
         DataError: a line is not of that form.
     """
     checksums = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         digest, _, name = line.partition(" ")
         if not SHA256.fullmatch(digest) or not name:
             raise DataError(
@@ -195,16 +201,26 @@ def read_checksums(path: Path) -> dict[str, str]:
 
 
 def fetch_segments(
-    address: str, tokenizer: str | None, output: Path, segments: range, checksums: dict[str, str]
+    address: str,
+    tokenizer: str | None,
+    output: Path,
+    num_segments: int,
+    segments: range | None,
+    checksums: dict[str, str],
 ) -> None:
-    """Fetches segments and the tokenizer into `output`.
+    """Fetches segments (all `num_segments` where None are named) and the tokenizer into `output`.
 
     Raises:
-        DataError: see `Fetcher.fetch`.
+        DataError: an address that is none, or a segment that is none; see `Fetcher.fetch`.
     """
-    with folder_lock(output, f".lock.{segments.start:03d}-{segments.stop - 1:03d}.fetch"):
+    for url in filter(None, (address, tokenizer)):
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise DataError("not an address that begins with https://", file=url, remedy="check the address")
+    wanted = chosen_segments(segments, num_segments, output)
+    with segments_lock(output, segments):
         fetcher = Fetcher(output, checksums)
         if tokenizer:
-            fetcher.fetch(tokenizer, f"tokenizer{Path(tokenizer).suffix}")
-        for segment in segments:
+            with folder_lock(output, f"{LOCK_NAME}.tokenizer", wait=True):
+                fetcher.fetch(tokenizer, tokenizer_name(Path(urllib.parse.urlsplit(tokenizer).path)))
+        for segment in wanted:
             fetcher.fetch(f"{address.rstrip('/')}/{jsonl_name(segment)}", jsonl_name(segment))

@@ -328,6 +328,11 @@ def content_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json({k: v for k, v in manifest.items() if k != "digest"})).hexdigest()
 
 
+def tokenizer_name(path: Path) -> str:
+    """The name that a tokenizer file has in a data set, whatever it is called where it comes from."""
+    return "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
+
+
 def tokenizer_in(folder: Path) -> Path | None:
     """The tokenizer file of a folder, if it has one; `tokenizer.json` before `tokenizer.model`."""
     return next((folder / name for name in TOKENIZER_NAMES if (folder / name).is_file()), None)
@@ -339,7 +344,7 @@ def file_size(path: Path) -> int:
     Raises:
         DataError: there is no such file, or it is a folder, a pipe or a device.
     """
-    remedy = "build or fetch the segment again"
+    remedy = "build, fetch or copy it again"
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -6,7 +6,7 @@ import operator
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import folder_lock, reserve, write_beside, write_whole
+from data_tools.durable import reserve, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
     ROW_LENGTH,
@@ -26,8 +26,10 @@ from data_tools.jsonl_segments import MIX_MANIFEST, list_segments
 from data_tools.progress import Progress
 from data_tools.segment_files import (
     DatasetPlan,
-    carry_tokenizer,
+    chosen_segments,
     finished_segment,
+    keep_tokenizer,
+    segments_lock,
     write_companions,
     write_dataset_manifest,
 )
@@ -52,6 +54,12 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
                 dropped_rows=operator.index(value["dropped_rows"]),
                 rejected=operator.index(value["rejected"]),
                 has_held_out=value["has_held_out"],
+            )
+        if (count := len(list(list_segments(folder)))) != plan.num_segments:
+            raise DataError(
+                f"speaks of {plan.num_segments} segments, {count} are there",
+                file=path,
+                remedy="remove what is not of this mix, or mix again",
             )
         for name, given in (("row_length", row_length), ("vocab_size", vocab_size)):
             if given is not None and given != getattr(plan, name):
@@ -85,21 +93,42 @@ def index(
     Raises:
         DataError: see `index_segment` and `write_dataset_manifest`.
     """
-    paths = dict(list_segments(folder))
-    wanted = segments or range(plan.num_segments)
-    if wanted.stop > len(paths):
-        raise DataError(f"no segment {wanted.stop - 1}: there are {len(paths)}", file=folder, remedy="check --segment")
-    work = [(paths[k], output / segment_name(k)) for k in wanted]
-    if plan.has_held_out and 0 in wanted:
-        work.append((folder / f"{HELD_OUT_NAME}.jsonl", output / HELD_OUT_NAME))
-    part = "" if segments is None else f".{wanted.start:03d}-{wanted.stop - 1:03d}"
-    with folder_lock(output, shared=segments is not None), folder_lock(output, f".lock{part}.index"):
-        carry_tokenizer(folder, output)
+    work = _work(folder, output, plan, segments)
+    with segments_lock(output, segments):
+        keep_tokenizer(tokenizer_in(folder), output)
         with Progress("index", sum(file_size(path) for path, _ in work), "B") as progress:
             for path, base in work:
                 index_segment(path, base, plan, policy, threads)
                 progress.advance(file_size(path))
         return write_dataset_manifest(output, plan) if segments is None else None
+
+
+def merge(folder: Path, output: Path, plan: DatasetPlan) -> DatasetManifest:
+    """Writes the manifest of the data set whose segments were indexed one by one.
+
+    Raises:
+        DataError: segments are missing, or made from others than those under `folder`.
+    """
+    for path, base in _work(folder, output, plan, None):
+        finished_segment(base, plan, _source(path))
+    return write_dataset_manifest(output, plan)
+
+
+def _work(folder: Path, output: Path, plan: DatasetPlan, segments: range | None) -> list[tuple[Path, Path]]:
+    """The JSONL files to index, each with its segment's path without suffix."""
+    paths = dict(list_segments(folder))
+    wanted = chosen_segments(segments, plan.num_segments, folder)
+    work = [(paths[k], output / segment_name(k)) for k in wanted]
+    if plan.has_held_out and 0 in wanted:
+        if folder.resolve() == output.resolve():
+            raise DataError("is --input too, whose held_out.json is needed", file=output, remedy="use another --output")
+        work.append((folder / f"{HELD_OUT_NAME}.jsonl", output / HELD_OUT_NAME))
+    return work
+
+
+def _source(path: Path) -> dict[str, Any]:
+    """What a segment's manifest says from the start of the file that it is made from."""
+    return {"file": path.name, "bytes": file_size(path)}
 
 
 def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy, threads: int = 1) -> None:
@@ -112,7 +141,7 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
         DataError: the first bad row, with line and column; too many bad rows; a file that cannot be decompressed; no
             rows at all; files made from other input.
     """
-    source: dict[str, Any] = {"file": path.name, "bytes": file_size(path)}
+    source = _source(path)
     if finished_segment(base, plan, source) is not None:
         return
     reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, threads)

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.durable import folder_lock, full_disk_named, partial_path, publish, write_beside, write_whole
+from data_tools.durable import full_disk_named, partial_path, publish, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
     SOURCES,
@@ -32,14 +32,17 @@ from data_tools.format import (
     new_digest,
     read_json,
     segment_name,
+    tokenizer_in,
 )
 from data_tools.jsonl_segments import MIX_MANIFEST, jsonl_lines, jsonl_name
 from data_tools.progress import Progress
 from data_tools.rows import MixedRows, open_sources
 from data_tools.segment_files import (
     DatasetPlan,
-    carry_tokenizer,
+    chosen_segments,
     finished_segment,
+    keep_tokenizer,
+    segments_lock,
     source_counts,
     write_companions,
     write_dataset_manifest,
@@ -91,10 +94,10 @@ def mix(
     )
     made_of = {"options": asdict(options), "sources": [source.manifest for source in sources]}
     identity = {"mix": hashlib.sha256(canonical_json(made_of)).hexdigest()}
-    wanted = segments or range(options.num_segments)
+    wanted = chosen_segments(segments, options.num_segments, folder)
     part = "" if segments is None else f"-{wanted.start:03d}-{wanted.stop - 1:03d}"
-    with folder_lock(output, shared=segments is not None), folder_lock(output, f".lock{part}.mix"):
-        carry_tokenizer(folder, output)
+    with segments_lock(output, segments):
+        keep_tokenizer(tokenizer_in(folder), output)
         _Mixer(mixed, rounds, plan, options, identity, output, f"mix{part}.journal").run(wanted)
         if plan.has_held_out and 0 in wanted:
             _write_held_out(mixed, plan, options, identity, output)
@@ -303,7 +306,7 @@ def write_mix_manifest(output: Path, plan: DatasetPlan) -> dict[str, Any]:
         names.append(HELD_OUT_NAME)
     missing = [name for name in names if not (output / f"{name}.json").is_file()]
     if missing:
-        raise DataError(f"missing: {', '.join(missing)}", file=output, remedy="mix those segments, then merge again")
+        raise DataError(f"missing: {', '.join(missing)}", file=output, remedy="mix those segments, then all")
     value = {**asdict(plan), "segments": [read_json(output / f"{name}.json", "mix again") for name in names]}
     write_whole(output / MIX_MANIFEST, canonical_json(value))
     return value

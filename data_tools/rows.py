@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.durable import errors_named
 from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, fields_named, file_size, read_json
 
 SOURCE_MANIFEST = "source.json"
@@ -52,7 +53,7 @@ class SourceRows:
             offset = first + filled - int(self._bounds[part])
             take = min(int(self._bounds[part + 1]) - int(self._bounds[part]) - offset, len(ids) - filled)
             if take > 0:
-                with self._paths[part].open("rb", buffering=0) as stream:
+                with errors_named(self._paths[part]), self._paths[part].open("rb", buffering=0) as stream:
                     stream.seek(offset * TOKEN_DTYPE.itemsize)
                     read_exactly(stream, ids[filled : filled + take].view(np.uint8).data, self._paths[part])
                 filled += take

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from data_tools.build_config import BuildConfig
-from data_tools.format import DataError, DatasetManifest
+from data_tools.format import SOURCES, DataError, DatasetManifest
 from data_tools.index_segments import index, plan_dataset
 from data_tools.mix import MixOptions, mix
 from data_tools.segment_reader import ErrorPolicy
@@ -19,12 +20,21 @@ def run_all(
     """Builds `output/indexed` from the raw text of `folder`, through `output/rows` (and `output/segments`).
 
     Raises:
-        DataError: a source or the tokenizer is not where the configuration says; whatever a stage raises; the finished
-            data set does not verify.
+        DataError: a source or the tokenizer is not where the configuration says, or two sources are one text; whatever
+            a stage raises; the finished data set does not verify.
     """
     for name, path in (*config.sources.items(), ("tokenizer", config.tokenizer)):
         if not (folder / path).exists():
             raise DataError("not there", file=folder / path, place=name, remedy="set its place in the configuration")
+    places = {name: (folder / path).resolve() for name, path in config.sources.items()}
+    for (name, path), (other, inside) in itertools.permutations(places.items(), 2):
+        if inside.is_relative_to(path):
+            raise DataError(
+                f"lies in {path}, which is {name}", file=inside, place=other, remedy="each source has its own"
+            )
+    for name in SOURCES:  # mix takes every source that it finds
+        if name not in config.sources and (rows := output / "rows" / name).exists():
+            raise DataError("no source of this configuration", file=rows, remedy="remove it, or use another --output")
     for name, path in config.sources.items():
         tokenize_source(
             name,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_tools.durable import write_beside, write_whole
+from data_tools.durable import LOCK_NAME, folder_lock, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
     MANIFEST_NAME,
@@ -27,6 +27,7 @@ from data_tools.format import (
     new_digest,
     segment_name,
     tokenizer_in,
+    tokenizer_name,
 )
 
 
@@ -42,6 +43,33 @@ class DatasetPlan:
     rejected: int = 0
     """Bad documents and rows set aside before the segments."""
     has_held_out: bool = False
+
+
+def chosen_segments(segments: range | None, num_segments: int, folder: Path) -> range:
+    """`segments`, or all of them.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    if segments is not None and segments.stop > num_segments:
+        raise DataError(
+            f"no segment {segments.stop - 1}: there are {num_segments}", file=folder, remedy="check --segment"
+        )
+    return range(num_segments) if segments is None else segments
+
+
+@contextlib.contextmanager
+def segments_lock(folder: Path, segments: range | None) -> Iterator[None]:
+    """Holds a folder, or, for a task of a Slurm array, the segments that it builds there.
+
+    Raises:
+        FolderBusy: another process holds the folder or one of the segments.
+    """
+    with contextlib.ExitStack() as held:
+        held.enter_context(folder_lock(folder, shared=segments is not None))
+        for segment in segments or ():
+            held.enter_context(folder_lock(folder, f"{LOCK_NAME}.{segment_name(segment)}"))
+        yield
 
 
 def write_companions(
@@ -134,7 +162,7 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
     """Reads the manifests of all segments and writes the data set's.
 
     Raises:
-        DataError: segments are missing (all are named), or do not have the same number of rows.
+        DataError: segments are missing (all are named), there is one more, or they differ in their number of rows.
     """
     bases = [folder / segment_name(k) for k in range(plan.num_segments)]
     if plan.has_held_out:
@@ -148,6 +176,12 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
             f"{len(missing)} of {len(bases)} are missing: {', '.join(missing)}",
             file=folder,
             remedy=f"build them, for example with sbatch --array={numbers}, then merge again",
+        )
+    if extra := {path.stem for path in folder.glob("segment_*.json")} - {base.name for base in bases}:
+        raise DataError(
+            f"{min(extra)} is there, but the data set has {plan.num_segments} segments",
+            file=folder,
+            remedy="bring the input that is missing, or remove the files of the segments that are too many",
         )
     manifests = []
     for base in bases:
@@ -183,14 +217,28 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
         segments=segments,
         held_out=held_out[0] if held_out else None,
     )
-    write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))
+    with folder_lock(folder, f"{LOCK_NAME}.manifest", wait=True):  # two merges at once write the same
+        write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))
     return dataset
 
 
-def carry_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer file of one folder, where it has one, to another."""
-    tokenizer = tokenizer_in(source)
-    if tokenizer is not None and source.resolve() != target.resolve():
-        target.mkdir(parents=True, exist_ok=True)
-        with tokenizer.open("rb") as stream, write_beside(target / tokenizer.name) as copy:
-            shutil.copyfileobj(stream, copy)
+def keep_tokenizer(tokenizer: Path | None, folder: Path) -> None:
+    """Puts a copy of a tokenizer, where there is one, into `folder`; several processes may do so at once.
+
+    Raises:
+        DataError: the folder holds another one: what is in it was made with that.
+    """
+    if tokenizer is None:
+        return
+    content = tokenizer.read_bytes()
+    target = folder / tokenizer_name(tokenizer)
+    with folder_lock(folder, f"{LOCK_NAME}.tokenizer", wait=True):
+        there = tokenizer_in(folder)
+        if there is None:
+            write_whole(target, content)
+        elif there != target or there.read_bytes() != content:
+            raise DataError(
+                f"not the tokenizer {tokenizer}",
+                file=there,
+                remedy="use the same tokenizer as before, or another --output",
+            )

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_tools._core import SLACK_BYTES, SLACK_IDS, RowParser
 from data_tools.documents import DECOMPRESSION_ERRORS, open_decompressed
+from data_tools.durable import errors_named
 from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, new_digest
 
 BLOCK_BYTES = 1 << 22  # fewer, larger writes: small ones cost the page cache twice as much a byte
@@ -74,7 +75,7 @@ class SegmentReader:
             DataError: the first bad row, or one too many; a file that cannot be decompressed.
         """
         try:
-            with self._open() as stream:
+            with errors_named(self.path), self._open() as stream:
                 yield from self._inline(stream) if self.threads == 1 else self._threaded(stream)
         except DECOMPRESSION_ERRORS as error:
             raise DataError(f"cannot decompress: {error}", file=self.path, remedy="fetch the segment again") from None
@@ -116,6 +117,7 @@ class SegmentReader:
     def _read(self, stream: BinaryIO) -> Iterator[_Block]:
         """Blocks that end at the end of a line; the last line gets its newline if it has none."""
         rest = b""
+        start = 0  # of the block, in bytes of the (decompressed) file
         ended = False
         size = BLOCK_BYTES
         while not ended:
@@ -137,18 +139,19 @@ class SegmentReader:
                 filled += 1
             block.stop = block.text.rfind(b"\n", 0, filled) + 1
             rest = bytes(memoryview(block.text)[block.stop : filled])
+            start += block.stop
             if block.stop:
                 yield block
             elif not ended:
-                size = self._longer(size)
+                size = self._longer(size, start)
                 self._free.clear()
 
-    def _longer(self, size: int) -> int:
+    def _longer(self, size: int, line_start: int) -> int:
         if size >= LONGEST_LINE:
             raise DataError(
                 f"longer than {LONGEST_LINE} bytes",
                 file=self.path,
-                place=f"line after {self.lines} lines or more",
+                place=f"line that starts at byte {line_start}",
                 remedy="not a file of rows: --input names a folder of train_000.jsonl, ...",
             )
         return size * 2

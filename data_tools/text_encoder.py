@@ -17,7 +17,14 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from data_tools.format import MAX_VOCAB_SIZE, TOKEN_DTYPE, DataError, TokenizerRecord, sha256_file
+from data_tools.format import (
+    MAX_VOCAB_SIZE,
+    TOKEN_DTYPE,
+    DataError,
+    TokenizerRecord,
+    sha256_file,
+    tokenizer_name,
+)
 
 EOS_TEXT = "</s>"
 
@@ -143,31 +150,36 @@ class TextEncoder:
         except Exception as error:  # both libraries raise bare Exception
             raise DataError(f"cannot load: {error}", file=path, remedy="give LLaMA's tokenizer") from None
         # Control tokens are what a tokenizer.json puts around a text; Amber has EOS after it and nothing before.
-        self.vocab_size = self._reference.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = _vocab_size(self._reference, path)
         eos_id = self._reference.token_to_id(EOS_TEXT)
         if eos_id is None:
             raise DataError(f"no token {EOS_TEXT}", file=path, remedy="give LLaMA's tokenizer")
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise DataError(
-                f"{self.vocab_size} ids do not fit in 16 bits",
-                file=path,
-                remedy=f"use a tokenizer of at most {MAX_VOCAB_SIZE} ids",
-            )
         self.eos_id: int = eos_id
 
     def record(self) -> TokenizerRecord:
         """The tokenizer's entry in a manifest."""
-        return TokenizerRecord(file=self.path.name, sha256=sha256_file(self.path), vocab_size=self.vocab_size)
+        return TokenizerRecord(
+            file=tokenizer_name(self.path), sha256=sha256_file(self.path), vocab_size=self.vocab_size
+        )
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of `texts` on the calling thread.
 
         Returns:
             uint16 ids of all texts, EOS after each; and int64 [len(texts)] number of ids of each, EOS included.
+
+        Raises:
+            DataError: gigatoken gives an id that the Hugging Face tokenizer does not have.
         """
         layout: Any = self._fast.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets, dtype=np.int64)
         ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        if ids.max(initial=0) >= self.vocab_size:
+            raise DataError(
+                f"gigatoken gives the id {ids.max()}, but ids are below {self.vocab_size}",
+                file=self.path,
+                remedy="number the added tokens as the Hugging Face tokenizer does: behind the vocabulary, no gaps",
+            )
         lengths = np.diff(offsets) + 1
         ends = np.cumsum(lengths) - 1
         stream = np.empty(len(ids) + len(lengths), dtype=TOKEN_DTYPE)
@@ -182,10 +194,10 @@ class TextEncoder:
         return [*self._reference.encode(text, add_special_tokens=False).ids, self.eos_id]
 
     def check(self, texts: Sequence[str], file: Path) -> None:
-        """Compares gigatoken with the Hugging Face tokenizer on `texts`.
+        """Compares gigatoken with the Hugging Face tokenizer on `texts` and on every added token.
 
         Raises:
-            DataError: ids differ in a document of `file`.
+            DataError: ids differ in a document of `file`, or an added token's do.
         """
         stream, lengths = self.encode(texts)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -201,6 +213,14 @@ class TextEncoder:
                     place=f"sampled document {i}",
                     remedy=f"do not use these ids: report the document and {self.path} to gigatoken",
                 )
+        for token in self._reference.get_added_tokens_decoder().values():
+            if self.encode([token.content])[0].tolist() != self.encode_reference(token.content):
+                raise DataError(
+                    f"gigatoken and the Hugging Face tokenizer differ in {token.content}",
+                    file=self.path,
+                    place="added_tokens",
+                    remedy="number the added tokens as the Hugging Face tokenizer does: behind the vocabulary, no gaps",
+                )
 
 
 def read_vocab_size(path: Path) -> int:
@@ -211,6 +231,24 @@ def read_vocab_size(path: Path) -> int:
     """
     text = read_tokenizer_json(path)
     try:
-        return int(tokenizers.Tokenizer.from_str(text).get_vocab_size(with_added_tokens=True))
+        tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"cannot load: {error}", file=path, remedy="give LLaMA's tokenizer") from None
+    return _vocab_size(tokenizer, path)
+
+
+def _vocab_size(tokenizer: tokenizers.Tokenizer, path: Path) -> int:
+    """Number of ids, which are 0 to it: what an id is compared with, and what 16 bits must hold."""
+    count = tokenizer.get_vocab_size(with_added_tokens=True)
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if size != count:
+        raise DataError(
+            f"{count} ids, but the highest is {size - 1}", file=path, remedy="use a tokenizer whose ids have no gaps"
+        )
+    if size > MAX_VOCAB_SIZE:
+        raise DataError(
+            f"{size} ids do not fit in 16 bits",
+            file=path,
+            remedy=f"use a tokenizer of at most {MAX_VOCAB_SIZE} ids",
+        )
+    return int(size)

@@ -40,6 +40,7 @@ from data_tools.format import (
 )
 from data_tools.progress import Progress
 from data_tools.rows import SOURCE_MANIFEST
+from data_tools.segment_files import keep_tokenizer
 from data_tools.text_encoder import TextEncoder
 
 BATCH_CHARACTERS = 1 << 23  # a call of gigatoken costs 3 ms before its first document
@@ -85,16 +86,18 @@ def tokenize_source(
     if source not in SOURCES:
         raise DataError(f"unknown source {source!r}", file=folder, remedy=f"use one of {', '.join(SOURCES)}")
     target = output / source
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise DataError("lies in the folder of the source's files", file=target, remedy="use another --output")
+    encoder = TextEncoder(tokenizer)
+    record = encoder.record()
+    options = TokenizeOptions(row_length, record.sha256, record.vocab_size, encoder.eos_id, task_bytes)
+    tasks = plan_tasks(folder, task_bytes)
     with folder_lock(target):
-        encoder = TextEncoder(tokenizer)
-        record = encoder.record()
-        options = TokenizeOptions(row_length, record.sha256, record.vocab_size, encoder.eos_id, task_bytes)
-        tasks = plan_tasks(folder, task_bytes)
         identities = [_identity(folder, task, options) for task in tasks]
         waiting = [i for i, identity in enumerate(identities) if not _is_done(target, i, identity)]
         if waiting:
             encoder.check([text for _, text in _sample(folder)], folder)
-            copy_tokenizer(tokenizer, output)
+            keep_tokenizer(tokenizer, output)
         jobs = [_Job(folder, tasks[i], target, i, tokenizer, identities[i], on_error, max_rejected) for i in waiting]
         total = sum(_task_size(folder, task) for task in tasks)
         progress = Progress(f"tokenize {source}", total, unit="B")
@@ -102,15 +105,7 @@ def tokenize_source(
         with progress, contextlib.closing(_run(jobs, workers)) as finished:
             for job in finished:
                 progress.advance(_task_size(folder, job.task))
-        return _finish_source(source, target, options, asdict(record), len(tasks), max_rejected)
-
-
-def copy_tokenizer(tokenizer: Path, output: Path) -> None:
-    """Puts a copy of the tokenizer into `output` under its canonical name."""
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / f"tokenizer{tokenizer.suffix}"
-    if not target.is_file() or target.read_bytes() != tokenizer.read_bytes():
-        write_whole(target, tokenizer.read_bytes())
+        return _finish_source(source, folder, target, options, asdict(record), len(tasks), max_rejected)
 
 
 def _sample(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -128,11 +123,11 @@ def _sample(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _task_size(folder: Path, task: Task) -> int:
-    return task.stop - task.start if task.stop is not None else (folder / task.file).stat().st_size
+    return task.stop - task.start if task.stop is not None else file_size(folder / task.file)
 
 
 def _identity(folder: Path, task: Task, options: TokenizeOptions) -> dict[str, Any]:
-    return {"task": asdict(task), "input_bytes": (folder / task.file).stat().st_size, "options": asdict(options)}
+    return {"task": asdict(task), "input_bytes": file_size(folder / task.file), "options": asdict(options)}
 
 
 def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
@@ -284,6 +279,7 @@ def _reject(job: _Job, document: Document, rejected: list[Document]) -> None:
 
 def _finish_source(
     source: str,
+    folder: Path,
     target: Path,
     options: TokenizeOptions,
     tokenizer: dict[str, Any],
@@ -293,6 +289,8 @@ def _finish_source(
     manifests = [read_json(target / f"{part_name(i)}.json", "run tokenize again") for i in range(parts)]
     tokens = sum(manifest["tokens"] for manifest in manifests)
     rejected = sum(manifest["rejected"] for manifest in manifests)
+    if not any(manifest["documents"] for manifest in manifests):
+        raise DataError("no documents", file=folder, remedy="fetch or copy the source again")
     if rejected > max_rejected:
         raise DataError(
             f"{rejected} bad documents, more than {max_rejected}",

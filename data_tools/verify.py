@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from data_tools.format import (
     DataError,
     DatasetManifest,
     SegmentManifest,
+    canonical_json,
     digest_file,
     index_blocks,
     new_digest,
@@ -26,7 +26,8 @@ from data_tools.format import (
 )
 from data_tools.jsonl_segments import list_segments
 from data_tools.progress import Progress
-from data_tools.segment_files import check_sizes, source_counts
+from data_tools.rows import read_exactly
+from data_tools.segment_files import check_sizes, chosen_segments, source_counts
 from data_tools.segment_reader import ErrorPolicy, SegmentReader
 
 BLOCK_ROWS = 1024
@@ -44,19 +45,22 @@ def verify(folder: Path, segments: range | None = None, against: Path | None = N
         What is wrong, one line a fault, each with segment, row and byte; empty if all is well.
     """
     manifest = DatasetManifest.read(folder / MANIFEST_NAME)
-    wanted = segments or range(manifest.num_segments)
+    wanted = chosen_segments(segments, manifest.num_segments, folder)
     records = [(folder / segment_name(k), manifest.segments[k]) for k in wanted]
     if manifest.held_out is not None and segments is None:
         records.append((folder / HELD_OUT_NAME, manifest.held_out))
-    sources = {segment_name(k): path for k, path in list_segments(against)} if against is not None else {}
+    sources = {}
+    if against is not None:
+        sources = {segment_name(k): path for k, path in list_segments(against)}
+        sources[HELD_OUT_NAME] = against / f"{HELD_OUT_NAME}.jsonl"
     faults = list(_tokenizer_faults(folder, manifest))
     with Progress("verify", sum(record.rows for _, record in records), "rows") as progress:
         for base, record in records:
             try:
                 sound = len(faults)
                 faults += segment_faults(base, record)
-                if len(faults) > sound and base.name in sources:
-                    faults += _row_faults(base.with_suffix(".bin"), sources[base.name], record)
+                if len(faults) > sound and base.name in sources and sources[base.name].is_file():
+                    faults += _row_faults(base, sources[base.name], record)
             except DataError as error:
                 faults.append(str(error))
             progress.advance(record.rows)
@@ -76,9 +80,17 @@ def segment_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
     Raises:
         DataError: a file is missing or has the wrong size, so that nothing else can be said.
     """
-    own = SegmentManifest.read(base.with_suffix(".json"))
-    if own != record:
-        yield f"{base.with_suffix('.json')}: differs from the data set's manifest\n  remedy: merge again"
+    own = base.with_suffix(".json")
+    SegmentManifest.read(own)
+    actual, expected = own.read_bytes(), canonical_json(record.to_json())
+    if actual != expected:
+        at = next(
+            (i for i, pair in enumerate(zip(actual, expected, strict=False)) if pair[0] != pair[1]), len(expected)
+        )
+        yield (
+            f"{own}: byte {at}: differs from the data set's manifest\n  remedy: {REMEDY}; if it was built again since,"
+            " merge"
+        )
     check_sizes(base, record)
     yield from _id_faults(base.with_suffix(".bin"), record)
     yield from _source_faults(base.with_suffix(".src"), record)
@@ -88,11 +100,12 @@ def segment_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
 def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
     digest = new_digest()
     row_bytes = record.row_length * TOKEN_DTYPE.itemsize
-    with path.open("rb", buffering=0) as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    block = np.empty(BLOCK_ROWS * record.row_length, dtype=TOKEN_DTYPE)
+    with path.open("rb", buffering=0) as stream:  # read, not mapped: a bad disk is an error, not the end of the process
         for start in range(0, record.rows, BLOCK_ROWS):
-            block = mapped[start * row_bytes : (start + BLOCK_ROWS) * row_bytes]
-            digest.update(block)
-            ids = np.frombuffer(block, dtype=TOKEN_DTYPE)
+            ids = block[: min(BLOCK_ROWS, record.rows - start) * record.row_length]
+            read_exactly(stream, ids.view(np.uint8).data, path)
+            digest.update(ids.data)
             if ids.max() >= record.vocab_size:
                 at = int(np.argmax(ids >= record.vocab_size))
                 row, column = start + at // record.row_length, at % record.row_length
@@ -103,24 +116,33 @@ def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
     yield from _digest_faults(path, record, digest)
 
 
-def _row_faults(path: Path, source: Path, record: SegmentManifest) -> Iterator[str]:
-    """The first row of a `.bin` that is not what its JSONL segment says."""
+def _row_faults(base: Path, source: Path, record: SegmentManifest) -> Iterator[str]:
+    """The first row whose ids, and the first whose source, is not what the JSONL segment says."""
     reader = SegmentReader(source, record.row_length, record.vocab_size, ErrorPolicy(True, record.rejected))
-    row_bytes = record.row_length * TOKEN_DTYPE.itemsize
-    at = 0
-    with path.open("rb") as stream:
+    bin_path, src_path = base.with_suffix(".bin"), base.with_suffix(".src")
+    row, faults = 0, {}
+    with bin_path.open("rb") as ids, src_path.open("rb") as codes:
         for expected in reader.blocks():
-            actual = np.frombuffer(stream.read(expected.nbytes), dtype=TOKEN_DTYPE)
-            differs = actual != expected[: len(actual)]
-            if differs.any():
-                index = int(np.argmax(differs))
-                row, column = at + index // record.row_length, index % record.row_length
-                yield (
-                    f"{path}: row {row} id {column} byte {row * row_bytes + column * TOKEN_DTYPE.itemsize}:"
-                    f" id {actual[index]}, {source} says {expected[index]}\n  remedy: {REMEDY}"
+            if bin_path not in faults and (found := _first_difference(ids, expected)):
+                index, actual = found
+                at_row, column = row + index // record.row_length, index % record.row_length
+                at_byte = (at_row * record.row_length + column) * TOKEN_DTYPE.itemsize
+                faults[bin_path] = (
+                    f"row {at_row} id {column} byte {at_byte}: id {actual}, {source} says {expected[index]}"
                 )
-                return
-            at += len(expected) // record.row_length
+            expected = np.frombuffer(reader.codes[-1], dtype=np.uint8)
+            if src_path not in faults and (found := _first_difference(codes, expected)):
+                index, actual = found
+                faults[src_path] = f"row {row + index} byte {row + index}: {actual}, {source} says {expected[index]}"
+            row += len(expected)
+    yield from (f"{path}: {fault}\n  remedy: {REMEDY}" for path, fault in faults.items())
+
+
+def _first_difference(stream: BinaryIO, expected: np.ndarray) -> tuple[int, int] | None:
+    """Reads as many values as `expected` has; where they begin to differ, the index and the value read there."""
+    actual = np.frombuffer(stream.read(expected.nbytes), dtype=expected.dtype)
+    differs = np.flatnonzero(actual != expected[: len(actual)])
+    return (int(differs[0]), int(actual[differs[0]])) if len(differs) else None
 
 
 def _source_faults(path: Path, record: SegmentManifest) -> Iterator[str]:

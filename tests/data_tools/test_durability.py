@@ -216,6 +216,14 @@ def test_a_finished_folder_is_not_written_again(name: str, stages: dict[str, Sta
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_segment_that_the_mix_does_not_have_is_refused(stages: dict[str, Stage], tmp_path: Path) -> None:
+    stages["tokenize"](tmp_path / "rows")
+    for direct in (False, True):
+        with pytest.raises(DataError, match=r"no segment 3: there are 3"):
+            mix(tmp_path / "rows", tmp_path / "out", MixOptions(3, direct, 0, 1), range(2, 4))
+    assert not (tmp_path / "out").exists()
+
+
 def test_ctrl_c_says_how_to_go_on_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     row = json.dumps({"token_ids": [1, 2, 3, 4], "source": "arxiv"}) + "\n"
     (tmp_path / "train_000.jsonl").write_text(row * 500_000)

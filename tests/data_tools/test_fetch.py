@@ -127,6 +127,25 @@ def test_a_missing_file_is_said_at_once(site: Site, tmp_path: Path) -> None:
         Fetcher(tmp_path, tries=100, pause_s=100).fetch(f"{site.address}/none", "none")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--input", "/some/folder"), "/some/folder: not an address that begins with https://"),
+        (("--input", "http://127.0.0.1:9/x", "--segment", "350-360"), "no segment 360: there are 360"),
+    ],
+)
+def test_what_cannot_be_fetched_is_said_at_once(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    result = build_amber("fetch", *arguments, "--output", tmp_path / "amber", check=False)
+    assert (result.returncode, says in result.stderr, "Traceback" in result.stderr) == (1, True, False)
+
+
+def test_a_file_that_cannot_be_written_is_not_tried_again(site: Site, tmp_path: Path) -> None:
+    site.files["a"] = CONTENT
+    (tmp_path / "a.partial").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Fetcher(tmp_path, tries=100, pause_s=100).fetch(f"{site.address}/a", "a")
+
+
 def test_what_is_fetched_can_be_indexed_and_what_changed_since_cannot(site: Site, corpus: Path, tmp_path: Path) -> None:
     for k in range(2):
         rows = [{"token_ids": [k, i, 1000], "source": "c4"} for i in range(20)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -14,7 +15,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_tools.format import SOURCES
+from data_tools.durable import FolderBusy
+from data_tools.format import SOURCES, DataError
+from data_tools.index_segments import index as index_in_process
+from data_tools.index_segments import merge, plan_dataset
+from data_tools.segment_files import segments_lock
 from data_tools.segment_reader import ErrorPolicy, SegmentReader
 from data_tools.verify import verify
 from tests.data_tools.conftest import build_amber
@@ -293,3 +298,93 @@ def test_lines_longer_than_a_block_and_threads_change_nothing(
     ids = np.concatenate([block.copy() for block in reader.blocks()]).reshape(-1, ROW_LENGTH)
     assert ids.tolist() == ids_of(lines)
     assert (reader.rows, reader.lines, b"".join(reader.codes)) == (ROWS, ROWS, bytes(i % 7 for i in range(ROWS)))
+
+
+def test_an_endless_line_is_refused_where_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.segment_reader.BLOCK_BYTES", 128)
+    monkeypatch.setattr("data_tools.segment_reader.LONGEST_LINE", 1024)
+    path = tmp_path / "train_000.jsonl"
+    line = lines_of(1)[0]
+    path.write_bytes(line + b"\n" + b"[" * 5000)
+    with pytest.raises(DataError, match=f"line that starts at byte {len(line) + 1}: longer than 1024 bytes"):
+        list(SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy()).blocks())
+
+
+def test_the_tasks_of_an_array_may_run_at_once(amber: Path, small_corpus: Path) -> None:
+    (amber / "tokenizer.json").write_bytes((small_corpus / "tokenizer.json").read_bytes())
+    lines = [re.sub(rb"\d\d+", b"7", line) for line in lines_of(0)]
+    for path in amber.glob("train_*"):
+        path.unlink()
+    for k in range(8):
+        (amber / f"train_{k:03d}.jsonl").write_bytes(b"\n".join(lines))
+    out = amber.parent / "out"
+    plan = plan_dataset(amber, ROW_LENGTH, None)
+    waits, start = os.pipe()
+    tasks = []
+    for k in range(8):
+        if not (child := os.fork()):
+            os.close(start)
+            os.read(waits, 1)  # all start when the other end closes
+            code = 1
+            with contextlib.suppress(BaseException):
+                index_in_process(amber, out, plan, ErrorPolicy(), range(k, k + 1))
+                code = 0
+            os._exit(code)
+        tasks.append(child)
+    os.close(start)
+    assert [os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) for task in tasks] == [0] * 8
+    os.close(waits)
+    assert merge(amber, out, plan).num_segments == 8
+    assert verify(out) == []
+
+
+def test_one_segment_is_built_by_one_process(amber: Path) -> None:
+    out, plan = amber.parent / "out", plan_dataset(amber, ROW_LENGTH, None)
+    with segments_lock(out, range(1, 2)):
+        index_in_process(amber, out, plan, ErrorPolicy(), range(2, 3))
+        for segments, place in ((range(3), ".lock.segment_001"), (range(1, 2), ".lock.segment_001"), (None, ".lock")):
+            with pytest.raises(FolderBusy) as error:
+                index_in_process(amber, out, plan, ErrorPolicy(), segments)
+            assert error.value.place == place
+
+
+def test_segments_of_another_data_set_and_too_many_of_them_are_not_merged(amber: Path) -> None:
+    out = amber.parent / "out"
+    index(amber)
+    (amber / "train_001.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines_of(8)), 1))
+    plan = plan_dataset(amber, ROW_LENGTH, None)
+    with pytest.raises(DataError, match=r"segment_001\.json: made from other input"):
+        merge(amber, out, plan)
+    (amber / "train_002.jsonl.zst").unlink()
+    (amber / "train_001.jsonl.gz").unlink()
+    for command in (merge, lambda *arguments: index_in_process(*arguments, ErrorPolicy())):
+        with pytest.raises(DataError, match="segment_001 is there, but the data set has 1 segments"):
+            command(amber, out, plan_dataset(amber, ROW_LENGTH, None))
+
+
+def test_verify_knows_how_many_segments_there_are(amber: Path) -> None:
+    index(amber)
+    result = build_amber("verify", "--input", amber.parent / "out", "--segment", "2-3", check=False)
+    assert (result.returncode, "no segment 3: there are 3" in result.stderr) == (1, True)
+
+
+def test_verify_finds_any_flipped_bit_and_names_its_file_and_byte(amber: Path) -> None:
+    index(amber)
+    out = amber.parent / "out"
+    random = np.random.RandomState(0)
+    for suffix in ("bin", "src", "idx", "json"):
+        path = out / f"segment_001.{suffix}"
+        sound = path.read_bytes()
+        for at in random.permutation(len(sound))[:40]:
+            flipped = bytearray(sound)
+            flipped[at] ^= 1 << random.randint(8)
+            path.write_bytes(flipped)
+            faults = verify(out, against=amber)
+            assert faults and all(fault.startswith(f"{path}: ") for fault in faults), (suffix, at)
+            byte = at // 2 * 2 if suffix == "bin" else at
+            damaged_json = (
+                suffix == "json" and "differs from" not in faults[0]
+            )  # no manifest any more: its reason is said
+            assert damaged_json or any(f"byte {byte}:" in fault for fault in faults), (suffix, at, faults)
+        path.write_bytes(sound)
+    assert verify(out, against=amber) == []

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from data_tools.build_config import read_config
+from data_tools.build_config import BuildConfig, read_config
 from data_tools.format import SOURCES, TABLE_2_BILLION_TOKENS, DataError
+from data_tools.run_all import run_all
 from tests.data_tools.conftest import ROOT, build_amber
 
 
@@ -48,6 +50,10 @@ def test_one_file_builds_it_all(small_corpus: Path, tmp_path: Path, direct: bool
         ({"sources": {"github": "x"}}, "github is no source of Amber"),
         ({"sources": {"c4": "none"}}, "none: c4: not there"),
         ({"tokenizer": "none.model"}, "none.model: tokenizer: not there"),
+        ({"num_segments": True}, "num_segments: Input should be a valid integer"),
+        ({"sources": ["wikipedia"]}, "sources: Input should be a valid dictionary"),
+        ({"sources": {"wikipedia": "wikipedia", "c4": "stackexchange/../wikipedia"}}, "wikipedia: lies in "),
+        ({"sources": {"wikipedia": "wikipedia", "c4": "."}}, "which is c4"),
     ],
 )
 def test_what_does_not_fit_is_refused(small_corpus: Path, tmp_path: Path, change: dict, says: str) -> None:
@@ -60,6 +66,36 @@ def test_what_does_not_fit_is_refused(small_corpus: Path, tmp_path: Path, change
     assert result.returncode == 1
     assert says in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"tokenizer: a\nsources: {c4: x, c4: y}\n", "c4 stands twice"),
+        (b"[" * 5000, "not YAML: maximum recursion depth"),
+        (b"\xff\xfe", "not YAML: 'utf-8' codec can't decode"),
+        (b"seed: 2024-99-99", "not YAML: month must be in 1..12"),
+        (b"", "Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_no_configuration_is_named(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "build.yaml"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(says)) as error:
+        read_config(path)
+    assert error.value.file == str(path)
+
+
+def test_rows_of_a_source_that_the_configuration_does_not_name_are_not_mixed_in(
+    small_corpus: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "rows" / "book").mkdir(parents=True)  # an earlier run's
+    sources = {"wikipedia": Path("wikipedia")}
+    config = BuildConfig(tokenizer=Path("tokenizer.model"), sources=sources, row_length=65, num_segments=2)
+    with pytest.raises(DataError, match="rows/book: no source of this configuration"):
+        run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0)
+    (tmp_path / "rows" / "book").rmdir()
+    assert run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0).num_segments == 2
 
 
 @pytest.mark.parametrize("command", ["tokenize", "mix", "index", "merge", "verify", "stats", "fetch", "run"])

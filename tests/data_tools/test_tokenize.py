@@ -120,6 +120,7 @@ def test_tasks_share_out_every_line_once(tmp_path: Path, task_bytes: int) -> Non
 BAD = [
     (b'{"text": 5}', "line 2: the text is not a string"),
     (b'{"other": "x"}', "line 2: no text or content field"),
+    (b'{"text": null, "content": "x"}', "line 2: the text is null"),
     (b'{"text": "\\ud800"}', "line 2: character 0 of the text is half of a surrogate pair"),
     (b'{"text": "x"', "line 2 column 13: "),
     (b'["x"]', "line 2: not a JSON object"),
