@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), alone or with the residual sum before it."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), alone, with the residual past it or the residual sum before."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return choice.implementation("norm", reference_rms_norm, "triton_norm:rms_norm")(x, weight, eps)
 
 
+def rms_norm_beside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x, rms_norm of x), where x goes on as a residual: one pass of backward gives the sum of both gradients."""
+    return choice.implementation("norm", reference_rms_norm_beside, "triton_norm:rms_norm_beside")(x, weight, eps)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +27,10 @@ def add_rms_norm(
 
 def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def reference_rms_norm_beside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return x, reference_rms_norm(x, weight, eps)
 
 
 def reference_add_rms_norm(

@@ -31,6 +31,20 @@ class RMSNorm(torch.autograd.Function):
         return *_gradients(x, weight, scale, d_out, None), None
 
 
+class RMSNormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.contiguous()
+        out, scale = _normed(x, None, None, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return x, out
+
+    @staticmethod
+    def backward(ctx: Any, d_x: torch.Tensor, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        return *_gradients(x, weight, scale, d_out, d_x), None
+
+
 class AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -51,6 +65,10 @@ class AddRMSNorm(torch.autograd.Function):
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return RMSNorm.apply(x, weight, eps)
+
+
+def rms_norm_beside(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return RMSNormBeside.apply(x, weight, eps)
 
 
 def add_rms_norm(
@@ -86,7 +104,7 @@ def _normed(
 def _gradients(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, d_out: torch.Tensor, d_total: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x (`d_total`, the gradient that reaches the sum past the norm, added) and of the weight."""
+    """Gradients of x (`d_total`, the gradient that reaches it past the norm, added) and of the weight."""
     width = x.shape[-1]
     rows = x.numel() // width
     programs = min(rows, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device))

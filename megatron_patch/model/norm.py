@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_patch.kernels.norm import add_rms_norm, rms_norm
+from megatron_patch.kernels.norm import add_rms_norm, rms_norm, rms_norm_beside
 
 
 class RMSNorm(torch.nn.Module):
@@ -23,6 +23,10 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, its norm), where x goes on as a residual."""
+        return rms_norm_beside(x, self.weight, self.eps)
 
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x + residual, the norm of that sum)."""

@@ -49,7 +49,7 @@ class SharedFFN:
 
 
 class DecoderLayer(TransformerLayer):
-    """A decoder layer whose residual sum and second norm are one kernel (kernels/norm.py).
+    """A decoder layer whose norms take the residual along (kernels/norm.py).
 
     Megatron's own forward also serves cross-attention, biases, dropout and inference, none of which MobiLlama has.
     """
@@ -58,7 +58,8 @@ class DecoderLayer(TransformerLayer):
         self, hidden_states: torch.Tensor, *_: Any, rotary_pos_emb: torch.Tensor, **__: Any
     ) -> tuple[torch.Tensor, None]:
         """Hidden states [s, b, h] to the same; the None is Megatron's cross-attention context."""
-        attended, _ = self.self_attention(self.input_layernorm(hidden_states), None, rotary_pos_emb=rotary_pos_emb)
+        hidden_states, normed = self.input_layernorm.beside(hidden_states)
+        attended, _ = self.self_attention(normed, None, rotary_pos_emb=rotary_pos_emb)
         hidden_states, normed = self.pre_mlp_layernorm.after_adding(attended, hidden_states)
         output, _ = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
         return hidden_states + output, None

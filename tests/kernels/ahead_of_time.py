@@ -84,6 +84,7 @@ def launches(recipe: Recipe, precision: torch.dtype) -> Iterator[str]:
     both_ways(triton_swiglu.swiglu(empty(s, b, 2 * m.ffn_hidden_size // tensor)))
     yield "swiglu"
     both_ways(triton_norm.rms_norm(empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
+    both_ways(triton_norm.rms_norm_beside(empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
     both_ways(
         triton_norm.add_rms_norm(
             empty(s, b, m.hidden_size), empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon

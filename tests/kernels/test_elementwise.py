@@ -62,6 +62,18 @@ def test_rms_norm(implementation, where, rows, width, dtype):
 
 @SHAPES
 @given(rows=st.integers(1, 9), width=st.integers(2, 2500), dtype=dtypes)
+def test_rms_norm_beside(implementation, where, rows, width, dtype):
+    torch.manual_seed(width)
+    inputs = [torch.randn(rows, 2, width), torch.randn(width)]
+
+    def exact(x, weight):
+        return x, exact_norm(x, weight)
+
+    check_against_float64(lambda x, w: norm.rms_norm_beside(x, w, 1e-5), exact, inputs, dtype, where)
+
+
+@SHAPES
+@given(rows=st.integers(1, 9), width=st.integers(2, 2500), dtype=dtypes)
 def test_add_rms_norm(implementation, where, rows, width, dtype):
     torch.manual_seed(width)
     inputs = [torch.randn(rows, 2, width), torch.randn(rows, 2, width), torch.randn(width)]
