@@ -32,7 +32,7 @@ def rows(micro_batch: int, micro_batches: int = 1) -> list[str]:
     return [f"batch.micro_batch_size={micro_batch}", f"batch.global_batch_size={micro_batch * micro_batches}"]
 
 
-TP2, SP, PP2 = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"
+TP2, SP, PP2, PP4 = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.pipeline=4"
 CASES = {
     "0.5B, 16 rows": ("mobillama_05b", 1, 0, rows(16)),
     "0.5B, 4 rows, selective recompute": ("mobillama_05b", 1, 0, [*rows(4), "recompute=selective"]),
@@ -40,6 +40,7 @@ CASES = {
     "0.5B as published": ("mobillama_05b", 160, 7, []),
     "0.5B, TP2+SP": ("mobillama_05b", 2, 1, [*rows(4), TP2, SP]),
     "0.5B, PP2, first stage": ("mobillama_05b", 2, 0, [*rows(4, 3), PP2]),
+    "0.5B, PP4, first stage, full recompute": ("mobillama_05b", 4, 0, [*rows(4, 6), PP4, "recompute=full"]),
     "0.5B, PP2, last stage": ("mobillama_05b", 2, 1, [*rows(4, 3), PP2]),
     "0.8B, 8 rows": ("mobillama_08b", 1, 0, rows(8)),
     "large-base, ZeRO-2": ("large_base", 8, 3, [*rows(8, 8), "parallel.zero_stage=2"]),

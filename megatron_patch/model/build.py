@@ -51,6 +51,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         # interleaved schedule then pair up wrongly, silently. 1F1B needs them batched.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # Backward needs of a sent output its graph alone. The interleaved schedule would free it before its send is
+        # waited for, and neither gloo nor NCCL then holds the memory that it still reads.
+        deallocate_pipeline_outputs=p.pipeline > 1 and not interleaved,
         # Created on torch's current default device and filled by model/initialise.py.
         use_cpu_initialization=True,
         perform_initialization=False,
