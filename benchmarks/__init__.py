@@ -1,0 +1,3 @@
+import time
+
+STARTED = time.monotonic()  # before the modules of this package import torch

@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu [--out FOLDER] [--minutes 8.5]     or: make bench-gpu
 
-Measures the ceilings of the card, every kernel in each of its implementations, the 0.5B, 0.8B and large-base at
-rising micro-batches until memory ends, and the peers at the 0.5B's shape, all in one run so that ratios share the
-card, its clocks and its libraries. A case that does not end within its time is reported as such and the next begins.
-Writes FOLDER/gpu_DEVICE_DATE.json and .md after every case, so that an interrupted run keeps what it measured.
+Measures the ceilings of the card, the 0.5B, 0.8B and large-base at rising micro-batches until memory ends, the peers
+at the 0.5B's shape, and every kernel in each of its implementations, all in one run so that ratios share the card, its
+clocks and its libraries. What matters least comes last. A case that does not end within its time is reported as such
+and the next begins; `--minutes` count from the start of the process. Each row is printed as it is measured, and
+FOLDER/gpu_DEVICE_DATE.json and .md are written after every case; the tables are printed at the end, whatever ends it:
+the time, Ctrl-C, SIGTERM, or a call that never returns.
 `--small` runs everything at a toy size, on a CPU too: a test of this script, whose figures mean nothing.
 """
 
@@ -15,8 +17,10 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -28,7 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import kernels, measure, peers
+from benchmarks import STARTED, kernels, measure, peers
+from data_tools.durable import write_whole
 from megatron_patch import counts, device, topology
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.kernels import choice
@@ -39,6 +44,9 @@ from megatron_patch.train.step import Trainer
 
 ROWS_A_STEP = 32
 MODELS = ("mobillama_05b", "mobillama_08b", "large_base")
+NOT_DETERMINISTIC = ", run.deterministic=false"
+WARMUP, REPEATS = 1, 3  # steps of a case, whose ROWS_A_STEP rows take a good second
+GRACE = 15  # seconds past its time after which the benchmark ends from beside a call that does not return
 SMALL = [
     *("model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4"),
     *("model.vocab_size=512", "model.sequence_length=32", "kernels=reference"),
@@ -76,7 +84,7 @@ class Benchmark:
         """Run a case within `limit` seconds and what is left; a failure becomes a note. True: it ran."""
         start = time.monotonic()
         try:
-            if self.left() < 5:
+            if self.left() <= 0:
                 raise measure.TimeIsUp("not run: the benchmark's time is up")
             with measure.time_limit(min(limit, self.left())):
                 function()
@@ -93,12 +101,19 @@ class Benchmark:
             self.write()
         return False
 
+    def give_up(self) -> None:
+        """End the process from another thread, with all that was measured: the first one is stuck in a call."""
+        self.note("ended from outside: the case that ran then did not return")
+        self.write()
+        print(table(self.results), flush=True)
+        os._exit(1)
+
     def note(self, text: str) -> None:
         self.results["notes"].append(text)
 
     def write(self) -> None:
-        self.file.write_text(json.dumps(self.results, indent=1) + "\n")
-        self.file.with_suffix(".md").write_text(table(self.results))
+        write_whole(self.file, (json.dumps(self.results, indent=1) + "\n").encode())
+        write_whole(self.file.with_suffix(".md"), table(self.results).encode())
 
     def add_case(self, name: str, micro_batch: int, recipe: Recipe, seconds: float, **extra: Any) -> None:
         tokens = self.rows * recipe.model.sequence_length
@@ -147,7 +162,7 @@ class Benchmark:
                 nonlocal fastest, shortest
                 _reset_peak()
                 trainer.optimizer.micro_batches = len(share.rows)
-                seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=2, repeats=3)
+                seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=WARMUP, repeats=REPEATS)
                 planned = memory(Place(self.recipe(name, micro_batch), data_size=1, stage=0)).total
                 held = state_bytes(trainer)
                 self.add_case(name, micro_batch, recipe, seconds, state_bytes=held, planned_memory=planned)
@@ -156,16 +171,13 @@ class Benchmark:
 
             if not self.attempt(f"{name}, micro-batch {micro_batch}", 40, run):
                 break
-            if self.left() < 30:
-                break
         if fastest is not None:
             share = fastest
-            self.attempt(f"{name}, breakdown", 60, lambda: self.breakdown(name, trainer, share, shortest))
+            free_bits = name + NOT_DETERMINISTIC
+            self.attempt(f"{name}, breakdown", 40, lambda: self.breakdown(name, trainer, share, shortest))
             self.attempt(f"{name}, host waits", 20, lambda: self.synchronisations(name, trainer, share))
-            self.attempt(f"{name}, run to run", 30, lambda: self.run_to_run(name, trainer, share))
-            if name == MODELS[0]:
-                free_bits = f"{name}, run.deterministic=false"
-                self.attempt(free_bits, 30, lambda: self.not_deterministic(free_bits, trainer, share))
+            self.attempt(f"{name}, run to run", 20, lambda: self.run_to_run(name, trainer))
+            self.attempt(free_bits, 30, lambda: self.not_deterministic(free_bits, trainer, share))
 
     def breakdown(self, name: str, trainer: Trainer, share: BatchShare, seconds: float) -> None:
         optimizer = trainer.optimizer
@@ -176,21 +188,26 @@ class Benchmark:
             {"name": name, "micro_batch": share.tokens.shape[1], "step_seconds": seconds, **parts}
         )
 
-    def run_to_run(self, name: str, trainer: Trainer, share: BatchShare) -> None:
-        """Are loss and gradients of the same batch the same bits twice?"""
-        answers = []
-        for _ in range(2):
+    def run_to_run(self, name: str, trainer: Trainer) -> None:
+        """Are loss and gradients the same bits twice? At the smallest micro-batch, beside which a copy fits."""
+        share = self.share(trainer.recipe, self.micro_batches[0])
+
+        def answer() -> list[torch.Tensor]:
             trainer.optimizer.clear_gradients()
             loss = trainer._run(share, self.rows * trainer.recipe.model.sequence_length, forward_only=False)
-            answers.append([loss.clone(), *(buffer.flat.clone() for buffer in trainer.optimizer.buffers)])
-        same = all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
+            return [loss, *(buffer.flat for buffer in trainer.optimizer.buffers)]
+
+        trainer.optimizer.micro_batches = len(share.rows)
+        first = [tensor.clone() for tensor in answer()]
+        same = all(torch.equal(a, b) for a, b in zip(first, answer(), strict=True))
         self.results.setdefault("bit_equal_run_to_run", {})[name] = same
 
     def not_deterministic(self, name: str, trainer: Trainer, share: BatchShare) -> None:
         """What the same bits from run to run cost."""
         torch.use_deterministic_algorithms(False)
         _reset_peak()
-        seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=2, repeats=3)
+        trainer.optimizer.micro_batches = len(share.rows)
+        seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=WARMUP, repeats=REPEATS)
         self.add_case(name, share.tokens.shape[1], trainer.recipe, seconds)
 
     def synchronisations(self, name: str, trainer: Trainer, share: BatchShare) -> None:
@@ -218,10 +235,10 @@ class Benchmark:
 
             def run(micro_batch: int = micro_batch, tokens: torch.Tensor = tokens) -> None:
                 _reset_peak()
-                seconds = measure.seconds_a_call(lambda: step(tokens).item(), warmup=2, repeats=3)
+                seconds = measure.seconds_a_call(lambda: step(tokens).item(), warmup=WARMUP, repeats=REPEATS)
                 self.add_case(name, micro_batch, recipe, seconds)
 
-            if not self.attempt(f"{name}, micro-batch {micro_batch}", 150, run):
+            if not self.attempt(f"{name}, micro-batch {micro_batch}", 200, run):
                 break
 
     def recipe(self, name: str, micro_batch: int = 1) -> Recipe:
@@ -239,20 +256,25 @@ class Benchmark:
         if "ceilings" not in self.results:
             raise SystemExit("the ceilings could not be measured: nothing else means anything")
         for name in MODELS:
-            self.attempt(name, 120, lambda name=name: self.model(name))
+            self.attempt(name, 150, lambda name=name: self.model(name))
             measure.release()
-        sizes = self.micro_batches
-        for name, build, micro_batches in (
-            ("HF Llama, SDPA, eager", lambda r: peers.hugging_face(r, compiled=False), sizes[1:]),
-            ("mcore local spec", peers.megatron_core, (1, 2, 4) if not self.small else (1,)),
-        ):
-            self.attempt(name, 120, lambda n=name, b=build, m=micro_batches: self.peer(n, b, m))
+        sizes, recipe = self.micro_batches, self.recipe(MODELS[0])
+        ours = kernels.Kernels(recipe, self.results, self.small)
+        fast = ("reference", "triton") if device.HAS_GPU else ("reference",)
+        eager, compiled, stock = "HF Llama, SDPA, eager", "HF Llama, SDPA, torch.compile", "mcore local spec"
+        cases: list[tuple[str, float, Callable[[], None]]] = [
+            (eager, 60, lambda: self.peer(eager, lambda r: peers.hugging_face(r, compiled=False), sizes[1:])),
+            (stock, 60, lambda: self.peer(stock, peers.megatron_core, (1,) if self.small else (1, 2))),
+            ("kernels", 30, lambda: ours.ours(*fast)),
+            ("attention and weight gradient", 30, ours.libraries),
+            # Compilation takes what time is left.
+            (compiled, 240, lambda: self.peer(compiled, lambda r: peers.hugging_face(r, compiled=True), sizes[1:3])),
+        ]
+        if device.HAS_GPU:
+            cases.append(("compiled kernels", 60, lambda: ours.ours("compiled")))
+        for name, limit, case in cases:
+            self.attempt(name, limit, case)
             measure.release()
-        self.attempt("kernels", 60, lambda: kernels.measure_all(self.recipe(MODELS[0]), self.results, self.small))
-        measure.release()
-        # Last, because its compilation takes what time is left: an interrupted run has everything else.
-        name, compiled = "HF Llama, SDPA, torch.compile", lambda r: peers.hugging_face(r, compiled=True)
-        self.attempt(name, 240, lambda: self.peer(name, compiled, sizes[1:3]))
 
 
 def queue_step(trainer: Trainer, share: BatchShare) -> None:
@@ -291,6 +313,7 @@ def _ranged(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _reset_peak() -> None:
     if device.HAS_GPU:
+        torch.cuda.empty_cache()  # what the last case left in pieces, out of memory or not
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -351,14 +374,17 @@ def ratios(cases: list[dict[str, Any]]) -> list[str]:
     for c in cases:
         if c["name"] not in best or c["tokens_per_second"] > best[c["name"]]["tokens_per_second"]:
             best[c["name"]] = c
-    lines = []
-    ours = best.get(MODELS[0])
-    for name, c in best.items():
-        if ours and name not in MODELS:
-            ratio = ours["tokens_per_second"] / c["tokens_per_second"]
-            lines.append(f"- {MODELS[0]} / {name}, each at its best micro-batch: {ratio:.2f} times the tokens/s")
-    if ours and "large_base" in best:
-        ratio = best["large_base"]["state_bytes"] / ours["state_bytes"]
+    own = [*MODELS, *(name + NOT_DETERMINISTIC for name in MODELS)]
+    pairs = [(name + NOT_DETERMINISTIC, name) for name in MODELS]
+    pairs += [(ours, peer) for peer in best if peer not in own for ours in (MODELS[0], MODELS[0] + NOT_DETERMINISTIC)]
+    lines = [
+        f"- {one} / {other}, each at its best micro-batch: "
+        f"{best[one]['tokens_per_second'] / best[other]['tokens_per_second']:.2f} times the tokens/s"
+        for one, other in pairs
+        if one in best and other in best
+    ]
+    if MODELS[0] in best and "large_base" in best:
+        ratio = best["large_base"]["state_bytes"] / best[MODELS[0]]["state_bytes"]
         lines.append(f"- large_base / {MODELS[0]}, bytes of weights, gradients and optimizer state: {ratio:.2f}")
     return lines
 
@@ -373,9 +399,19 @@ def main() -> int:
         print("no GPU here; --small tests this script on a CPU", file=sys.stderr)
         return 2
     setup_environment()
-    benchmark = Benchmark(args.out, args.minutes, args.small)
-    benchmark.run()
-    print(table(benchmark.results))
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # a world of one, on a machine that may have no network
+    importing = time.monotonic() - STARTED  # torch, Megatron and DeepSpeed, from a cold disk
+    benchmark = Benchmark(args.out, args.minutes - importing / 60, args.small)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    last_resort = threading.Timer(benchmark.left() + GRACE, benchmark.give_up)
+    last_resort.daemon = True
+    last_resort.start()
+    try:
+        benchmark.run()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        print(table(benchmark.results), flush=True)
     topology.destroy()
     return 0
 

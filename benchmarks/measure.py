@@ -34,14 +34,17 @@ class TimeIsUp(RuntimeError):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeIsUp in the body once `seconds` have passed, also inside a compiler; an outer limit counts on."""
+    """Raise TimeIsUp in the body once `seconds` or an outer limit's are over, also in a compiler."""
+    outer_left, _ = signal.getitimer(signal.ITIMER_REAL)
+    if outer_left:
+        seconds = min(seconds, outer_left)
 
     def on_alarm(*_: Any) -> None:
         raise TimeIsUp(f"stopped after {seconds:.0f} s")
 
     start = time.monotonic()
     previous = signal.signal(signal.SIGALRM, on_alarm)
-    outer_left, _ = signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))
     try:
         yield
     finally:

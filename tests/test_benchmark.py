@@ -1,5 +1,9 @@
 """The GPU benchmark's own parts, on a CPU: its clock, its attribution of time, its table. Speeds are never asserted."""
 
+import multiprocessing
+import os
+import signal
+import sys
 import time
 
 import pytest
@@ -18,6 +22,11 @@ def test_an_outer_limit_survives_an_inner_one():
     with measure.time_limit(0.05):
         pass
     time.sleep(0.1)  # the alarm is off
+
+
+def test_an_outer_limit_cuts_an_inner_one():
+    with pytest.raises(measure.TimeIsUp, match="after 0 s"), measure.time_limit(0.05), measure.time_limit(60):
+        time.sleep(5)
 
 
 def parts_of_a_step() -> dict[str, float]:
@@ -68,11 +77,15 @@ def test_table_holds_every_case_and_only_the_ratios_that_were_measured(tmp_path)
     recipe = benchmark.recipe("mobillama_05b")
     benchmark.add_case("mobillama_05b", 1, recipe, 2.0, state_bytes=100, planned_memory=5)
     benchmark.add_case("mobillama_05b", 2, recipe, 1.0, state_bytes=100, planned_memory=5)
+    benchmark.add_case("mobillama_05b, run.deterministic=false", 2, recipe, 0.5)
     benchmark.add_case("a peer", 2, recipe, 3.0)
     benchmark.write()
     text = benchmark.file.with_suffix(".md").read_text()
     assert text.count("| mobillama_05b |") == 2
     assert "mobillama_05b / a peer, each at its best micro-batch: 3.00 times" in text
+    assert "mobillama_05b, run.deterministic=false / mobillama_05b, each at its best micro-batch: 2.00 times" in text
+    assert "mobillama_05b, run.deterministic=false / a peer, each at its best micro-batch: 6.00 times" in text
+    assert text.count(" times the tokens/s") == 3
     assert "large_base" not in text
 
 
@@ -86,3 +99,44 @@ def test_a_failing_case_is_a_note_and_the_next_one_runs(tmp_path):
     assert not benchmark.attempt("slow", 0.05, lambda: time.sleep(5))
     assert benchmark.attempt("good", 10, lambda: None)
     assert benchmark.results["notes"] == ["big: out of memory", "slow: stopped after 0 s"]
+
+
+def interrupted(folder, minutes, stdout, in_a_case):
+    """`make bench-gpu` with one row measured, in a case that takes a minute and that its time limit cannot stop."""
+
+    def case():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        in_a_case.set()
+        time.sleep(60)
+
+    def run(benchmark):
+        benchmark.results["ceilings"] = {"matmul_flops": 1e12, "copy_bytes_per_second": 1e12}
+        benchmark.add_case("a peer", 2, benchmark.recipe("mobillama_05b"), 3.0)
+        benchmark.attempt("a case", 60, case)
+
+    os.dup2(stdout, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - pytest's is another
+    sys.argv = ["gpu", "--small", "--out", str(folder), "--minutes", str(minutes)]
+    gpu.Benchmark.run, gpu.GRACE, gpu.STARTED = run, 0.1, time.monotonic()
+    sys.exit(gpu.main())
+
+
+@pytest.mark.parametrize(
+    ("sent", "minutes", "code"), [(signal.SIGINT, 5, 130), (signal.SIGTERM, 5, 143), (None, 0.01, 1)]
+)
+def test_the_table_is_printed_whatever_ends_the_benchmark(tmp_path, sent, minutes, code):
+    forked = multiprocessing.get_context("fork")
+    in_a_case = forked.Event()
+    with (tmp_path / "stdout").open("w+") as stdout:
+        process = forked.Process(target=interrupted, args=(tmp_path, minutes, stdout.fileno(), in_a_case))
+        process.start()
+        assert in_a_case.wait(60)
+        if sent is not None:
+            os.kill(process.pid, sent)
+        process.join(60)
+        assert process.exitcode == code
+        stdout.seek(0)
+        said = stdout.read()
+    assert "| a peer | 2 |" in said
+    (file,) = tmp_path.glob("*.md")
+    assert said.endswith(file.read_text() + "\n")
