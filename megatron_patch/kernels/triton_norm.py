@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_COLUMNS = 8  # of a row that a thread holds: with 16, registers let half as many threads of the backward kernel run
+_WARPS_PER_MULTIPROCESSOR = 32  # of the backward kernel: as many as run at once
 
 
 class RMSNorm(torch.autograd.Function):
@@ -107,7 +108,7 @@ def _gradients(
     """Gradients of x (`d_total`, the gradient that reaches it past the norm, added) and of the weight."""
     width = x.shape[-1]
     rows = x.numel() // width
-    programs = min(rows, _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(x.device))
+    programs = min(rows, _WARPS_PER_MULTIPROCESSOR // _warps(width) * _multiprocessors(x.device))
     d_x = torch.empty_like(x)
     d_weight = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     d_out = d_out.contiguous()
@@ -129,7 +130,7 @@ def _gradients(
 
 
 def _warps(width: int) -> int:
-    return 8 if width > 1024 else 4
+    return min(max(triton.next_power_of_2(width) // (32 * _COLUMNS), 4), 16)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -45,5 +45,8 @@ def test_nothing_spills_and_all_fits(compiled):
     for c in compiled:
         assert c["spilled"] == 0, c
         assert c["shared"] <= SHARED_LIMIT[c["architecture"]], c
-        # Two programs at least share a multiprocessor, so that one computes while the other waits for memory.
-        assert 2 * c["registers"] * 32 * c["warps"] <= REGISTERS, c
+        # Half of a multiprocessor's 2,048 threads run at once, in two programs at least: one computes while another
+        # waits for memory. Registers are handed out to a thread by eights.
+        threads = 32 * c["warps"]
+        programs = REGISTERS // (-(-c["registers"] // 8) * 8 * threads)
+        assert programs >= 2 and (programs * threads >= 1024 or c["case"] == "check at start"), c
