@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # The interpreter of a GPU machine, with the repository's dependencies; ours where none is named.
 GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
-DEMO_ENV := OMP_NUM_THREADS=1
+demo: export OMP_NUM_THREADS := 1
+# On the CPU where there is a GPU too, which four ranks could not share.
+demo: export CUDA_VISIBLE_DEVICES :=
 
 .PHONY: help env demo test test-cluster lint soak bench-gpu bench-data asan emulate clean
 .DEFAULT_GOAL := help
@@ -61,7 +63,7 @@ demo: env
 	    --num-segments 4 --held-out-per-source 32
 	$(BIN)/python data_tools/build_amber.py index --input demo/segments --output demo/data
 	$(BIN)/python data_tools/build_amber.py verify --input demo/data
-	$(DEMO_ENV) $(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
 	    recipes/demo.yaml
 	$(BIN)/python -m megatron_patch summary demo/run
 

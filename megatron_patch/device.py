@@ -30,10 +30,12 @@ def use(local_rank: int) -> torch.device:
     """
     if HAS_GPU:
         visible = torch.cuda.device_count()
-        if local_rank >= visible > 1:
+        shared = visible > 1 or "TORCHELASTIC_RUN_ID" in os.environ  # torchrun shows all of its ranks the same
+        if local_rank >= visible and shared:
             raise LaunchError(
-                f"rank {local_rank} of its node, counted from 0, but it sees {visible} GPUs; start one rank a GPU "
-                "(SITE_RANKS_PER_NODE in slurm/site.sh, torchrun --nproc-per-node)"
+                f"rank {local_rank} of its node, counted from 0, but it sees {visible} GPU{'s' * (visible > 1)}; start "
+                "one rank a GPU (SITE_RANKS_PER_NODE in slurm/site.sh, torchrun --nproc-per-node), or hide them to run "
+                "on the CPU: CUDA_VISIBLE_DEVICES="
             )
         torch.cuda.set_device(local_rank if visible > 1 else 0)
     return current()

@@ -133,9 +133,11 @@ def bind_to_gpu(local_rank: int, sysfs: Path = Path("/sys")) -> set[int]:
     GPUs on one NUMA node share its processors evenly. Memory follows by first touch, and NCCL picks the network card
     nearest to the GPU itself.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    if not visible:  # hidden, to run on the CPU
+        return set()
     buses = gpu_query("pci.bus_id")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if all(part.isdigit() for part in visible.split(",")):  # absent, empty or UUIDs: the order of nvidia-smi
+    if all(part.isdigit() for part in visible.split(",")):  # absent or UUIDs: the order of nvidia-smi
         buses = [buses[int(part)] for part in visible.split(",") if int(part) < len(buses)]
     near = [_processors_near(sysfs, bus) for bus in buses]
     if local_rank >= len(near):

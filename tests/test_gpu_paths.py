@@ -126,17 +126,22 @@ def test_the_gpu_benchmark_runs_to_its_end(tmp_path: Path) -> None:
     assert "CUDNN_ATTENTION" in table
 
 
-@pytest.mark.parametrize(("visible", "local_rank", "bound"), [(8, 5, 5), (1, 0, 0), (1, 5, 0), (4, 5, None)])
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "torchrun", "bound"),
+    [(8, 5, True, 5), (1, 0, True, 0), (1, 5, False, 0), (1, 1, True, None), (4, 5, False, None)],
+)
 def test_a_rank_takes_the_gpu_it_sees(
-    visible: int, local_rank: int, bound: int | None, monkeypatch: pytest.MonkeyPatch
+    visible: int, local_rank: int, torchrun: bool, bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     taken: list[int] = []
     monkeypatch.setattr(device, "HAS_GPU", True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[0])
     if bound is None:
-        with pytest.raises(LaunchError, match=r"rank 5 of its node, counted from 0, but it sees 4 GPUs"):
+        with pytest.raises(LaunchError, match=rf"rank {local_rank} of its node, .* sees {visible} GPUs?;"):
             device.use(local_rank)
     else:
         assert device.use(local_rank) == torch.device("cuda", bound)

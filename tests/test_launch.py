@@ -122,6 +122,8 @@ def test_gpus_of_a_socket_share_its_processors(two_gpus_on_one_socket: Path, mon
             os.sched_setaffinity(0, before)
         assert shares[0] | shares[1] == before
         assert not shares[0] & shares[1]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert launch.bind_to_gpu(1, two_gpus_on_one_socket) == set()
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         assert launch.bind_to_gpu(0, two_gpus_on_one_socket) == set()
         assert launch.bind_to_gpu(1, two_gpus_on_one_socket) == shares[0]
@@ -132,6 +134,7 @@ def test_gpus_of_a_socket_share_its_processors(two_gpus_on_one_socket: Path, mon
 
 def test_without_a_driver_nothing_is_bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert launch.bind_to_gpu(0) == set()
 
 

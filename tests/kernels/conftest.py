@@ -1,4 +1,4 @@
-"""Kernels run on the GPU where there is one, else interpreted on the CPU (TRITON_INTERPRET in tests/conftest.py)."""
+"""Kernels are interpreted on the CPU, or run on a GPU under TESTS_ON_GPU=1 (tests/conftest.py)."""
 
 import pytest
 import torch
