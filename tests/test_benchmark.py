@@ -114,6 +114,7 @@ def interrupted(folder, minutes, stdout, in_a_case):
         benchmark.add_case("a peer", 2, benchmark.recipe("mobillama_05b"), 3.0)
         benchmark.attempt("a case", 60, case)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores Ctrl-C
     os.dup2(stdout, 1)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - pytest's is another
     sys.argv = ["gpu", "--small", "--out", str(folder), "--minutes", str(minutes)]
