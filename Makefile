@@ -9,13 +9,14 @@ demo: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
 demo: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo test test-cluster lint soak bench-gpu bench-data asan emulate clean
+.PHONY: help env demo test test-cluster test-gpu lint soak bench-gpu bench-data asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          raw text to trained model on a CPU, under 5 minutes on 2 cores"
 	@echo "make test          the test suite (no GPU, no network)"
 	@echo "make test-cluster  the sbatch templates on a real Slurm of 20 nodes in namespaces (root, Debian)"
+	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
 	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
@@ -73,6 +74,9 @@ test: $(VENV)/ready-dev
 test-cluster: $(VENV)/ready-dev
 	tests/cluster/install.sh
 	PYTHON="$(CURDIR)/$(BIN)/python" tests/cluster/run
+
+test-gpu:
+	TESTS_ON_GPU=1 $(GPU_PYTHON) -m pytest tests/kernels
 
 soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak
