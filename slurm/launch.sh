@@ -221,17 +221,20 @@ trap ask_to_stop TERM
 # Where the time limit is shorter than what --signal asks for, it comes at once, and every attempt would make one step.
 trap 'grep -qs "\"state\": \"running\"" "${run:-}/status.json" || too_early=yes; ask_to_stop' USR1
 
+not_started=$SITE_LOGS/not_started.$SLURM_JOB_ID    # a line for each time in a row
 # shellcheck disable=SC2086  # one word a node
 answer=$(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
     --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || {
     # 2 is the refusal; else Slurm started nothing: after two nodes died at once, 22.05 brings a job back without its GPUs.
-    if (($? != 2 && ${SLURM_RESTART_COUNT:-0})) && [[ -z $asked_to_stop ]]; then
+    if (($? != 2 && ${SLURM_RESTART_COUNT:-0})) && [[ -z $asked_to_stop ]] && echo "$attempt_job" >>"$not_started" &&
+        (($(wc -l <"$not_started") < SITE_ATTEMPTS)); then
         requeue
         exit
     fi
     log "not started, for the reason above; submit the template again when it is mended"
     exit 2
 }
+rm -f "$not_started"
 read -r decision attempt run <<<"$answer"
 case $decision in
 go) ;;

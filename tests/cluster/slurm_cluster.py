@@ -274,6 +274,11 @@ class Cluster:
         """Send a signal to every training process on a node."""
         self.on_node(name, "pkill", f"-{signal}", "-f", "megatron_patch train")
 
+    def a_rank_runs(self) -> bool:
+        """Whether Python has begun on any node to train; nodes have their processes in common."""
+        found = subprocess.run(["pgrep", "-f", "^python -m megatron_patch train"], stdout=subprocess.DEVNULL)
+        return found.returncode == 0
+
     def rank_environment(self, name: str) -> dict[str, str]:
         """Variables of a training process on a node."""
         script = "cat /proc/$(pgrep -f 'megatron_patch [t]rain' | head -n 1)/environ"

@@ -58,7 +58,7 @@ def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, s
     assert "Traceback" not in output
     (site.folder / "runs").unlink()
     job = site.submit("pretrain_05b.sbatch", "--nodes=1")
-    wait_for(lambda: "launch: training on" in site.output(job), "the ranks to be started", 60)
+    wait_for(cluster.a_rank_runs, "Python to start, where no signal ends it any more", 60)
     cluster.command("scancel", "--batch", "--signal=USR1", str(job))
     output = site.finish(job, expected="FAILED")
     assert "given up: Slurm's early signal came before the first step: ask for more --time" in output
@@ -88,6 +88,20 @@ def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: P
     assert status["state"] == "failed"
     assert "2 attempts without a new checkpoint" in status["reason"] and "nan" in status["reason"]
     assert f"Job_id={job}" in (cluster.root / "mail/sent").read_text()
+
+
+def test_a_job_brought_back_that_cannot_start_is_not_put_back_for_ever(
+    cluster: Cluster, scratch: Path, data: Path
+) -> None:
+    site = make_site(cluster, scratch / "stuck", data)
+    site.edit("SITE_ATTEMPTS=3", "SITE_ATTEMPTS=2")
+    site.edit("SITE_WRAPPER=()", "SITE_WRAPPER=(${SLURM_RESTART_COUNT:+false})")
+    job = site.submit("pretrain_05b.sbatch", "--nodes=1")
+    site.wait_for_step(job, 1)
+    cluster.command("scontrol", "requeue", str(job))
+    output = site.finish(job, expected="FAILED")
+    assert output.count("putting the job back") == 1, output
+    assert "not started, for the reason above; submit the template again when it is mended" in output
 
 
 def test_a_chain_goes_on_after_a_dead_node_and_ends_when_the_run_is_complete(
