@@ -71,7 +71,8 @@ def mix(
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
 
     Raises:
-        DataError: sources unfinished or unlike each other, fewer rows than segments, or a folder begun otherwise.
+        DataError: sources unfinished, damaged (not asked with `segments`) or unlike each other, fewer rows than
+            segments, or a folder begun otherwise.
     """
     sources = open_sources(folder)
     mixed = MixedRows(sources, options.held_out_per_source, options.seed)
@@ -98,6 +99,11 @@ def mix(
     part = "" if segments is None else f"-{wanted.start:03d}-{wanted.stop - 1:03d}"
     with segments_lock(output, segments):
         keep_tokenizer(tokenizer_in(folder), output)
+        if segments is None:  # a task of an array would read everything for its own part
+            with Progress("check rows", sum(source.tokens for source in sources), "ids") as progress:
+                for source in sources:
+                    for ids in source.check():
+                        progress.advance(ids)
         _Mixer(mixed, rounds, plan, options, identity, output, f"mix{part}.journal").run(wanted)
         if plan.has_held_out and 0 in wanted:
             _write_held_out(mixed, plan, options, identity, output)

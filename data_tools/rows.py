@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from data_tools.durable import errors_named
-from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, fields_named, file_size, read_json
+from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, digest_file, fields_named, file_size, read_json
 
 SOURCE_MANIFEST = "source.json"
 
@@ -30,6 +30,7 @@ class SourceRows:
             self.row_length: int = self.manifest["row_length"]
             self._paths = [folder / f"{part['name']}.tokens" for part in self.manifest["parts"]]
             counts = [part["tokens"] for part in self.manifest["parts"]]
+            self._digests = [part["digest"] for part in self.manifest["parts"]]
         self._bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         for path, count in zip(self._paths, counts, strict=True):
             if file_size(path) != count * TOKEN_DTYPE.itemsize:
@@ -38,6 +39,26 @@ class SourceRows:
                     file=path,
                     remedy=f"remove {path.with_suffix('.json')} and run tokenize again",
                 )
+
+    @property
+    def tokens(self) -> int:
+        return int(self._bounds[-1])
+
+    def check(self) -> Iterator[int]:
+        """Compares each part with the digest of what `tokenize` wrote; yields its ids.
+
+        Raises:
+            DataError: a part was damaged since.
+        """
+        for path, digest, count in zip(self._paths, self._digests, np.diff(self._bounds), strict=True):
+            with errors_named(path):
+                if digest_file(path) != digest:
+                    raise DataError(
+                        "damaged: its XXH3-128 is not that of its manifest",
+                        file=path,
+                        remedy=f"remove {path.with_suffix('.json')} and all that was mixed from it, run tokenize again",
+                    )
+            yield int(count)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Rows [start, start + count).

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from data_tools.build_config import BuildConfig, read_config
-from data_tools.format import SOURCES, TABLE_2_BILLION_TOKENS, DataError
+from data_tools.format import SOURCES, TABLE_2_BILLION_TOKENS, DataError, DatasetManifest
 from data_tools.run_all import run_all
 from tests.data_tools.conftest import ROOT, build_amber
 
@@ -96,6 +97,27 @@ def test_rows_of_a_source_that_the_configuration_does_not_name_are_not_mixed_in(
         run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0)
     (tmp_path / "rows" / "book").rmdir()
     assert run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0).num_segments == 2
+
+
+def test_rows_damaged_since_they_were_tokenised_are_not_mixed_in(small_corpus: Path, tmp_path: Path) -> None:
+    config = BuildConfig(
+        tokenizer=Path("tokenizer.model"), sources={"wikipedia": Path("wikipedia")}, row_length=65, num_segments=2
+    )
+
+    def run() -> DatasetManifest:
+        return run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0)
+
+    undisturbed = run()
+    shutil.rmtree(tmp_path / "indexed")
+    part = tmp_path / "rows/wikipedia/part_00000.tokens"
+    ids = bytearray(part.read_bytes())
+    ids[len(ids) // 2] ^= 1  # an id that the vocabulary has too
+    part.write_bytes(ids)
+    with pytest.raises(DataError, match=r"(?s)part_00000\.tokens: damaged.*remove .*part_00000\.json"):
+        run()
+    assert not list((tmp_path / "indexed").glob("segment_*"))
+    part.with_suffix(".json").unlink()
+    assert run() == undisturbed
 
 
 @pytest.mark.parametrize("command", ["tokenize", "mix", "index", "merge", "verify", "stats", "fetch", "run"])
