@@ -172,7 +172,7 @@ class _Attempt:
         self._keeper = Keeper(resolved, place, self._trainer.optimizer, order, status)
         self._hang.beat("resume")
         self._state = self._keeper.resume(segments.digest, accept_changes)
-        status.progress(step=self._state.step, samples=self._state.samples, tokens=self._state.tokens)
+        status.resumed(step=self._state.step, samples=self._state.samples, tokens=self._state.tokens)
         if place.rank == 0:
             write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
         self._losses = LossWatch(resolved.watchdog, self._state.spike_window)

@@ -1,6 +1,6 @@
 """RUN/status.json: how a run stands, and why it ended. torchrun and srun do not carry exit codes through; this does.
 
-state                starting, running, completed, stopped (on request, resumes), failed
+state                starting, running (a step is done), completed, stopped (on request, resumes), failed
 reason               why it is not running; null while it is
 step, total_steps    optimizer steps done and planned
 samples, tokens      rows consumed, labels trained on
@@ -59,11 +59,17 @@ class StatusFile:
             self._content = {"state": "starting", "reason": None, "checkpoint": None, "attempt_started": time.time()}
             self._write(content, must=True)  # what the attempt before left would be taken for this one's
 
-    def progress(self, **content: Any) -> None:
-        """The run goes on; written at most every few seconds."""
+    def resumed(self, **content: Any) -> None:
+        """From where this attempt goes on."""
         if self._rank == 0:
+            self._write(content)
+
+    def progress(self, **content: Any) -> None:
+        """A step is done; written at once for the first, then at most every few seconds."""
+        if self._rank == 0:
+            is_first = self._content["state"] == "starting"
             self._content |= {"state": "running", **content}
-            if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            if is_first or time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
                 self._write({})
 
     def checkpoint(self, name: str, step: int, when: float) -> None:

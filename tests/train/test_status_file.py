@@ -24,7 +24,10 @@ def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:
     first, third = StatusFile(tmp_path, 0), StatusFile(tmp_path, 3)
     first.start(total_steps=9)
     assert status_of(tmp_path)["state"] == "starting"
-    first.progress(step=1, loss=2.0)
+    first.resumed(step=0)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("starting", 0)
+    first.progress(step=1, loss=2.0)  # slurm/launch.sh asks the file whether a step was done
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("running", 1)
     third.fail("it broke")
     first.fail("connection closed by peer")
     said = status_of(tmp_path)
