@@ -21,11 +21,11 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.durable import LOCK_NAME, folder_lock, full_disk_named, partial_path, publish, write_whole
+from data_tools.durable import full_disk_named, partial_path, publish, write_whole
 from data_tools.format import DataError, canonical_json, new_digest, read_json, tokenizer_name
 from data_tools.jsonl_segments import jsonl_name
 from data_tools.progress import Progress
-from data_tools.segment_files import chosen_segments, segments_lock
+from data_tools.segment_files import chosen_segments, segments_lock, tokenizer_lock
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_S = 60.0
@@ -220,7 +220,7 @@ def fetch_segments(
     with segments_lock(output, segments):
         fetcher = Fetcher(output, checksums)
         if tokenizer:
-            with folder_lock(output, f"{LOCK_NAME}.tokenizer", wait=True):
+            with tokenizer_lock(output):
                 fetcher.fetch(tokenizer, tokenizer_name(Path(urllib.parse.urlsplit(tokenizer).path)))
         for segment in wanted:
             fetcher.fetch(f"{address.rstrip('/')}/{jsonl_name(segment)}", jsonl_name(segment))

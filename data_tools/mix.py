@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,7 +37,7 @@ from data_tools.format import (
 )
 from data_tools.jsonl_segments import MIX_MANIFEST, jsonl_lines, jsonl_name
 from data_tools.progress import Progress
-from data_tools.rows import MixedRows, open_sources
+from data_tools.rows import MixedRows, SourceRows, open_sources
 from data_tools.segment_files import (
     DatasetPlan,
     chosen_segments,
@@ -100,16 +101,20 @@ def mix(
     with segments_lock(output, segments):
         keep_tokenizer(tokenizer_in(folder), output)
         if segments is None:  # a task of an array would read everything for its own part
-            with Progress("check rows", sum(source.tokens for source in sources), "ids") as progress:
-                for source in sources:
-                    for ids in source.check():
-                        progress.advance(ids)
+            _check_rows(sources)
         _Mixer(mixed, rounds, plan, options, identity, output, f"mix{part}.journal").run(wanted)
         if plan.has_held_out and 0 in wanted:
             _write_held_out(mixed, plan, options, identity, output)
         if segments is not None:
             return None
         return write_dataset_manifest(output, plan) if options.direct else write_mix_manifest(output, plan)
+
+
+def _check_rows(sources: Sequence[SourceRows]) -> None:
+    with Progress("check rows", sum(source.tokens for source in sources), "ids") as progress:
+        for source in sources:
+            for ids in source.check():
+                progress.advance(ids)
 
 
 @dataclass

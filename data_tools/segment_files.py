@@ -222,6 +222,11 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
     return dataset
 
 
+def tokenizer_lock(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Held by whoever puts a tokenizer into `folder`; others wait, for a moment."""
+    return folder_lock(folder, f"{LOCK_NAME}.tokenizer", wait=True)
+
+
 def keep_tokenizer(tokenizer: Path | None, folder: Path) -> None:
     """Puts a copy of a tokenizer, where there is one, into `folder`; several processes may do so at once.
 
@@ -232,7 +237,7 @@ def keep_tokenizer(tokenizer: Path | None, folder: Path) -> None:
         return
     content = tokenizer.read_bytes()
     target = folder / tokenizer_name(tokenizer)
-    with folder_lock(folder, f"{LOCK_NAME}.tokenizer", wait=True):
+    with tokenizer_lock(folder):
         there = tokenizer_in(folder)
         if there is None:
             write_whole(target, content)
