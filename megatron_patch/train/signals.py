@@ -75,7 +75,8 @@ class Requests:
 
     def number(self) -> float:
         """What this rank asks for now."""
-        asked = sum({_NUMBERS[signal.Signals(number)] for number in _received})
+        # A copy: the next signal may come in the middle of the loop.
+        asked = sum({_NUMBERS[signal.Signals(number)] for number in _received.copy()})
         if self._first:
             now = time.monotonic()
             asked += _SAVE * bool(self._interval and now - self._last_save >= self._interval)

@@ -198,6 +198,19 @@ def test_the_sum_of_requests_says_who_asked(monkeypatch: pytest.MonkeyPatch, wor
         assert f"{name} on {world_size} of {world_size} ranks" in str(decision.stop)
 
 
+def test_a_signal_may_come_while_others_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(dict[int, int]):
+        def __getitem__(self, number: int) -> int:
+            signals._remember(signal.SIGTERM, None)  # as the interpreter would, between any two of its instructions
+            return super().__getitem__(number)
+
+    monkeypatch.setattr(signals, "_received", {signal.SIGUSR1})
+    monkeypatch.setattr(signals, "_NUMBERS", Interrupted(signals._NUMBERS))
+    requests = Requests(1, 4, 0, 0)
+    assert requests.decide(requests.number()).stop == "SIGUSR1 on 1 of 4 ranks"
+    assert "SIGTERM" in str(requests.decide(requests.number()).stop)
+
+
 def test_more_ranks_than_add_up_are_refused() -> None:
     with pytest.raises(ValueError, match="2048 ranks"):
         Requests(0, 2048, 0, 0)
