@@ -132,7 +132,7 @@ def reference_row_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = logits.float()
     maximum = wide.amax(dim=1)
-    exponentials = torch.exp(wide - maximum[:, None]).sum(dim=1)
+    exponentials = (wide - maximum[:, None]).exp_().sum(dim=1)
     column, is_here = _own_column(labels, first_label, logits.shape[1])
     return maximum, exponentials, wide.gather(1, column[:, None])[:, 0] * is_here
 
@@ -141,9 +141,10 @@ def reference_to_logits_gradient_(
     logits: torch.Tensor, labels: torch.Tensor, first_label: int, log_sum: torch.Tensor, coefficients: torch.Tensor
 ) -> None:
     column, is_here = _own_column(labels, first_label, logits.shape[1])
-    gradient = torch.exp(logits.float() - log_sum[:, None])
+    gradient = logits.float()  # fp32 logits themselves, a copy of others
+    gradient.sub_(log_sum[:, None]).exp_()
     gradient.scatter_add_(1, column[:, None], -is_here.float()[:, None])
-    logits.copy_(gradient * coefficients[:, None])
+    logits.copy_(gradient.mul_(coefficients[:, None]))
 
 
 def _own_column(labels: torch.Tensor, first_label: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
