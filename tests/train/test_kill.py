@@ -54,7 +54,7 @@ def test_killed_at_random_moments(data_folder: Path, undisturbed: Path, tmp_path
         if (run / "checkpoints/latest").exists():
             resumed_from.add(newest(run).step)
     Job(RANKS, settings, log).run()
-    assert len(resumed_from) > 3, "the kills fell on one place only"
+    assert len(resumed_from) > 1, "the kills fell on one place only"
     assert_bit_equal(newest(run), newest(undisturbed))
     assert list(history(run)) == list(range(1, STEPS + 1)), "a step is missing from, or twice in, the accepted history"
     assert history(run) == history(undisturbed)
