@@ -29,6 +29,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from data_tools.plain_file import open_plain, read_plain
+
 TOOL_VERSION = "1"
 """Raised whenever the same input would give other bytes; part of every manifest."""
 
@@ -116,7 +118,7 @@ def read_index_rows(path: Path, row_length: int) -> int:
     Raises:
         DataError: not an index of uint16 rows, or its size does not fit its row count.
     """
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         header = stream.read(_IDX_HEADER.size)
     if len(header) < _IDX_HEADER.size:
         raise DataError("too short for an index", file=path, place="header", remedy="build the segment again")
@@ -146,7 +148,7 @@ def new_digest() -> Any:
 def digest_file(path: Path, block_bytes: int = 1 << 22) -> str:
     """XXH3-128 of a file's bytes, in hexadecimal."""
     digest = new_digest()
-    with path.open("rb") as stream:
+    with open_plain(path) as stream:
         digest_stream(stream, digest, block_bytes)
     return str(digest.hexdigest())
 
@@ -160,7 +162,7 @@ def digest_stream(stream: BinaryIO, digest: Any, block_bytes: int = 1 << 22) -> 
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a small file's bytes (tokenizers), in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(read_plain(path)).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -175,7 +177,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         DataError: missing file, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_plain(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("no such file", file=path, remedy=remedy) from None
     except (ValueError, RecursionError) as error:

@@ -11,16 +11,16 @@ from pathlib import Path
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if (number := int(text)) < 1:
+    """A whole number of at least 1, in 64 bits."""
+    if not 1 <= (number := int(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is given, a whole number of at least 1 is needed")
     return number
 
 
 def share(text: str) -> float:
-    """A number above 0 and at most 1."""
-    if not 0 < (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is given, a share above 0 and at most 1 is needed, e.g. 0.45")
+    """A number of at least a millionth and at most 1."""
+    if not 1e-6 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is given, a share of 0.000001 to 1 is needed, e.g. 0.45")
     return number
 
 

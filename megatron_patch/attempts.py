@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.plain_file import read_plain
 from megatron_patch import launch, recipe
 from megatron_patch.log_file import is_number
 from megatron_patch.run_lock import RunBusy, wait_until_free
@@ -41,7 +42,7 @@ def read_status(run: Path) -> dict[str, Any]:
 def checkpoint_step(run: Path) -> int:
     """Step of the newest finished checkpoint; 0 before the first."""
     try:
-        name = (run / "checkpoints/latest").read_text().strip()
+        name = read_plain(run / "checkpoints/latest").decode().strip()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError):  # training looks at the checkpoints themselves
         return 0
     digits = re.search(r"(\d+)$", name)

@@ -15,11 +15,14 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from data_tools.plain_file import read_plain
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 
@@ -77,6 +80,26 @@ def raise_file_limit() -> None:
     """As many open files as the system allows this process: every group holds one for each other rank."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check_threads(number: int) -> None:
+    """Raises LaunchError where this process may not start so many: gloo would wait for ever for the missing one."""
+    leave = threading.Event()
+    threads = [threading.Thread(target=leave.wait, daemon=True) for _ in range(number)]
+    try:
+        for thread in threads:
+            thread.start()
+    except (RuntimeError, MemoryError) as error:
+        started = sum(thread.is_alive() for thread in threads)
+        raise LaunchError(
+            f"{error} beside {started} on {platform.node()}, but process groups take {number}; give the process more "
+            "address space (`ulimit -v`) and more processes (`ulimit -u`, the container's pids limit)"
+        ) from None
+    finally:
+        leave.set()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def complain(text: str) -> None:
@@ -215,7 +238,7 @@ def _git(root: Path, *arguments: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a file that `write_json` wrote; empty where there is none or it was damaged since."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_plain(path))
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from data_tools.plain_file import open_plain
+
 DAMAGED = (ValueError, KeyError, TypeError)  # what `record_of` raises
 _NUMBERS = ("time", "seconds", "samples", "tokens", "tokens_per_second", "learning_rate")
 _NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
@@ -21,7 +23,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number, line) of a log; a last line that is still being written is left out."""
-    with path.open("rb") as lines:
+    with open_plain(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
                 return

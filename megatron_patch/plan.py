@@ -93,6 +93,11 @@ class Plan:
                 f"{ranks} GPUs / (parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline}) = "
                 f"{ranks / model_ranks:g}: use a number of nodes that divides"
             )
+        if not settings.run.steps and settings.batch.global_batch_size > ROWS_PER_SEGMENT:
+            raise ValueError(
+                f"batch.global_batch_size {settings.batch.global_batch_size} is more than the {ROWS_PER_SEGMENT} rows "
+                "of a segment, so there is no whole batch; lower it, or set run.steps for data of your own"
+            )
         places = tuple(Place(settings, ranks // model_ranks, stage) for stage in range(p.pipeline))
         return cls(settings, gpu, nodes, mfu, restart_minutes, places)
 

@@ -26,6 +26,8 @@ from pydantic import (
     model_validator,
 )
 
+from data_tools.plain_file import read_plain
+
 RECIPES = Path(__file__).parent.parent / "recipes"  # where this repository's recipes are
 
 
@@ -316,7 +318,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = yaml.load(read_plain(path).decode(), Loader=_Loader)
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
     except _NOT_YAML as e:

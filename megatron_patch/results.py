@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_tools.plain_file import read_plain
+
 SCORES_NAME = "scores.json"
 TOKEN_UNITS = (("trillion", "T", 1e12), ("billion", "B", 1e9), ("million", "M", 1e6), ("thousand", "K", 1e3))
 
@@ -32,7 +34,7 @@ def read_scores(output: Path) -> list[dict[str, Any]]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_plain(file))
         return {key: content[key] for key in ("model", "tokens", "scores")} | content
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from data_tools.plain_file import read_plain
 from megatron_patch import counts, launch
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
@@ -68,7 +69,7 @@ def _newest(run: Path) -> Checkpoint:
     latest = run / "checkpoints" / LATEST_NAME
     if not latest.exists():
         raise ValueError(f"{latest}: no checkpoint yet, so there is nothing to sample from; train further")
-    return open_checkpoint(latest.parent / latest.read_text(errors="replace").strip())
+    return open_checkpoint(latest.parent / read_plain(latest).decode(errors="replace").strip())
 
 
 @dataclass(frozen=True)

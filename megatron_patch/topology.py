@@ -19,8 +19,10 @@ from megatron.core import parallel_state as ps
 from megatron.core import tensor_parallel
 
 from megatron_patch import device, patches
-from megatron_patch.launch import LaunchError
+from megatron_patch.launch import LaunchError, check_threads
 from megatron_patch.recipe import Parallel, RecipeError
+
+_THREADS = 64  # of all groups: gloo starts three for each, and each rank is in some 20
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def join(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> None
     device.use(int(os.environ.get("LOCAL_RANK", "0")))
     patches.apply()
     if not dist.is_initialized():
+        check_threads(_THREADS)
         with _named():
             device.init_process_group(timeout)
 

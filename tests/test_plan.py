@@ -200,6 +200,8 @@ def test_nineteen_nodes_take_padding_into_account() -> None:
         (["--gpus", "a100-40g", "batch.micro_batch_size=20"], "refused: stage 0 needs 6.*lower batch.micro_batch_size"),
         (["--nodes", "3", "parallel.pipeline=5"], r"chunks"),
         (["--nodes", "5", "parallel.pipeline=11"], r"40 GPUs / .* = 3.63636: use a number of nodes that divides"),
+        (["batch.global_batch_size=1706977"], "1706977 is more than the 1706976 rows of a segment"),
+        (["batch.global_batch_size=4000000000000000000"], "there is no whole batch; lower it"),
         (["parallel.tensor=16"], r"a tensor group would span two nodes"),
     ],
 )
@@ -214,6 +216,8 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments: list[str], 
     [
         ["--nodes", "0"],
         ["--nodes", "-3"],
+        ["--nodes", str(2**63)],
+        ["--mfu", "1e-320"],
         ["--mfu", "0"],
         ["--mfu", "45"],
         ["--mfu", "nan"],

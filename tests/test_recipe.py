@@ -1,5 +1,6 @@
 """Recipes: what the files say, what is refused and with which words."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,10 @@ def test_files_that_cannot_be_read(tmp_path):
         (tmp_path / name).write_bytes(text)
         with pytest.raises(RecipeError, match=f"{name}: {reason}"):
             load(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in (tmp_path / "pipe.yaml", Path("/dev/zero")):
+        with pytest.raises(RecipeError, match=r"cannot be read \(Is not a plain file\)"):
+            load(name)
     (tmp_path / "loop.yaml").symlink_to("loop.yaml")
     with pytest.raises(RecipeError, match=r"loop.yaml: cannot be read \(Too many levels"):
         load(tmp_path / "loop.yaml")

@@ -148,6 +148,30 @@ def test_groups_that_cannot_be_made_say_what_they_need():
     assert is_high
 
 
+def join_with_little_address_space(said: Connection) -> None:
+    """As rank 0 of 1, with room for some threads and not for those of all groups."""
+    place = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 100 * 2**20, resource.RLIM_INFINITY))
+    try:
+        topology.join(load("recipes/demo.yaml", TOY).parallel)
+    except LaunchError as error:
+        said.send(str(error))
+
+
+def test_threads_that_cannot_be_started_are_not_waited_for():
+    receive, send = multiprocessing.Pipe(duplex=False)
+    rank = multiprocessing.get_context("fork").Process(target=join_with_little_address_space, args=(send,), daemon=True)
+    rank.start()
+    try:
+        assert receive.poll(30)
+        assert re.match(r"can't start new thread beside \d+ on .*`ulimit -v`", receive.recv())
+    finally:
+        rank.kill()
+        rank.join()
+
+
 def test_kernels_that_cannot_run_here_are_refused(data_folder, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     run = tmp_path / "run"

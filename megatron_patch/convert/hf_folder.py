@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_tools.format import digest_stream, new_digest
+from data_tools.plain_file import read_plain
 from megatron_patch.convert.source import ConvertError
 
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -96,7 +97,7 @@ class HfFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads((self.folder / name).read_bytes())
+            value = json.loads(read_plain(self.folder / name))
         except FileNotFoundError:
             raise ConvertError(f"{self.folder}: no {name}; not a Hugging Face model's folder") from None
         except ValueError as error:

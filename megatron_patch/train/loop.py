@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_tools.durable import write_whole
 from megatron_patch import device, launch, recipe, topology
@@ -45,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         resolved = recipe.load(args.recipe, args.overrides)
         status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
+        _check_run_folder(resolved.run_folder)
         data_size = topology.data_parallel_size(resolved.parallel, int(os.environ["WORLD_SIZE"]))
         segments = _open_data(resolved)
         order = SampleOrder(
@@ -98,6 +100,17 @@ def main(args: argparse.Namespace) -> int:
         raise
     topology.destroy()
     return 0
+
+
+def _check_run_folder(run: Path) -> None:
+    """Raises RecipeError where something lies in the place of what the run writes; `resume` sees to checkpoints."""
+    for name, kind, is_so in (
+        ("log.jsonl", "plain file", Path.is_file),
+        ("recipe.yaml", "plain file", Path.is_file),
+        ("stacks", "folder", Path.is_dir),
+    ):
+        if (run / name).exists() and not is_so(run / name):
+            raise RecipeError(f"{run / name}: is no {kind}; move it away, or choose another run.folder")
 
 
 def _open_data(resolved: Recipe) -> Segments:

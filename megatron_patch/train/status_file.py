@@ -52,6 +52,8 @@ class StatusFile:
                 raise RecipeError(
                     f"run.folder {run_folder}: cannot be written ({error}); choose another run.folder"
                 ) from None
+            if self.path.exists() and not self.path.is_file():
+                raise RecipeError(f"{self.path}: is no plain file; move it away, or choose another run.folder")
 
     def start(self, **content: Any) -> None:
         """A new attempt begins; what the attempt before left is kept in the log, not here. Raises OSError."""

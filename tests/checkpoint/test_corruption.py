@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -148,6 +149,16 @@ def test_the_run_falls_back_and_names_the_file(made: tuple[Path, Path], tmp_path
     assert "step_00000002 at step 2" in said
     assert (run / "checkpoints/step_00000004.broken" / name).exists()
     open_checkpoint(run / "checkpoints/step_00000004").close()
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(made: tuple[Path, Path], tmp_path: Path) -> None:
+    data_folder, run = made[0], tmp_path / "run"
+    shutil.copytree(made[1], run)
+    path = run / "checkpoints/step_00000004/COMPLETE"
+    path.unlink()
+    os.mkfifo(path)
+    said = Job(2, settings(data_folder, run, 5), tmp_path / "log").run(timeout=30)
+    assert f"{path}: cannot be read (Is not a plain file)" in said and "step_00000002 at step 2" in said
 
 
 def test_a_copy_under_a_later_name_is_no_later_step(made: tuple[Path, Path], tmp_path: Path) -> None:

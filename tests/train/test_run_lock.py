@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -88,3 +89,17 @@ def test_a_folder_that_cannot_be_written_is_refused(data_folder: Path, tmp_path:
     job = Job(1, run_settings(data_folder, tmp_path / place), tmp_path / "log")
     assert job.wait() == [2]
     assert f"refused: run.folder {tmp_path / place}: cannot be written" in job.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", "status.json", "recipe.yaml", "stacks"])
+def test_what_lies_in_the_place_of_a_file_is_refused(data_folder: Path, tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    in_the_way, kind = (os.mkfifo, "folder") if name == "stacks" else (os.mkdir, "plain file")
+    in_the_way(run / name)
+    job = Job(1, run_settings(data_folder, run, "parallel.tensor=1", "parallel.pipeline=1"), tmp_path / "log")
+    assert job.wait() == [2]
+    assert f"refused: {run / name}: is no {kind}; move it away" in job.log.read_text()
+    assert not (run / "checkpoints").exists()
+    if name != "status.json":
+        assert status_of(run)["reason"].startswith(f"refused: {run / name}")

@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_tools.format import canonical_json, digest_file, new_digest
+from data_tools.plain_file import read_plain
 from megatron_patch.recipe import Recipe
 
 INDEX_NAME = "index.json"
@@ -168,7 +169,7 @@ def read_marker(folder: Path) -> Marker:
     """Raises CheckpointError where the checkpoint was never finished or the marker is damaged."""
     path = folder / MARKER_NAME
     try:
-        content = path.read_bytes()
+        content = read_plain(path)
         marker = Marker.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(path, "missing: this is no finished checkpoint", BROKEN) from None
@@ -201,7 +202,7 @@ def read_index(folder: Path) -> Index:
     """Raises CheckpointError where the index cannot be read or does not fit this version of the repository."""
     path = folder / INDEX_NAME
     try:
-        return Index.model_validate_json(path.read_bytes())
+        return Index.model_validate_json(read_plain(path))
     except OSError as error:
         raise _unreadable(path, error) from None
     except ValidationError as error:
