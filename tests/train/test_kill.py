@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.checkpoint.compare import assert_bit_equal, history, newest
 from tests.toy import TOY
@@ -59,6 +60,46 @@ def test_killed_at_random_moments(data_folder: Path, undisturbed: Path, tmp_path
     assert list(history(run)) == list(range(1, STEPS + 1)), "a step is missing from, or twice in, the accepted history"
     assert history(run) == history(undisturbed)
     assert json.loads((run / "status.json").read_text())["state"] == "completed"
+
+
+LAYOUTS = (  # (ranks, overrides of the run's settings)
+    (4, ["parallel.tensor=2", "parallel.pipeline=2", "batch.micro_batch_size=2"]),
+    (1, ["parallel.tensor=1", "parallel.pipeline=1", "batch.micro_batch_size=8"]),
+    (3, ["parallel.tensor=1", "parallel.pipeline=1", "batch.micro_batch_size=1"]),  # 8 rows over 3 ranks
+    (4, ["parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2", "batch.micro_batch_size=1"]),
+    (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=1", "parallel.zero_stage=2"]),
+    (2, ["parallel.tensor=1", "parallel.pipeline=1", "parallel.zero_stage=2", "recompute=full"]),
+    (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"]),
+    (4, ["parallel.tensor=4", "parallel.pipeline=1", "batch.micro_batch_size=8"]),
+)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 11))])
+def test_killed_and_resumed_in_other_layouts(data_folder: Path, undisturbed: Path, tmp_path: Path, seed: int) -> None:
+    """Rows to the letter, losses to the order of sums; each layout starts from what another left when it was killed."""
+    dice = random.Random(seed)
+    run, log = tmp_path / "run", tmp_path / "log"
+    kills = len(LAYOUTS) if seed else 3
+    chain = dice.sample(LAYOUTS, kills)
+    for ranks, layout in chain:
+        started, resumed = time.time(), newest(run).step if (run / "checkpoints/latest").exists() else 0
+        job = Job(ranks, run_settings(data_folder, run, *layout, "checkpoint.keep=2"), log)
+        goal = min(resumed + dice.randint(4, 9), STEPS - 3)
+        job.wait_for(lambda goal=goal, started=started: last_step(run, started) >= goal)
+        time.sleep(dice.uniform(0, 0.05))  # within a save, or the deletion of an older checkpoint
+        job.signal(signal.SIGKILL, dice.choice([None, [dice.randrange(ranks)]]))
+        assert -signal.SIGKILL in job.wait()
+    ranks, layout = dice.choice(LAYOUTS)
+    said = Job(ranks, run_settings(data_folder, run, *layout), log).run()
+    assert said.count("resuming from") > kills / 2, "most kills fell before the first checkpoint"
+    ours, theirs = history(run), history(undisturbed)
+    assert list(ours) == list(range(1, STEPS + 1)), "a step is missing from, or twice in, the accepted history"
+    for step, (samples, loss, norm) in ours.items():
+        assert samples == theirs[step][0]
+        assert abs(loss / theirs[step][1] - 1) <= 1e-5 and abs(norm / theirs[step][2] - 1) <= 1e-4, f"step {step}"
+    for name in newest(run).names():
+        a, b = newest(run).tensor(name), newest(undisturbed).tensor(name)
+        assert torch.linalg.norm(a - b) <= 1e-5 * torch.linalg.norm(b), name
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
