@@ -17,8 +17,8 @@ _NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value read from JSON is a number."""
-    return isinstance(value, int | float)
+    """Whether a value read from JSON is a finite number, as a float holds it: Python reads `NaN` and 400 digits too."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:

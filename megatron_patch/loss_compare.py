@@ -7,11 +7,10 @@ A change that claims speed shows that losses stay what they were: bit-equal wher
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron_patch.arguments import amount, count
 from megatron_patch.log_file import DAMAGED, record_of, whole_lines
@@ -78,14 +77,10 @@ def read(place: Path) -> dict[Point, float | None]:
         where = f"{file}, line {number}"
         try:
             record = record_of(line)
-            points |= {Point(v, record["step"]): _number(record[v]) for v in VALUES if v in record}
+            points |= {Point(v, record["step"]): record[v] for v in VALUES if v in record}
         except DAMAGED as error:
             raise ComparisonError(f"{where}: not a line of a log.jsonl ({error})") from error
     return points
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def compare(

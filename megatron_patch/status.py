@@ -44,7 +44,10 @@ def main(args: argparse.Namespace) -> int:
         return 2
     print(f"{'run':<28} {'state':<10} {'step':>17} {'ETA':>16} {'effective':>9}  last word")
     for run in runs:
-        print(Standing.of(run).row())
+        try:
+            print(Standing.of(run).row())
+        except OSError as error:  # another's run, of which this user may not read all, ends no listing
+            print(f"{run.name:<28} unreadable  {error.filename}: {error.strerror}")
     return 0
 
 
@@ -93,7 +96,7 @@ class Standing:
     @property
     def eta(self) -> str:
         seconds = self.status.get("eta_seconds")
-        if not is_number(seconds) or self.state not in ("running", "stopped"):
+        if not is_number(seconds) or not 0 <= seconds < _LAST_DAY or self.state not in ("running", "stopped"):
             return "-"
         return str(timedelta(seconds=round(seconds)))
 

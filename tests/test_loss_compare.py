@@ -136,5 +136,5 @@ def test_a_run_in_progress_is_compared_as_far_as_it_is(tmp_path, capsys):
 
 
 def test_not_a_number_is_no_number_within_a_bound(tmp_path):
-    a, b = write(tmp_path / "a", [3.0]), write(tmp_path / "b", [float("nan")], [3.0])
+    a, b = write(tmp_path / "a", [3.0]), write(tmp_path / "b", [None], [3.0])
     assert run(a, b, "--bound", "1") == 1

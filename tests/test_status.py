@@ -162,6 +162,13 @@ def test_status_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert part in told, told
 
 
+@pytest.mark.parametrize("seconds", [1e299, -1e299])
+def test_a_time_beyond_the_calendar_is_none(seconds: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a", eta_seconds=seconds)
+    assert run_status(str(tmp_path / "a")) == 0
+    assert "ETA          -" in capsys.readouterr().out
+
+
 def test_a_run_started_by_hand_began_with_its_first_step(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 3.0, "seconds": 2.0, "time": 1000.0 + 2 * step} for step in (1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -196,6 +203,7 @@ def test_a_run_that_says_nothing_is_silent(tmp_path: Path, capsys: pytest.Captur
         b'{"state": "running"}',
         b'{"state": "running", "updated": 1e299}',
         b'{"state": "running", "updated": 1, "step": "x"}',
+        b'{"state": "running", "updated": 1, "step": NaN}',
     ],
 )
 def test_a_damaged_status_is_said_and_the_other_runs_are_told(
@@ -209,6 +217,20 @@ def test_a_damaged_status_is_said_and_the_other_runs_are_told(
     assert run_status("--runs", str(tmp_path / "runs")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["a", "damaged"] and lines[2].split()[:2] == ["b", "running"]
+
+
+def test_a_run_that_cannot_be_read_is_said_and_the_other_runs_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        write_run(tmp_path / "runs" / name)
+    log = tmp_path / "runs/a/log.jsonl"
+    log.unlink()
+    os.mkfifo(log)
+    assert run_status("--runs", str(tmp_path / "runs")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{'a':<28} unreadable  {log}: Is not a plain file"
+    assert lines[2].split()[:2] == ["b", "running"]
 
 
 def test_a_damaged_line_of_the_log_counts_for_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

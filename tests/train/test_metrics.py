@@ -48,7 +48,16 @@ def test_speed_counts_applied_layers_on_every_device(
 
 @pytest.mark.parametrize(
     "damage",
-    [b"garbage\n", b"{}\n", b'{"step": "2"}\n', b'{"step": 2.0}\n', b"[1]\n", b"\xff\xfe\n", bytes(4096) + b"\n"],
+    [
+        b"garbage\n",
+        b"{}\n",
+        b'{"step": "2"}\n',
+        b'{"step": 2.0}\n',
+        b"[1]\n",
+        b'{"step": 2, "loss": NaN}\n',
+        b"\xff\xfe\n",
+        bytes(4096) + b"\n",
+    ],
 )
 def test_a_damaged_line_is_dropped_by_name_at_the_next_resume(
     tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
