@@ -79,6 +79,16 @@ def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--row-length", type=_count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
+    parser.add_argument(
+        "--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="ids are below it (the tokenizer's, or 32000)"
+    )
+    parser.add_argument(
+        "--num-segments", type=_count(1), metavar="N", help="how many there must be (as many as --input seems to have)"
+    )
+
+
 def _add_segment(parser: argparse.ArgumentParser, then: str) -> None:
     parser.add_argument(
         "--segment", type=_segments, metavar="K|A-B", help=f"only these segments (Slurm array); then {then}"
@@ -127,10 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--input amber --output indexed --segment $SLURM_ARRAY_TASK_ID",
     )
     _add_output(index)
-    index.add_argument("--row-length", type=_count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
-    index.add_argument(
-        "--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="ids are below it (the tokenizer's, or 32000)"
-    )
+    _add_plan(index)
     index.add_argument(
         "--threads", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
     )
@@ -141,11 +148,10 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "merge",
         "write the manifest of a data set whose segments were built one by one, or name the missing ones",
-        "--input amber --output indexed",
+        "--input amber --output indexed --num-segments 360",
     )
     _add_output(merge)
-    merge.add_argument("--row-length", type=_count(1), metavar="N", help="as for index")
-    merge.add_argument("--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="as for index")
+    _add_plan(merge)
 
     verify = _command(commands, "verify", "recompute a data set's digests, ids and counts", "--input indexed")
     verify.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments")
@@ -253,12 +259,13 @@ def _index(arguments: argparse.Namespace) -> int:
     from data_tools.index_segments import index, merge, plan_dataset
     from data_tools.segment_reader import ErrorPolicy
 
-    plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size)
+    segments = arguments.segment if arguments.command == "index" else None
+    plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size, segments, arguments.num_segments)
     if arguments.command == "merge":
         _say_dataset(arguments.output, merge(arguments.input, arguments.output, plan))
         return 0
     policy = ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
-    manifest = index(arguments.input, arguments.output, plan, policy, arguments.segment, arguments.threads)
+    manifest = index(arguments.input, arguments.output, plan, policy, segments, arguments.threads)
     if manifest is not None:
         _say_dataset(arguments.output, manifest)
     return 0

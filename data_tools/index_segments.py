@@ -36,12 +36,23 @@ from data_tools.segment_files import (
 from data_tools.segment_reader import ErrorPolicy, SegmentReader
 
 
-def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -> DatasetPlan:
+def plan_dataset(
+    folder: Path,
+    row_length: int | None,
+    vocab_size: int | None,
+    segments: range | None = None,
+    num_segments: int | None = None,
+) -> DatasetPlan:
     """What `mix.json` says of a folder of JSONL segments, or, without one, what its files and the arguments say.
 
+    Args:
+        segments: the only ones that must be there; without `mix.json`, the plan then knows of none beyond them.
+        num_segments: how many there must be.
+
     Raises:
-        DataError: arguments that contradict `mix.json` or the tokenizer in the folder.
+        DataError: segments are missing or too many, or arguments contradict `mix.json` or the tokenizer in the folder.
     """
+    count = len(list(list_segments(folder, segments, num_segments or 0)))
     path = folder / MIX_MANIFEST
     if path.is_file():
         value = read_json(path, "mix again")
@@ -55,16 +66,20 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
                 rejected=operator.index(value["rejected"]),
                 has_held_out=value["has_held_out"],
             )
-        if (count := len(list(list_segments(folder)))) != plan.num_segments:
+        if segments is None and count != plan.num_segments:
             raise DataError(
                 f"speaks of {plan.num_segments} segments, {count} are there",
                 file=path,
                 remedy="remove what is not of this mix, or mix again",
             )
-        for name, given in (("row_length", row_length), ("vocab_size", vocab_size)):
+        given_values = {"row_length": row_length, "vocab_size": vocab_size, "num_segments": num_segments}
+        for name, given in given_values.items():
             if given is not None and given != getattr(plan, name):
-                raise DataError(f"{name} is {getattr(plan, name)}, not {given}", file=path, remedy=f"omit --{name}")
+                option = f"--{name.replace('_', '-')}"
+                raise DataError(f"{name} is {getattr(plan, name)}, not {given}", file=path, remedy=f"omit {option}")
         return plan
+    if segments is None and num_segments not in (None, count):
+        raise DataError(f"{count} segments, not {num_segments}", file=folder, remedy="remove those that are too many")
     record = None
     if (tokenizer := tokenizer_in(folder)) is not None:
         from data_tools.text_encoder import read_vocab_size  # loads the tokenizers' libraries, 150 MB
@@ -78,7 +93,7 @@ def plan_dataset(folder: Path, row_length: int | None, vocab_size: int | None) -
             )
         vocab_size = record.vocab_size
     return DatasetPlan(
-        num_segments=len(list(list_segments(folder))),
+        num_segments=count if segments is None else segments.stop,
         row_length=row_length or ROW_LENGTH,
         vocab_size=vocab_size or VOCAB_SIZE,
         tokenizer=record,
@@ -116,8 +131,8 @@ def merge(folder: Path, output: Path, plan: DatasetPlan) -> DatasetManifest:
 
 def _work(folder: Path, output: Path, plan: DatasetPlan, segments: range | None) -> list[tuple[Path, Path]]:
     """The JSONL files to index, each with its segment's path without suffix."""
-    paths = dict(list_segments(folder))
     wanted = chosen_segments(segments, plan.num_segments, folder)
+    paths = dict(list_segments(folder, wanted))
     work = [(paths[k], output / segment_name(k)) for k in wanted]
     if plan.has_held_out and 0 in wanted:
         if folder.resolve() == output.resolve():

@@ -14,6 +14,7 @@ from data_tools.format import MAX_VOCAB_SIZE, SOURCES, DataError
 
 MIX_MANIFEST = "mix.json"
 JSONL_NAME = re.compile(r"train_(\d+)\.jsonl(\.gz|\.zst)?")
+_ANY_NAME = re.compile(r"train_(\d+)\..*")  # train_007.jsonl.partial, train_007.json: there is a segment 7, not here
 
 
 def jsonl_name(segment: int) -> str:
@@ -27,24 +28,32 @@ def jsonl_lines(rows: np.ndarray, codes: np.ndarray) -> bytes:
     return writer.format(np.ascontiguousarray(rows), np.ascontiguousarray(codes))
 
 
-def list_segments(folder: Path) -> Iterator[tuple[int, Path]]:
+def list_segments(folder: Path, only: range | None = None, count: int = 0) -> Iterator[tuple[int, Path]]:
     """The JSONL segments of a folder by number: `train_0`, `train_000`, plain, gz and zst.
 
+    Args:
+        only: these segments; whether others are there does not matter.
+        count: how many there are at least, where that is known.
+
     Raises:
-        DataError: there is none, a number is twice there, or one is missing between others.
+        DataError: there is none, a number is twice there, or one is missing.
     """
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if match := JSONL_NAME.fullmatch(path.name):
+        if match := _ANY_NAME.fullmatch(path.name):
             number = int(match[1])
+            count = max(count, number + 1)
+            if not JSONL_NAME.fullmatch(path.name) or (only is not None and number not in only):
+                continue
             if number in found:
                 raise DataError(f"is segment {number}, and so is {found[number].name}", file=path, remedy="remove one")
             found[number] = path
-    if not found:
+    wanted = range(count) if only is None else only
+    if only is None and not found:
         raise DataError("no train_000.jsonl, train_001.jsonl, ...", file=folder, remedy="--input names their folder")
-    if missing := max(found) + 1 - len(found):
-        first = itertools.islice((number for number in itertools.count() if number not in found), min(missing, 20))
-        more = f" and {missing - 20} more; the last is {found[max(found)].name}" if missing > 20 else ""
+    if missing := wanted.stop - wanted.start - len(found):
+        first = itertools.islice((number for number in wanted if number not in found), min(missing, 20))
+        more = f" and {missing - 20} more; the last is {wanted[-1]}" if missing > 20 else ""
         raise DataError(
             f"segments are missing: {', '.join(map(str, first))}{more}",
             file=folder,

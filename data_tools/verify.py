@@ -51,7 +51,7 @@ def verify(folder: Path, segments: range | None = None, against: Path | None = N
         records.append((folder / HELD_OUT_NAME, manifest.held_out))
     sources = {}
     if against is not None:
-        sources = {segment_name(k): path for k, path in list_segments(against)}
+        sources = {segment_name(k): path for k, path in list_segments(against, wanted)}
         sources[HELD_OUT_NAME] = against / f"{HELD_OUT_NAME}.jsonl"
     faults = list(_tokenizer_faults(folder, manifest))
     with Progress("verify", sum(record.rows for _, record in records), "rows") as progress:

@@ -91,6 +91,37 @@ def test_one_segment_at_a_time_then_merge(amber: Path) -> None:
     assert {path.name: path.read_bytes() for path in single.iterdir() if not path.name.startswith(".")} == whole
 
 
+def test_a_task_needs_its_own_segment_alone_and_merge_names_what_is_missing(amber: Path) -> None:
+    (amber / "train_0.jsonl").unlink()
+    (amber / "train_001.jsonl").write_bytes(b"")  # beside train_001.jsonl.gz: twice there
+    index(amber, "--segment", 2)
+    assert stored_ids(amber.parent / "out" / "segment_002") == ids_of(lines_of(2))
+    twice = "train_001.jsonl.gz: is segment 1, and so is train_001.jsonl\n"
+    for segment, says in (("0", "segments are missing: 0\n"), ("1", twice), ("2-3", "segments are missing: 3\n")):
+        result = index(amber, "--segment", segment, check=False)
+        assert (result.returncode, says in result.stderr) == (1, True)
+    (amber / "train_001.jsonl").unlink()
+    index(amber, "--segment", 1)
+    arguments = ("--input", amber, "--output", amber.parent / "out", "--row-length", ROW_LENGTH)
+    for more, says in (((), "missing: 0\n"), (("--num-segments", 5), "missing: 0, 3, 4\n")):
+        result = build_amber("merge", *arguments, *more, check=False)
+        assert (result.returncode, says in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["train_003.jsonl.partial", "train_003.jsonl.bz2", "train_3.json"])
+def test_a_last_segment_that_is_not_whole_or_cannot_be_read_is_missing(amber: Path, name: str) -> None:
+    (amber / name).touch()
+    result = index(amber, check=False)
+    assert (result.returncode, "segments are missing: 3\n" in result.stderr) == (1, True)
+
+
+def test_the_number_of_segments_is_as_said(amber: Path) -> None:
+    for number, says in ((4, "segments are missing: 3\n"), (2, "amber: 3 segments, not 2\n")):
+        result = index(amber, "--num-segments", number, check=False)
+        assert (result.returncode, says in result.stderr) == (1, True)
+    index(amber, "--num-segments", 3)
+
+
 BAD = {
     3: b'{"token_ids": [1, 2], "source": "c4"}',
     4: b"\xff\xfe nonsense",
@@ -168,7 +199,7 @@ def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:
     assert (result.returncode, "segments are missing: 1" in result.stderr) == (1, True)
     (amber / "train_20260101000000.jsonl").touch()  # named like a segment whose like nobody can count one by one
     result = index(amber, check=False)
-    assert (result.returncode, "more; the last is train_20260101000000.jsonl" in result.stderr) == (1, True)
+    assert (result.returncode, "more; the last is 20260101000000" in result.stderr) == (1, True)
     for path in amber.iterdir():
         path.unlink()
     result = index(amber, check=False)
