@@ -187,6 +187,28 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of its own content in its field `digest`."""
+    return {**value, "digest": content_digest(value)}
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """A manifest that `sealed` made: what its fields hold is what was written.
+
+    Raises:
+        DataError: missing file, not JSON, or changed since.
+    """
+    value = read_json(path, remedy)
+    if value.get("digest") != content_digest(value):
+        raise DataError(
+            "the content does not match its own digest",
+            file=path,
+            place="digest",
+            remedy="do not edit it: " + remedy,
+        )
+    return value
+
+
 @contextlib.contextmanager
 def fields_named(path: Path, remedy: str) -> Iterator[None]:
     """Turns what goes wrong with the fields of `path` while they are taken into an error that names the file."""
@@ -292,21 +314,13 @@ class DatasetManifest:
         value["rows"] = self.rows
         value["tokens"] = self.rows * self.row_length
         value["sources"] = list(SOURCES)
-        value["digest"] = content_digest(value)
-        return value
+        return sealed(value)
 
     @classmethod
     def read(cls, path: Path) -> DatasetManifest:
         """Raises DataError where the file is missing, damaged or of another form."""
         remedy = "finish the data set with data_tools/build_amber.py (index or mix --direct, then merge)"
-        value = read_json(path, remedy)
-        if value.get("digest") != content_digest(value):
-            raise DataError(
-                "the content does not match its own digest",
-                file=path,
-                place="digest",
-                remedy="do not edit it: " + remedy,
-            )
+        value = read_sealed(path, remedy)
         if value.get("sources") != list(SOURCES):
             raise DataError(f"sources are not {SOURCES}", file=path, place="sources", remedy=remedy)
         with fields_named(path, remedy):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,15 +28,17 @@ from data_tools.format import (
     TokenizerRecord,
     canonical_json,
     digest_stream,
-    fields_named,
+    file_size,
     new_digest,
     read_json,
+    read_sealed,
+    sealed,
     segment_name,
     tokenizer_in,
 )
 from data_tools.jsonl_segments import MIX_MANIFEST, jsonl_lines, jsonl_name
 from data_tools.progress import Progress
-from data_tools.rows import MixedRows, SourceRows, open_sources
+from data_tools.rows import MixedRows, open_sources
 from data_tools.segment_files import (
     DatasetPlan,
     chosen_segments,
@@ -72,8 +73,8 @@ def mix(
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
 
     Raises:
-        DataError: sources unfinished, damaged (not asked with `segments`) or unlike each other, fewer rows than
-            segments, or a folder begun otherwise.
+        DataError: sources unfinished, damaged or unlike each other, fewer rows than segments, or a folder begun
+            otherwise.
     """
     sources = open_sources(folder)
     mixed = MixedRows(sources, options.held_out_per_source, options.seed)
@@ -100,21 +101,12 @@ def mix(
     part = "" if segments is None else f"-{wanted.start:03d}-{wanted.stop - 1:03d}"
     with segments_lock(output, segments):
         keep_tokenizer(tokenizer_in(folder), output)
-        if segments is None:  # a task of an array would read everything for its own part
-            _check_rows(sources)
         _Mixer(mixed, rounds, plan, options, identity, output, f"mix{part}.journal").run(wanted)
         if plan.has_held_out and 0 in wanted:
             _write_held_out(mixed, plan, options, identity, output)
         if segments is not None:
             return None
         return write_dataset_manifest(output, plan) if options.direct else write_mix_manifest(output, plan)
-
-
-def _check_rows(sources: Sequence[SourceRows]) -> None:
-    with Progress("check rows", sum(source.tokens for source in sources), "ids") as progress:
-        for source in sources:
-            for ids in source.check():
-                progress.advance(ids)
 
 
 @dataclass
@@ -161,10 +153,15 @@ class _Mixer:
         for path in paths.values():
             if path.exists():  # renamed, then killed before its manifest was written
                 path.replace(partial_path(path))
-        done, sizes = self._read_journal(todo)
-        outputs = [_open_output(k, paths[k], sizes.get(k, 0)) for k in todo]
+        done, written = self._read_journal(todo)
+        outputs = [_open_output(k, paths[k], *written.get(str(k), (0, ""))) for k in todo]
         try:
             self._deal(outputs, done)
+        except BaseException:
+            if not self.journal.is_file():  # the next run begins anew
+                for out in outputs:
+                    partial_path(out.path).unlink()
+            raise
         finally:
             for out in outputs:
                 with contextlib.suppress(OSError):  # a full disk, told already; after the journal nothing is buffered
@@ -179,28 +176,29 @@ class _Mixer:
     def _finished(self, base: Path, segment: int) -> bool:
         if self.options.direct:
             return finished_segment(base, self.plan, self._source(segment)) is not None
-        marker = base.with_suffix(".json")
+        marker, path = base.with_suffix(".json"), base.with_suffix(".jsonl")
         if not marker.is_file():
             return False
+        remedy = f"remove {marker} and mix again"
         if SegmentManifest.read(marker).input != self._source(segment):
             raise DataError("made from other rows", file=marker, remedy="use another --output or remove the folder")
+        if file_size(path) != read_json(marker, remedy).get("bytes"):
+            raise DataError("its size is not that of its manifest", file=path, remedy=remedy)
         return True
 
-    def _read_journal(self, todo: list[int]) -> tuple[int, dict[int, int]]:
+    def _read_journal(self, todo: list[int]) -> tuple[int, dict[str, tuple[int, str]]]:
+        """How many rounds are dealt, and by segment how many bytes that made, with their digest."""
         if not self.journal.is_file():
             return 0, {}
-        remedy = "remove the file to begin anew"
-        journal = read_json(self.journal, remedy)
-        with fields_named(self.journal, remedy):
-            identity, rounds = journal["identity"], journal["rounds"]
-            sizes = {int(k): size for k, size in journal["sizes"].items()}
-        if identity != self.identity:
+        journal = read_sealed(self.journal, "remove the file to begin anew")
+        if journal["identity"] != self.identity:
             raise DataError(
                 "an unfinished mix of other rows or with other options",
                 file=self.journal,
                 remedy="use the same command as before, or another --output, or remove the folder",
             )
-        return (rounds, sizes) if set(todo) <= set(sizes) else (0, {})
+        known = set(map(str, todo)) <= set(journal["written"])
+        return (journal["rounds"], journal["written"]) if known else (0, {})
 
     def _deal(self, outputs: list[_Output], done: int) -> None:
         first, last = outputs[0].segment, outputs[-1].segment + 1
@@ -240,8 +238,9 @@ class _Mixer:
             with full_disk_named(out.path):
                 out.stream.flush()
                 os.fsync(out.stream.fileno())
-        sizes = {str(out.segment): out.size for out in outputs}
-        write_whole(self.journal, canonical_json({"identity": self.identity, "rounds": done, "sizes": sizes}))
+        written = {str(out.segment): (out.size, out.digest.hexdigest()) for out in outputs}
+        journal = {"identity": self.identity, "rounds": done, "written": written}
+        write_whole(self.journal, canonical_json(sealed(journal)))
 
     def _finish(self, base: Path, out: _Output) -> None:
         codes = self.mixed.codes(out.segment, self.options.num_segments, self.rounds)
@@ -253,17 +252,19 @@ class _Mixer:
         _write_jsonl_manifest(base, self.rounds, counts, self.plan, source, out.digest.hexdigest(), out.size)
 
 
-def _open_output(segment: int, path: Path, size: int) -> _Output:
+def _open_output(segment: int, path: Path, size: int, expected: str) -> _Output:
     """Opens the partial file of `path` to go on at byte `size`; what lies before is read again for its digest."""
     partial = partial_path(path)
     digest = new_digest()
     if size:
         stream: BinaryIO = partial.open("r+b")
-        if stream.seek(0, 2) < size:
-            raise DataError("shorter than its journal says", file=partial, remedy="remove the folder and mix again")
-        stream.truncate(size)
+        stream.truncate(min(stream.seek(0, 2), size))
         stream.seek(0)
         digest_stream(stream, digest)
+        if digest.hexdigest() != expected:
+            raise DataError(
+                "not as its journal says", file=partial, remedy="remove mix*.journal beside it to begin anew"
+            )
     else:
         stream = partial.open("wb")
     return _Output(segment, path, stream, digest, size)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from data_tools.durable import errors_named
-from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, digest_file, fields_named, file_size, read_json
+from data_tools.format import SOURCES, TOKEN_DTYPE, DataError, digest_file, fields_named, file_size, read_sealed
 
 SOURCE_MANIFEST = "source.json"
+PAGE_BYTES = 1 << 12
+"""A part has a digest for each so many bytes: a row is checked by reading no more than the pages it lies in."""
+_READ_IDS = 1 << 18  # at a time, so that the digests find them in the cache
+
+
+def page_digests(content: memoryview) -> np.ndarray:
+    """XXH3-64 of each page of a part's bytes, the last one short: uint64 little-endian [pages]."""
+    pages = (content[at : at + PAGE_BYTES] for at in range(0, len(content), PAGE_BYTES))
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, pages), dtype="<u8")
 
 
 class SourceRows:
@@ -22,15 +32,19 @@ class SourceRows:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises DataError where the source is not finished or a part has the wrong size."""
-        self.manifest = read_json(folder / SOURCE_MANIFEST, "run data_tools/build_amber.py tokenize to the end")
-        with fields_named(folder / SOURCE_MANIFEST, "run tokenize again"):
+        """Raises DataError where the source is not finished, its manifest is damaged or a part has the wrong size."""
+        path = folder / SOURCE_MANIFEST
+        self.manifest = read_sealed(path, "run data_tools/build_amber.py tokenize to the end")
+        with fields_named(path, "run tokenize again"):
             self.name: str = self.manifest["source"]
             self.rows: int = self.manifest["rows"]
             self.row_length: int = self.manifest["row_length"]
             self._paths = [folder / f"{part['name']}.tokens" for part in self.manifest["parts"]]
             counts = [part["tokens"] for part in self.manifest["parts"]]
-            self._digests = [part["digest"] for part in self.manifest["parts"]]
+            self._digests = [part["pages_digest"] for part in self.manifest["parts"]]
+        if self.name != folder.name:
+            raise DataError(f"speaks of {self.name}", file=path, remedy=f"name its folder {self.name}")
+        self._pages: tuple[int, np.ndarray] = -1, np.empty(0)
         self._bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         for path, count in zip(self._paths, counts, strict=True):
             if file_size(path) != count * TOKEN_DTYPE.itemsize:
@@ -40,31 +54,14 @@ class SourceRows:
                     remedy=f"remove {path.with_suffix('.json')} and run tokenize again",
                 )
 
-    @property
-    def tokens(self) -> int:
-        return int(self._bounds[-1])
-
-    def check(self) -> Iterator[int]:
-        """Compares each part with the digest of what `tokenize` wrote; yields its ids.
-
-        Raises:
-            DataError: a part was damaged since.
-        """
-        for path, digest, count in zip(self._paths, self._digests, np.diff(self._bounds), strict=True):
-            with errors_named(path):
-                if digest_file(path) != digest:
-                    raise DataError(
-                        "damaged: its XXH3-128 is not that of its manifest",
-                        file=path,
-                        remedy=f"remove {path.with_suffix('.json')} and all that was mixed from it, run tokenize again",
-                    )
-            yield int(count)
-
     def read(self, start: int, count: int) -> np.ndarray:
         """Rows [start, start + count).
 
         Returns:
             uint16 [count, row_length].
+
+        Raises:
+            DataError: they are not what `tokenize` wrote.
         """
         first, last = start * self.row_length, (start + count) * self.row_length
         ids = np.empty(last - first, dtype=TOKEN_DTYPE)
@@ -72,14 +69,46 @@ class SourceRows:
         filled = 0
         while filled < len(ids):
             offset = first + filled - int(self._bounds[part])
-            take = min(int(self._bounds[part + 1]) - int(self._bounds[part]) - offset, len(ids) - filled)
+            left = int(self._bounds[part + 1]) - int(self._bounds[part]) - offset
+            take = min(left, len(ids) - filled, _READ_IDS)
             if take > 0:
-                with errors_named(self._paths[part]), self._paths[part].open("rb", buffering=0) as stream:
-                    stream.seek(offset * TOKEN_DTYPE.itemsize)
-                    read_exactly(stream, ids[filled : filled + take].view(np.uint8).data, self._paths[part])
+                ids[filled : filled + take] = self._read_part(part, offset, take)
                 filled += take
-            part += 1
+            part += take == left
         return ids.reshape(count, self.row_length)
+
+    def _read_part(self, part: int, offset: int, count: int) -> np.ndarray:
+        """Ids [offset, offset + count) of a part, read with the whole pages that they lie in, which are checked."""
+        path, itemsize = self._paths[part], TOKEN_DTYPE.itemsize
+        size = int(self._bounds[part + 1] - self._bounds[part]) * itemsize
+        first = offset * itemsize // PAGE_BYTES
+        last = -(-(offset + count) * itemsize // PAGE_BYTES)
+        start = first * PAGE_BYTES
+        content = np.empty(min(last * PAGE_BYTES, size) - start, dtype=np.uint8)
+        with errors_named(path), path.open("rb", buffering=0) as stream:
+            stream.seek(start)
+            read_exactly(stream, content.data, path)
+        differs = np.flatnonzero(page_digests(content.data) != self._digests_of(part)[first:last])
+        if len(differs):
+            at = start + int(differs[0]) * PAGE_BYTES
+            raise DataError(
+                f"damaged within {PAGE_BYTES} bytes from byte {at}: not what tokenize wrote",
+                file=path,
+                remedy=f"remove {path.with_suffix('.json')} and run tokenize again",
+            )
+        return content.view(TOKEN_DTYPE)[offset - start // itemsize :][:count]
+
+    def _digests_of(self, part: int) -> np.ndarray:
+        if self._pages[0] != part:  # rows are read in their order, so one part's are enough
+            path = self._paths[part].with_suffix(".pages")
+            if not path.is_file() or digest_file(path) != self._digests[part]:
+                raise DataError(
+                    "missing or damaged",
+                    file=path,
+                    remedy=f"remove {path.with_suffix('.json')} and run tokenize again",
+                )
+            self._pages = part, np.fromfile(path, dtype="<u8")
+        return self._pages[1]
 
 
 def read_exactly(stream: object, buffer: memoryview, path: Path) -> None:

@@ -5,6 +5,7 @@ row i is ids [i * row_length, (i + 1) * row_length) of the stream. The stream li
 what is left after the last whole row is counted and kept in `tail.tokens`.
 
     arxiv/part_00000.tokens      uint16 little-endian
+    arxiv/part_00000.pages       a digest for each page of it (rows.py)
     arxiv/part_00000.json        its manifest; written last
     arxiv/part_00000.rejected.jsonl   bad documents, where there are some and --on-error quarantine
     arxiv/tail.tokens            the last, short row
@@ -36,10 +37,11 @@ from data_tools.format import (
     canonical_json,
     file_size,
     new_digest,
-    read_json,
+    read_sealed,
+    sealed,
 )
 from data_tools.progress import Progress
-from data_tools.rows import SOURCE_MANIFEST
+from data_tools.rows import PAGE_BYTES, SOURCE_MANIFEST, page_digests
 from data_tools.segment_files import keep_tokenizer
 from data_tools.text_encoder import TextEncoder
 
@@ -134,7 +136,7 @@ def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
     marker = target / f"{part_name(number)}.json"
     if not marker.is_file():
         return False
-    manifest = read_json(marker, "remove the folder and run again")
+    manifest = read_sealed(marker, "remove it and run again")
     if manifest.get("identity") != identity:
         raise DataError(
             "made from other input or with other options",
@@ -219,14 +221,23 @@ def _do(job: _Job) -> _Job:
     digest, input_digest = new_digest(), new_digest()
     tokens = documents = characters = 0
     rejected: list[Document] = []
+    pages, rest = [], b""
     with write_beside(base.with_suffix(".tokens")) as stream:
         for batch in _batches(job, rejected, input_digest):
             ids, lengths = encoder.encode(batch)
             stream.write(ids.data)
             digest.update(ids.data)
+            content = memoryview(rest + ids.tobytes())
+            whole = len(content) // PAGE_BYTES * PAGE_BYTES
+            pages.append(page_digests(content[:whole]).tobytes())
+            rest = bytes(content[whole:])
             tokens += len(ids)
             documents += len(lengths)
             characters += sum(map(len, batch))
+    pages.append(page_digests(memoryview(rest)).tobytes())
+    all_pages, pages_digest = b"".join(pages), new_digest()
+    pages_digest.update(all_pages)
+    write_whole(base.with_suffix(".pages"), all_pages)
     rejected_path.unlink(missing_ok=True)
     if rejected:
         write_whole(rejected_path, b"".join(rejected_line(job.task.file, document) for document in rejected))
@@ -237,9 +248,10 @@ def _do(job: _Job) -> _Job:
         "characters": characters,
         "rejected": len(rejected),
         "input_digest": input_digest.hexdigest(),
-        "digest": digest.hexdigest(),
+        "tokens_digest": digest.hexdigest(),
+        "pages_digest": pages_digest.hexdigest(),
     }
-    write_whole(base.with_suffix(".json"), canonical_json(manifest))
+    write_whole(base.with_suffix(".json"), canonical_json(sealed(manifest)))
     return job
 
 
@@ -286,7 +298,7 @@ def _finish_source(
     parts: int,
     max_rejected: int,
 ) -> dict[str, Any]:
-    manifests = [read_json(target / f"{part_name(i)}.json", "run tokenize again") for i in range(parts)]
+    manifests = [read_sealed(target / f"{part_name(i)}.json", "run tokenize again") for i in range(parts)]
     tokens = sum(manifest["tokens"] for manifest in manifests)
     rejected = sum(manifest["rejected"] for manifest in manifests)
     if not any(manifest["documents"] for manifest in manifests):
@@ -300,30 +312,30 @@ def _finish_source(
     tail_tokens = tokens % options.row_length
     tail = target / "tail.tokens"
     write_whole(tail, _last_bytes(target, parts, tail_tokens * TOKEN_DTYPE.itemsize))
-    manifest = {
-        "source": source,
-        "row_length": options.row_length,
-        "vocab_size": options.vocab_size,
-        "eos_id": options.eos_id,
-        "tokenizer": tokenizer,
-        "rows": tokens // options.row_length,
-        "tokens": tokens,
-        "tail_tokens": tail_tokens,
-        "documents": sum(manifest["documents"] for manifest in manifests),
-        "characters": sum(manifest["characters"] for manifest in manifests),
-        "rejected": rejected,
-        "parts": [
-            {
-                "name": part_name(i),
-                "tokens": manifest["tokens"],
-                "digest": manifest["digest"],
-                "input_digest": manifest["input_digest"],
-                "file": manifest["identity"]["task"]["file"],
-            }
-            for i, manifest in enumerate(manifests)
-        ],
-        "tool_version": TOOL_VERSION,
-    }
+    manifest = sealed(
+        {
+            "source": source,
+            "row_length": options.row_length,
+            "vocab_size": options.vocab_size,
+            "eos_id": options.eos_id,
+            "tokenizer": tokenizer,
+            "rows": tokens // options.row_length,
+            "tokens": tokens,
+            "tail_tokens": tail_tokens,
+            "documents": sum(manifest["documents"] for manifest in manifests),
+            "characters": sum(manifest["characters"] for manifest in manifests),
+            "rejected": rejected,
+            "parts": [
+                {
+                    "name": part_name(i),
+                    **{name: manifest[name] for name in ("tokens", "tokens_digest", "pages_digest", "input_digest")},
+                    "file": manifest["identity"]["task"]["file"],
+                }
+                for i, manifest in enumerate(manifests)
+            ],
+            "tool_version": TOOL_VERSION,
+        }
+    )
     write_whole(target / SOURCE_MANIFEST, canonical_json(manifest))
     return manifest
 
