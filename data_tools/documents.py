@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,13 @@ from data_tools.format import DataError, digest_stream, file_size
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 PARQUET_SUFFIX = ".parquet"
+_READ_SUFFIXES = (*JSONL_SUFFIXES, PARQUET_SUFFIX)
+_OTHER_FORM = re.compile(
+    r".*\.(jsonl|jsonlines|ndjson|parquet)"  # read where the name ends in small letters and in one of the above
+    r"|.*\.(json|jsonl|jsonlines|ndjson|parquet)\.(7z|br|bz2|gz|lz4|lzma|snappy|sz|xz|zip|zst|zstd|part|partial|tmp)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Names of files that hold documents, but packed in a way that is not read, or not whole."""
 TEXT_FIELDS = ("text", "content")
 TASK_BYTES = 1 << 30
 """Plain JSONL files are cut into tasks of this many bytes; compressed files and Parquet are one task each."""
@@ -60,23 +68,22 @@ def list_files(folder: Path) -> list[Path]:
     """The data files of a source, all levels deep and through links, in the order of their relative paths.
 
     Raises:
-        DataError: there is none, or a link leads to a folder that is there already.
+        DataError: there is none, one holds documents in a form that is not read, or a link leads to a folder that is
+            there already.
         OSError: a folder cannot be read.
     """
-    files: list[Path] = []
-    seen: dict[str, str] = {}
-    for here, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        if (same := seen.setdefault(os.path.realpath(here), here)) != here:
-            raise DataError(f"is the folder {same} again", file=here, remedy="remove one of them, or the link")
-        folders[:] = [name for name in folders if not name.startswith(".") and name != LEFT_OUT]
-        files += [
-            Path(here, name)
-            for name in names
-            if name.endswith((*JSONL_SUFFIXES, PARQUET_SUFFIX)) and not name.startswith(".")
-        ]
+    visible = list(_visible_files(folder))
+    files = [path for path in visible if _is_read(path)]
+    for path in visible:
+        if _OTHER_FORM.fullmatch(path.name) and not _is_read(path):
+            raise DataError(
+                f"holds documents, it seems, but only {', '.join(_READ_SUFFIXES)} are read",
+                file=path,
+                remedy="pack it as one of these, or move it out of the source's folder",
+            )
     if not files:
         raise DataError(
-            f"no {', '.join((*JSONL_SUFFIXES, PARQUET_SUFFIX))} file",
+            f"no {', '.join(_READ_SUFFIXES)} file",
             file=folder,
             remedy="--input names the folder that holds the source's files",
         )
@@ -84,6 +91,25 @@ def list_files(folder: Path) -> list[Path]:
         if bad_text(str(path)):
             raise DataError("the name is not UTF-8, as a manifest must be", file=path, remedy="rename it")
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def list_left_out(folder: Path) -> list[str]:
+    """The names of a source's other files (licences, checksums, lists of addresses), relative to `folder`, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in _visible_files(folder) if not _is_read(path))
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """All files of a source but hidden ones and those of LEFT_OUT."""
+    seen: dict[str, str] = {}
+    for here, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        if (same := seen.setdefault(os.path.realpath(here), here)) != here:
+            raise DataError(f"is the folder {same} again", file=here, remedy="remove one of them, or the link")
+        folders[:] = [name for name in folders if not name.startswith(".") and name != LEFT_OUT]
+        yield from (Path(here, name) for name in names if not name.startswith("."))
+
+
+def _is_read(path: Path) -> bool:
+    return path.name.endswith(_READ_SUFFIXES)
 
 
 def _raise(error: OSError) -> None:

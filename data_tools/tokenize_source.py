@@ -19,6 +19,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -27,7 +28,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.documents import TASK_BYTES, Document, Task, list_files, plan_tasks, read_documents, rejected_line
+from data_tools.documents import (
+    TASK_BYTES,
+    Document,
+    Task,
+    list_files,
+    list_left_out,
+    plan_tasks,
+    read_documents,
+    rejected_line,
+)
 from data_tools.durable import PARTIAL_SUFFIX, folder_lock, write_beside, write_whole
 from data_tools.format import (
     SOURCES,
@@ -46,6 +56,7 @@ from data_tools.segment_files import keep_tokenizer
 from data_tools.text_encoder import TextEncoder
 
 BATCH_CHARACTERS = 1 << 23  # a call of gigatoken costs 3 ms before its first document
+LEFT_OUT_NAMES = 10
 SAMPLE_DOCUMENTS = 32
 SAMPLE_CHARACTERS = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -94,6 +105,9 @@ def tokenize_source(
     record = encoder.record()
     options = TokenizeOptions(row_length, record.sha256, record.vocab_size, encoder.eos_id, task_bytes)
     tasks = plan_tasks(folder, task_bytes)
+    if left_out := list_left_out(folder):
+        first = ", ".join(map(ascii, left_out[:LEFT_OUT_NAMES])) + (", ..." if left_out[LEFT_OUT_NAMES:] else "")
+        print(f"{source}: {len(left_out):,} files are neither JSONL nor Parquet and left out: {first}", file=sys.stderr)
     with folder_lock(target):
         identities = [_identity(folder, task, options) for task in tasks]
         waiting = [i for i, identity in enumerate(identities) if not _is_done(target, i, identity)]

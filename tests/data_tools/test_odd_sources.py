@@ -116,6 +116,52 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         list_files(raw)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "a.jsonl.bz2",
+            "a.jsonl.xz",
+            "a.parquet.gz",
+            "a.ndjson",
+            "a.JSONL",
+            "a.Jsonl.GZ",
+            "a.json.xz",
+            "a\n.jsonl.lz4",
+        ),
+        *("deep/a.jsonl.partial", "a.jsonl.tmp", "b.PARQUET"),
+    ],
+)
+def test_documents_in_a_form_that_is_not_read_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").touch()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=r"holds documents, it seems, but only \.jsonl, ") as error:
+        list_files(tmp_path)
+    assert error.value.file == str(tmp_path / name)
+
+
+def test_what_else_lies_beside_the_documents_is_said(small_corpus: Path, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "sub").mkdir(parents=True)
+    (raw / "x.jsonl").write_text('{"text": "a"}\n')
+    beside = [
+        "LICENSE",
+        "README.md",
+        "_SUCCESS",
+        "dataset_infos.json",
+        "sub/urls.txt",
+        "x.jsonl.gz.md5",
+        "x.jsonl.sha256",
+    ]
+    for name in (*beside, ".hidden.txt"):
+        (raw / name).touch()
+    (raw / os.fsdecode(b"\xff.txt")).touch()
+    arguments = ("tokenize", "--source", "book", "--input", raw, "--output", tmp_path / "out", "--row-length", 2)
+    said = build_amber(*arguments, "--tokenizer", small_corpus / "tokenizer.json").stderr
+    assert f"book: 8 files are neither JSONL nor Parquet and left out: {', '.join(map(repr, beside))}, " in said
+
+
 def test_names_and_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         list_files(tmp_path / "none")
