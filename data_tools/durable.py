@@ -75,6 +75,30 @@ def write_beside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def touched_since(path: Path, marker: Path) -> bool:
+    """Whether `path` may be another file than when `marker` was written: written, renamed or linked to since.
+
+    Compares the times of change that the kernel keeps, which no copy carries over and nobody sets. They say nothing
+    where the two lie on machines whose clocks differ by more than lies between.
+    """
+    changed = max(path.stat().st_ctime_ns, path.lstat().st_ctime_ns)
+    return changed > marker.stat().st_ctime_ns
+
+
+@contextlib.contextmanager
+def unchanged(path: Path, size: int) -> Iterator[None]:
+    """Raises DataError where `path` has not `size` bytes, or is written or replaced while the block reads it."""
+    before = path.stat()
+    yield
+    after = path.stat()
+    if before.st_size != size or any(
+        getattr(before, name) != getattr(after, name) for name in ("st_size", "st_mtime_ns", "st_ino")
+    ):
+        raise DataError(
+            "changed while it was read", file=path, remedy="let nothing write to it, then run the same command again"
+        )
+
+
 def reserve(stream: BinaryIO) -> int:
     """Asks for RESERVED_BYTES of disk from the stream's place on, which makes writing them cheaper; returns their end.
 

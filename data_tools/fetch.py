@@ -21,8 +21,8 @@ from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.durable import full_disk_named, partial_path, publish, write_whole
-from data_tools.format import DataError, canonical_json, new_digest, read_json, tokenizer_name
+from data_tools.durable import full_disk_named, partial_path, publish, touched_since, write_whole
+from data_tools.format import DataError, canonical_json, digest_file, new_digest, read_json, tokenizer_name
 from data_tools.jsonl_segments import jsonl_name
 from data_tools.progress import Progress
 from data_tools.segment_files import chosen_segments, segments_lock, tokenizer_lock
@@ -88,7 +88,10 @@ class Fetcher:
         marker = path.with_suffix(".json") if path.suffix == ".jsonl" else path.with_name(f"{name}.fetched.json")
         if marker.is_file() and path.is_file():
             record = read_json(marker, "remove it and fetch again")
-            if record.get("url") == url and path.stat().st_size == record.get("bytes"):
+            same = record.get("url") == url and path.stat().st_size == record.get("bytes")
+            if same and touched_since(path, marker):
+                same = record.get("digests") == {"jsonl": digest_file(path)}
+            if same:
                 return
         for attempt in range(self.tries):
             try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import reserve, write_beside, write_whole
+from data_tools.documents import DECOMPRESSION_ERRORS, open_decompressed
+from data_tools.durable import errors_named, reserve, touched_since, unchanged, write_beside, write_whole
 from data_tools.format import (
     HELD_OUT_NAME,
     ROW_LENGTH,
@@ -14,6 +16,7 @@ from data_tools.format import (
     DataError,
     DatasetManifest,
     TokenizerRecord,
+    digest_stream,
     fields_named,
     file_size,
     new_digest,
@@ -125,7 +128,7 @@ def merge(folder: Path, output: Path, plan: DatasetPlan) -> DatasetManifest:
         DataError: segments are missing, or made from others than those under `folder`.
     """
     for path, base in _work(folder, output, plan, None):
-        finished_segment(base, plan, _source(path))
+        _is_finished(path, base, plan)
     return write_dataset_manifest(output, plan)
 
 
@@ -156,12 +159,12 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
         DataError: the first bad row, with line and column; too many bad rows; a file that cannot be decompressed; no
             rows at all; files made from other input.
     """
-    source = _source(path)
-    if finished_segment(base, plan, source) is not None:
+    if _is_finished(path, base, plan):
         return
+    source = _source(path)
     reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, threads)
     digest = new_digest()
-    with write_beside(base.with_suffix(".bin")) as stream:
+    with write_beside(base.with_suffix(".bin")) as stream, unchanged(path, source["bytes"]):
         reserved = 0
         for ids in reader.blocks():
             if stream.tell() + ids.nbytes > reserved:
@@ -177,6 +180,27 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
     source |= {"xxh3_128": reader.digest.hexdigest(), "lines": reader.lines}
     _check_input_digest(path, source["xxh3_128"])
     write_companions(base, reader.codes, reader.rows, plan, len(reader.rejected), source, digest.hexdigest())
+
+
+def _is_finished(path: Path, base: Path, plan: DatasetPlan) -> bool:
+    """Whether an earlier run has made `base` from this file; one touched since is read again for its digest."""
+    manifest = finished_segment(base, plan, _source(path))
+    if manifest is None:
+        return False
+    marker = base.with_suffix(".json")
+    if touched_since(path, marker):
+        digest = new_digest()
+        with Progress(f"{path.name}, touched since, again", file_size(path), "B") as progress:
+            with contextlib.suppress(*DECOMPRESSION_ERRORS), errors_named(path), open_decompressed(path) as stream:
+                digest_stream(stream, digest)
+            progress.advance(file_size(path))
+        if digest.hexdigest() != manifest.input.get("xxh3_128"):
+            raise DataError(
+                f"not what {base.name} was made from any more",
+                file=path,
+                remedy=f"bring the old file back, or remove {base.name}.* to build it again",
+            )
+    return True
 
 
 def _check_input_digest(path: Path, digest: Any) -> None:

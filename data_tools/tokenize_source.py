@@ -38,7 +38,7 @@ from data_tools.documents import (
     read_documents,
     rejected_line,
 )
-from data_tools.durable import PARTIAL_SUFFIX, folder_lock, write_beside, write_whole
+from data_tools.durable import PARTIAL_SUFFIX, folder_lock, touched_since, unchanged, write_beside, write_whole
 from data_tools.format import (
     SOURCES,
     TOKEN_DTYPE,
@@ -110,7 +110,7 @@ def tokenize_source(
         print(f"{source}: {len(left_out):,} files are neither JSONL nor Parquet and left out: {first}", file=sys.stderr)
     with folder_lock(target):
         identities = [_identity(folder, task, options) for task in tasks]
-        waiting = [i for i, identity in enumerate(identities) if not _is_done(target, i, identity)]
+        waiting = [i for i, identity in enumerate(identities) if not _is_done(folder, target, i, identity)]
         if waiting:
             encoder.check([text for _, text in _sample(folder)], folder)
             keep_tokenizer(tokenizer, output)
@@ -146,7 +146,8 @@ def _identity(folder: Path, task: Task, options: TokenizeOptions) -> dict[str, A
     return {"task": asdict(task), "input_bytes": file_size(folder / task.file), "options": asdict(options)}
 
 
-def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
+def _is_done(folder: Path, target: Path, number: int, identity: dict[str, Any]) -> bool:
+    """Whether a part is finished, and its input as old: one touched since is read again for its digest (`_do`)."""
     marker = target / f"{part_name(number)}.json"
     if not marker.is_file():
         return False
@@ -160,7 +161,7 @@ def _is_done(target: Path, number: int, identity: dict[str, Any]) -> bool:
     tokens = target / f"{part_name(number)}.tokens"
     if file_size(tokens) != manifest["tokens"] * TOKEN_DTYPE.itemsize:
         raise DataError("size differs from the part's manifest", file=tokens, remedy=f"remove {marker} and run again")
-    return True
+    return not touched_since(folder / identity["task"]["file"], marker)
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,29 @@ def _die_with(parent: int) -> None:
 
 def _do(job: _Job) -> _Job:
     """Tokenises one task into its part; runs in a worker process."""
+    path = job.folder / job.task.file
+    return _check_input(job, path) if _marker(job).is_file() else _tokenize(job, path)
+
+
+def _marker(job: _Job) -> Path:
+    return job.target / f"{part_name(job.number)}.json"
+
+
+def _check_input(job: _Job, path: Path) -> _Job:
+    """Raises DataError where a finished part's input is another one by now."""
+    digest = new_digest()
+    for _ in read_documents(job.folder, job.task, digest):
+        pass
+    if digest.hexdigest() != read_sealed(_marker(job), "remove it and run again")["input_digest"]:
+        raise DataError(
+            f"not what {_marker(job).name} was made from any more",
+            file=path,
+            remedy=f"bring the old file back, or use another --output, or remove {job.target}",
+        )
+    return job
+
+
+def _tokenize(job: _Job, path: Path) -> _Job:
     if job.tokenizer not in _encoders:
         _encoders[job.tokenizer] = TextEncoder(job.tokenizer)
     encoder = _encoders[job.tokenizer]
@@ -236,7 +260,7 @@ def _do(job: _Job) -> _Job:
     tokens = documents = characters = 0
     rejected: list[Document] = []
     pages, rest = [], b""
-    with write_beside(base.with_suffix(".tokens")) as stream:
+    with write_beside(base.with_suffix(".tokens")) as stream, unchanged(path, job.identity["input_bytes"]):
         for batch in _batches(job, rejected, input_digest):
             ids, lengths = encoder.encode(batch)
             stream.write(ids.data)

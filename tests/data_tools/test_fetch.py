@@ -95,6 +95,15 @@ def test_a_broken_transfer_goes_on_where_it_stopped(site: Site, tmp_path: Path, 
     assert len(site.ranges) == 3  # not asked again
 
 
+def test_a_file_that_changed_here_at_the_same_size_is_fetched_again(site: Site, tmp_path: Path) -> None:
+    site.files["a.jsonl"] = CONTENT
+    for content in (CONTENT, CONTENT, CONTENT[::-1]):
+        (tmp_path / "a.jsonl").write_bytes(content)
+        Fetcher(tmp_path).fetch(f"{site.address}/a.jsonl", "a.jsonl")
+        assert (tmp_path / "a.jsonl").read_bytes() == CONTENT
+    assert len(site.ranges) == 2
+
+
 def test_a_file_that_changed_is_begun_anew(site: Site, tmp_path: Path) -> None:
     site.files["a"], site.cut_after = CONTENT, [70_000]
     with pytest.raises(DataError, match="1 attempts failed, the last: the connection ended after 70000 of 1280000"):

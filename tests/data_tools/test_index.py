@@ -8,7 +8,7 @@ import gzip
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +191,42 @@ def test_other_input_for_finished_output_is_refused(amber: Path) -> None:
     result = index(amber, check=False)
     assert result.returncode == 1
     assert "segment_000.json: made from other input or with other settings" in result.stderr
+
+
+def test_other_input_of_the_same_size_is_refused_however_old_it_says_it_is(amber: Path) -> None:
+    index(amber)
+    path = amber / "train_0.jsonl"
+    before = path.stat()
+    os.utime(path)  # only touched: read again, and found the same
+    assert "train_0.jsonl, touched since, again" in index(amber).stderr
+    other = amber / "other"
+    other.write_bytes(path.read_bytes().replace(b"1", b"2"))
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert path.stat().st_size == before.st_size
+    for command in ("index", "merge"):
+        arguments = ("--input", amber, "--output", amber.parent / "out", "--row-length", ROW_LENGTH)
+        result = build_amber(command, *arguments, check=False)
+        assert result.returncode == 1
+        assert f"error: {path}: not what segment_000 was made from any more" in result.stderr
+    (amber / "train_001.jsonl.gz").write_bytes(b"x" * (amber / "train_001.jsonl.gz").stat().st_size)
+    result = index(amber, "--segment", 1, check=False)
+    assert f"error: {amber}/train_001.jsonl.gz: not what segment_001 was made from any more" in result.stderr
+
+
+def test_input_that_is_written_while_it_is_read_is_refused(amber: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = SegmentReader.blocks
+
+    def blocks_and_more(self: SegmentReader) -> Iterator[np.ndarray]:
+        yield from blocks(self)
+        with self.path.open("ab") as stream:
+            stream.write(lines_of(0)[0])
+
+    monkeypatch.setattr(SegmentReader, "blocks", blocks_and_more)
+    out = amber.parent / "out"
+    with pytest.raises(DataError, match=r"train_0\.jsonl: changed while it was read"):
+        index_in_process(amber, out, plan_dataset(amber, ROW_LENGTH, None), ErrorPolicy())
+    assert not list(out.glob("segment_*"))
 
 
 def test_no_segments_and_missing_segments_are_refused(amber: Path) -> None:

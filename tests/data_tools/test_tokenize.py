@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -207,3 +210,56 @@ def test_finished_parts_of_other_options_are_refused(encoder: TextEncoder, tmp_p
 def test_a_task_of_a_compressed_file_is_the_whole_file(tmp_path: Path) -> None:
     write(tmp_path / "raw", "zst", "text")
     assert plan_tasks(tmp_path / "raw", 3) == [Task("x.jsonl.zst", 0, None)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "parquet"])
+def test_input_replaced_by_another_of_the_same_size_is_refused(
+    kind: str, workers: int, encoder: TextEncoder, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    write(raw, kind, "text")
+    (raw / "y.jsonl").write_text('{"text": "y"}\n')
+
+    def tokenize() -> dict[str, Any]:
+        return tokenize_source("c4", raw, tmp_path / "out", encoder.path, row_length=5, workers=workers)
+
+    manifest = tokenize()
+    path, old = next(raw.glob("x.*")), tmp_path / "old"
+    size = path.stat().st_size
+    shutil.copy2(path, old)
+    for other in raw.iterdir():
+        os.utime(other)  # only touched: read again, and found the same
+    assert tokenize() == manifest
+    TEXTS[0], before = "two", TEXTS[0]
+    try:
+        path.unlink()
+        write(tmp_path / "new", kind, "text")
+    finally:
+        TEXTS[0] = before
+    shutil.move(next((tmp_path / "new").iterdir()), path)
+    os.truncate(path, size)
+    with pytest.raises(
+        DataError, match=r"x\..*: not what part_00000\.json was made from any more|cannot (decompress|read)"
+    ):
+        tokenize()
+    shutil.copy2(old, path)  # as the remedy says
+    assert tokenize() == manifest
+
+
+def test_input_that_is_written_while_it_is_read_is_refused(
+    encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "raw", "jsonl", "text")
+    encode = TextEncoder.encode
+
+    def encode_and_write(self: TextEncoder, texts: list[str]) -> object:
+        with (tmp_path / "raw" / "x.jsonl").open("a") as stream:
+            stream.write('{"text": "more"}\n')
+        return encode(self, texts)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode_and_write)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"x\.jsonl: changed while it was read"):
+            tokenize_source("c4", tmp_path / "raw", tmp_path / "out", encoder.path, row_length=5)
+    assert not (tmp_path / "out/c4/source.json").exists()
