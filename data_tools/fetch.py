@@ -93,6 +93,8 @@ class Fetcher:
                 same = record.get("digests") == {"jsonl": digest_file(path)}
             if same:
                 return
+        elif path.is_file() and path.with_name(f"{name}.tag").is_file():  # whole and checked, then killed
+            path.replace(partial_path(path))
         for attempt in range(self.tries):
             try:
                 stated = self._transfer(url, path)

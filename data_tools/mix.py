@@ -160,7 +160,7 @@ class _Mixer:
         except BaseException:
             if not self.journal.is_file():  # the next run begins anew
                 for out in outputs:
-                    partial_path(out.path).unlink()
+                    partial_path(out.path).unlink(missing_ok=True)
             raise
         finally:
             for out in outputs:

@@ -51,7 +51,19 @@ def stages(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
     tokenize(base / "rows")
     mix_with(False)(base / "segments")
-    return {"tokenize": tokenize, "mix": mix_with(False), "mix --direct": mix_with(True), "index": index_all}
+
+    def mix_segments(output: Path) -> None:
+        for segment in range(NUM_SEGMENTS):
+            mix(base / "rows", output, MixOptions(NUM_SEGMENTS, True, 3, 1), range(segment, segment + 1))
+        mix_with(True)(output)
+
+    return {
+        "tokenize": tokenize,
+        "mix": mix_with(False),
+        "mix --direct": mix_with(True),
+        "mix --segment": mix_segments,
+        "index": index_all,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +128,7 @@ def kill_at_sync(count: int) -> None:
     Path.replace = patched("replace")  # type: ignore[method-assign,assignment]
 
 
-@pytest.mark.parametrize("name", ["tokenize", "mix", "mix --direct", "index"])
+@pytest.mark.parametrize("name", ["tokenize", "mix", "mix --direct", "mix --segment", "index"])
 def test_killed_at_random_points_it_ends_byte_equal(name: str, stages: dict[str, Stage], tmp_path: Path) -> None:
     stage = stages[name]
     begun = time.monotonic()
@@ -148,7 +160,7 @@ def test_killed_at_random_points_it_ends_byte_equal(name: str, stages: dict[str,
         assert not [path for path in output.rglob("*") if path.name.endswith(UNFINISHED)]
 
 
-@pytest.mark.parametrize("name", ["tokenize", "mix", "mix --direct", "index"])
+@pytest.mark.parametrize("name", ["tokenize", "mix", "mix --direct", "mix --segment", "index"])
 def test_a_full_disk_names_the_file_and_leaves_nothing_broken(
     name: str, stages: dict[str, Stage], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,6 +122,30 @@ def test_killed_before_the_check_it_is_not_fetched_again(site: Site, tmp_path: P
     Fetcher(tmp_path, tries=1).fetch(f"{site.address}/a", "a")
     assert (tmp_path / "a").read_bytes() == CONTENT
     assert site.ranges == [f"bytes={len(CONTENT)}-"]
+
+
+def test_killed_before_the_marker_it_is_not_fetched_again(site: Site, tmp_path: Path) -> None:
+    site.files["a.jsonl"] = CONTENT
+    (tmp_path / "a.jsonl").write_bytes(CONTENT)
+    (tmp_path / "a.jsonl.tag").write_text("v")
+    Fetcher(tmp_path, tries=1).fetch(f"{site.address}/a.jsonl", "a.jsonl")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.jsonl"]
+    assert site.ranges == [f"bytes={len(CONTENT)}-"]
+
+
+def test_a_full_disk_names_the_file_and_the_next_run_goes_on(site: Site, tmp_path: Path) -> None:
+    site.files["a.jsonl"] = CONTENT
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"a\.jsonl: cannot write: File too large"):
+            Fetcher(tmp_path, tries=100, pause_s=100).fetch(f"{site.address}/a.jsonl", "a.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "a.jsonl").exists()
+    Fetcher(tmp_path).fetch(f"{site.address}/a.jsonl", "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == CONTENT
+    assert site.ranges == [None, "bytes=600000-"]
 
 
 def test_wrong_bytes_are_refused(site: Site, tmp_path: Path) -> None:
