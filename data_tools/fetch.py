@@ -1,7 +1,7 @@
 """`fetch`: the published segments and their tokenizer, from a machine with internet; resumable and checksummed.
 
-A file goes to `NAME.partial` and on from its end after an interruption (HTTP Range, with the server's entity tag, so
-that a file that changed in between is begun anew). The SHA-256 that the server states for it (Hugging Face:
+A file goes to `NAME.partial` and on from its end after an interruption (HTTP Range, with the server's entity tag or
+date, so that a file that changed in between is begun anew). The SHA-256 that the server states for it (Hugging Face:
 `X-Linked-Etag`) or a `--checksums` file states is checked before the file takes its name, and `train_000.json` keeps
 what `index` needs.
 """
@@ -55,7 +55,8 @@ class _KeepLinkedHeaders(urllib.request.HTTPRedirectHandler):
 
 
 def _read_headers(headers: Message, stated: _Stated, linked_only: bool = False) -> None:
-    tag = (headers.get("X-Linked-Etag") or ("" if linked_only else headers.get("ETag")) or "").strip('"')
+    own = "" if linked_only else headers.get("ETag") or headers.get("Last-Modified")
+    tag = (headers.get("X-Linked-Etag") or own or "").strip('"')
     stated.tag = stated.tag or tag or None
     if SHA256.fullmatch(tag):
         stated.sha256 = stated.sha256 or tag
@@ -99,6 +100,10 @@ class Fetcher:
             try:
                 stated = self._transfer(url, path)
                 break
+            except DataError:
+                raise
+            except (ValueError, http.client.InvalidURL) as error:
+                raise DataError(f"not an address: {error}", file=url, remedy="check the address") from None
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, urllib.error.HTTPError):
                     if error.code in (401, 403, 404, 410):
@@ -129,15 +134,20 @@ class Fetcher:
             response = opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             if error.code == 416 and have:
-                if error.headers.get("Content-Range") == f"bytes */{have}":
+                _read_headers(error.headers, stated)
+                same = stated.tag is None or tag_path.read_bytes() == stated.tag.encode()
+                if same and error.headers.get("Content-Range") == f"bytes */{have}":
                     return stated  # all of it was there, only not checked yet
                 partial.unlink()  # the file is another one now: begin anew
             raise
         with response:
             _read_headers(response.headers, stated)
-            goes_on = response.status == 206 and have and tag_path.read_text() == (stated.tag or "")
+            checked = path.name in self.checksums or stated.sha256
+            same = tag_path.read_bytes() == stated.tag.encode() if have and stated.tag else bool(checked)
+            begins = response.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-")
+            goes_on = response.status == 206 and have and same and begins
             if response.status == 206 and not goes_on:
-                partial.unlink()  # another version: its beginning is needed too
+                partial.unlink(missing_ok=True)  # another version: its beginning is needed too
                 raise OSError("the file changed on the server")
             if not goes_on:
                 have = 0
@@ -219,7 +229,11 @@ def fetch_segments(
         DataError: an address that is none, or a segment that is none; see `Fetcher.fetch`.
     """
     for url in filter(None, (address, tokenizer)):
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        try:
+            scheme = urllib.parse.urlsplit(url).scheme
+        except ValueError:
+            scheme = ""
+        if scheme not in ("http", "https"):
             raise DataError("not an address that begins with https://", file=url, remedy="check the address")
     wanted = chosen_segments(segments, num_segments, output)
     with segments_lock(output, segments):

@@ -30,6 +30,8 @@ class Site:
     """The Range headers of the requests, in order."""
     linked: bool = False
     """Answers like Hugging Face: a redirect whose headers hold the SHA-256."""
+    answers: list[tuple[int, dict[str, str], bytes]] = field(default_factory=list)
+    """What the next requests get, whatever they ask for."""
 
 
 @pytest.fixture
@@ -54,6 +56,14 @@ def site() -> Iterator[Site]:
                 return
             wanted = self.headers.get("Range")
             site.ranges.append(wanted)
+            if site.answers:
+                code, headers, body = site.answers.pop(0)
+                self.send_response(code)
+                for header in headers.items():
+                    self.send_header(*header)
+                self.end_headers()
+                self.wfile.write(body)
+                return
             start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
             if start >= len(content) > 0:
                 self.send_response(416)
@@ -148,6 +158,63 @@ def test_a_full_disk_names_the_file_and_the_next_run_goes_on(site: Site, tmp_pat
     assert site.ranges == [None, "bytes=600000-"]
 
 
+OTHER = CONTENT[::-1]
+TAG, SIZE = {"ETag": '"v"'}, {"Content-Length": str(len(CONTENT))}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        (206, {**TAG, "Content-Range": f"bytes 1000-{len(OTHER) - 1}/{len(OTHER)}"}, OTHER[1000:]),  # another beginning
+        (206, {"ETag": '"w"', "Content-Range": f"bytes 5000-{len(OTHER) - 1}/{len(OTHER)}"}, OTHER[5000:]),
+        (206, {"Content-Range": f"bytes 5000-{len(OTHER) - 1}/{len(OTHER)}"}, OTHER[5000:]),  # which version?
+        (416, {"ETag": '"w"', "Content-Range": "bytes */5000", "Content-Length": "0"}, b""),
+        (416, {**TAG, "Content-Range": "bytes */3000", "Content-Length": "0"}, b""),
+        (200, {**TAG, **SIZE}, CONTENT),
+        (503, {"Content-Length": "0"}, b""),
+    ],
+)
+def test_what_a_server_sends_in_a_range_s_place_is_not_put_behind_the_beginning(
+    site: Site, tmp_path: Path, second: tuple[int, dict[str, str], bytes]
+) -> None:
+    site.files["a"] = CONTENT
+    site.answers = [(200, {**TAG, **SIZE}, CONTENT[:5000]), second]
+    Fetcher(tmp_path, tries=4, pause_s=0).fetch(f"{site.address}/a", "a")
+    assert (tmp_path / "a").read_bytes() == CONTENT
+    assert site.ranges[:2] == [None, "bytes=5000-"]
+
+
+def test_without_a_tag_a_file_goes_on_only_where_its_checksum_is_known(site: Site, tmp_path: Path) -> None:
+    site.files["a"] = CONTENT
+    rest = (206, {"Content-Range": f"bytes 5000-{len(CONTENT) - 1}/{len(CONTENT)}"}, CONTENT[5000:])
+    for checksums, requests in (({"a": hashlib.sha256(CONTENT).hexdigest()}, 2), ({}, 3)):
+        out = tmp_path / str(requests)
+        out.mkdir()
+        site.ranges.clear()
+        site.answers = [(200, SIZE, CONTENT[:5000]), rest]
+        Fetcher(out, checksums, tries=4, pause_s=0).fetch(f"{site.address}/a", "a")
+        assert (out / "a").read_bytes() == CONTENT
+        assert len(site.ranges) == requests
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (206, {**TAG, "Content-Range": f"bytes 5-{len(OTHER) - 1}/{len(OTHER)}"}, OTHER[5:]),
+        (302, {"Location": "http://[bad", "Content-Length": "0"}, b""),
+        (200, {**TAG, "Content-Length": "\u00b2"}, CONTENT),
+    ],
+)
+def test_answers_that_make_no_sense_are_one_error(
+    site: Site, tmp_path: Path, answer: tuple[int, dict[str, str], bytes]
+) -> None:
+    site.files["a"] = CONTENT
+    site.answers = [answer] * 2
+    with pytest.raises(DataError):
+        Fetcher(tmp_path, tries=2, pause_s=0).fetch(f"{site.address}/a", "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_wrong_bytes_are_refused(site: Site, tmp_path: Path) -> None:
     site.files["a"] = CONTENT
     fetcher = Fetcher(tmp_path, checksums={"a": "0" * 64})
@@ -164,6 +231,8 @@ def test_a_missing_file_is_said_at_once(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (("--input", "http://[bad"), "http://[bad: not an address that begins with https://"),
+        (("--input", "http://a b"), "http://a b/train_000.jsonl: not an address: "),
         (("--input", "/some/folder"), "/some/folder: not an address that begins with https://"),
         (("--input", "http://127.0.0.1:9/x", "--segment", "350-360"), "no segment 360: there are 360"),
     ],
