@@ -247,7 +247,7 @@ def parse_line(line: bytes, place: str) -> Document:
         value = _read_json(raw)
     except json.JSONDecodeError as error:
         return Document(f"{place} column {error.colno}", "", raw, error.msg)
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, brackets without end
         return Document(place, "", raw, f"not JSON in UTF-8: {error}")
     if not isinstance(value, dict):
         return Document(place, "", raw, "not a JSON object")

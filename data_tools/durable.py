@@ -122,7 +122,8 @@ def errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # gzip's errors are none of the system's: a name would take their words' place
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -324,7 +324,7 @@ class DatasetManifest:
         if value.get("sources") != list(SOURCES):
             raise DataError(f"sources are not {SOURCES}", file=path, place="sources", remedy=remedy)
         with fields_named(path, remedy):
-            return cls(
+            dataset = cls(
                 num_segments=value["num_segments"],
                 rows_per_segment=value["rows_per_segment"],
                 row_length=value["row_length"],
@@ -337,6 +337,15 @@ class DatasetManifest:
                 held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
                 tool_version=value["tool_version"],
             )
+        segments = dataset.segments
+        counts = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES}
+        rows = {segment.rows for segment in segments}
+        if (
+            (dataset.num_segments, {dataset.rows_per_segment}) != (len(segments), rows)
+            or dataset.rows_per_source != {name: count for name, count in counts.items() if count}
+        ):  # fmt: skip
+            raise DataError("its numbers are not those of its segments", file=path, remedy=remedy)
+        return dataset
 
 
 def content_digest(manifest: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +53,7 @@ from data_tools.segment_files import (
 
 BLOCK_BYTES = 1 << 25
 JOURNAL_BYTES = 1 << 32
+OTHER_OPEN_FILES = 64  # than the segments: locks, rows, libraries
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class _Mixer:
             if path.exists():  # renamed, then killed before its manifest was written
                 path.replace(partial_path(path))
         done, written = self._read_journal(todo)
+        _allow_open_files(len(todo), self.output)
         outputs = [_open_output(k, paths[k], *written.get(str(k), (0, ""))) for k in todo]
         try:
             self._deal(outputs, done)
@@ -250,6 +253,19 @@ class _Mixer:
             return
         counts = sum(np.bincount(np.frombuffer(c, np.uint8), minlength=len(SOURCES)) for c in codes)
         _write_jsonl_manifest(base, self.rounds, counts, self.plan, source, out.digest.hexdigest(), out.size)
+
+
+def _allow_open_files(count: int, output: Path) -> None:
+    """Raises this process's limit of open files, where it must, so that `count` segments grow together."""
+    needed = count + OTHER_OPEN_FILES
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if highest < needed:
+        raise DataError(
+            f"{count} segments grow together, but this process may open {highest} files",
+            file=output,
+            remedy=f"raise the limit (ulimit -Hn {needed}), or mix some at a time with --segment",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, needed), highest))
 
 
 def _open_output(segment: int, path: Path, size: int, expected: str) -> _Output:

@@ -51,6 +51,7 @@ def judge(line: bytes) -> str | None:
 @example(b'{"text": "a", "text": "b"}')
 @example(b'{"text": "a", "meta": ' + b"[" * 900 + b"]" * 900 + b"}")
 @example(b'{"text": "\\ud800"}')
+@example(b'{"text": "a", "n": ' + b"9" * 5000 + b"}")
 def test_a_line_is_what_python_says(line: bytes) -> None:
     expected = judge(line)
     document = parse_line(line + b"\n", "line 1")

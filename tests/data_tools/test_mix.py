@@ -6,6 +6,9 @@ import contextlib
 import json
 import os
 import random
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from data_tools.format import DataError
 from data_tools.mix import MixOptions, mix
 from data_tools.rows import PAGE_BYTES
 from data_tools.tokenize_source import tokenize_source
+from tests.data_tools.conftest import ROOT
 from tests.data_tools.test_durability import tree
 
 OPTIONS = MixOptions(num_segments=3, direct=True, held_out_per_source=2, seed=1)
@@ -148,3 +152,18 @@ def test_a_jsonl_segment_that_is_gone_or_cut_is_not_a_finished_one(rows: Path, t
     path.unlink()
     with pytest.raises(DataError, match=r"train_001\.jsonl: no such file"):
         mix(rows, tmp_path / "out", options)
+
+
+def test_many_segments_are_many_open_files(rows: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "data_tools/build_amber.py", "mix", "--input", str(rows), "--num-segments", "200"]
+
+    def run(highest: int) -> subprocess.CompletedProcess[str]:
+        limit = f"ulimit -n {highest} && ulimit -Sn 100 && exec "
+        line = limit + shlex.join([*command, "--output", str(tmp_path / str(highest)), "--direct"])
+        return subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True)
+
+    assert run(300).returncode == 0
+    refused = run(200)
+    assert refused.returncode == 1
+    assert f"error: {tmp_path / '200'}: 200 segments grow together, but this process may open 200" in refused.stderr
+    assert not list((tmp_path / "200").glob("segment_*"))
