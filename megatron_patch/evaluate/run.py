@@ -7,7 +7,6 @@ OUTPUT/MODEL--DIGEST/scores.json             the model, its scores so far, versi
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -26,7 +25,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from data_tools.durable import FolderBusy, folder_lock, write_whole
-from data_tools.format import canonical_json, new_digest, sha256_file
+from data_tools.format import DataError, canonical_json, new_digest, read_sealed, sealed, sha256_file
 from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
@@ -110,7 +109,7 @@ def _run_tasks(
                 "prompts_digest": prompts_digest(report["samples"][task.name]),
             }
             (folder / "tasks").mkdir(parents=True, exist_ok=True)
-            write_whole(_task_file(folder, task), canonical_json(record))
+            write_whole(_task_file(folder, task), canonical_json(sealed(record)))
             print(f"{candidate.name}: {task.name} done ({number}/{len(todo)})", file=sys.stderr)
 
 
@@ -174,12 +173,15 @@ def _task_file(folder: Path, task: Task) -> Path:
     return folder / "tasks" / f"{task.name}.json"
 
 
-def _finished(folder: Path, task: Task, key: dict[str, Any]) -> TaskResult | None:
+def _finished(folder: Path, task: Task, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a task that is finished under this key; None where it is to run, again if its record is damaged."""
     file = _task_file(folder, task)
-    if not file.is_file():
+    try:
+        record = read_sealed(file, "the task runs again") if file.is_file() else None
+    except DataError as error:
+        print(error, file=sys.stderr)
         return None
-    record = json.loads(file.read_bytes())
-    return TaskResult(**record["result"]) if record["key"] == key else None
+    return record if record is not None and record["key"] == key else None
 
 
 def _write_scores(folder: Path, candidate: Candidate, settings: Settings, plan: Plan) -> None:
@@ -187,10 +189,10 @@ def _write_scores(folder: Path, candidate: Candidate, settings: Settings, plan: 
     records = {}
     for benchmark in BY_NAME.values():
         for task in benchmark.all_tasks:
-            result = _finished(folder, task, _key(candidate, settings, plan, benchmark, task))
-            if result is not None:
-                results[task.name] = result
-                records[task.name] = json.loads(_task_file(folder, task).read_bytes())
+            record = _finished(folder, task, _key(candidate, settings, plan, benchmark, task))
+            if record is not None:
+                results[task.name] = TaskResult(**record["result"])
+                records[task.name] = record
     found = scores(results)
     averages = {
         "average": average(found, with_crows_pairs=True),
