@@ -94,8 +94,8 @@ class Fetcher:
                 same = record.get("digests") == {"jsonl": digest_file(path)}
             if same:
                 return
-        elif path.is_file() and path.with_name(f"{name}.tag").is_file():  # whole and checked, then killed
-            path.replace(partial_path(path))
+        elif path.is_file() and path.with_name(f"{name}.tag").is_file() and not partial_path(path).exists():
+            path.replace(partial_path(path))  # whole, then killed before the marker
         for attempt in range(self.tries):
             try:
                 stated = self._transfer(url, path)

@@ -143,6 +143,16 @@ def test_killed_before_the_marker_it_is_not_fetched_again(site: Site, tmp_path: 
     assert site.ranges == [f"bytes={len(CONTENT)}-"]
 
 
+def test_an_old_file_does_not_take_the_place_of_what_is_on_its_way(site: Site, tmp_path: Path) -> None:
+    site.files["a.jsonl"] = CONTENT
+    (tmp_path / "a.jsonl").write_bytes(OTHER)
+    (tmp_path / "a.jsonl.partial").write_bytes(CONTENT[:1000])
+    (tmp_path / "a.jsonl.tag").write_text("v-" + hashlib.sha256(CONTENT).hexdigest()[:8])
+    Fetcher(tmp_path, tries=1).fetch(f"{site.address}/a.jsonl", "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == CONTENT
+    assert site.ranges == ["bytes=1000-"]
+
+
 def test_a_full_disk_names_the_file_and_the_next_run_goes_on(site: Site, tmp_path: Path) -> None:
     site.files["a.jsonl"] = CONTENT
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
