@@ -201,9 +201,11 @@ def test_killed_in_the_middle_repeats_nothing(
 
     (damaged,) = tmp_path.glob("out/*/tasks/piqa.json")
     content = damaged.read_bytes()
-    damaged.write_bytes(content.replace(b'"documents":', b'"documents":1'))
+    damaged.write_bytes(content.replace(b'"documents": ', b'"documents": 1'))
     code, table, errors = evaluate_command(*arguments)
-    assert (code, errors.count("done ("), f"{damaged}: digest: the content does not match" in errors) == (0, 1, True), errors
+    assert (code, errors.count("done ("), f"{damaged}: digest: the content does not match" in errors) == (0, 1, True), (
+        errors
+    )
     assert read_scores(tmp_path / "out") == [ours]
     assert "| mobillama_05b--ckpt_000 | ours | 3.495B |" in table
 
