@@ -164,7 +164,9 @@ def _backward(
     inside = columns < width
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     own_d_weight = tl.zeros([BLOCK], tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
+    # Not `range`: it asks for indices, and those of Triton 3.6's interpreter are arrays, which NumPy 2.4 refuses.
+    row = program
+    while row < rows:
         base = tl.cast(row, tl.int64) * width
         value = tl.load(x + base + columns, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(d_out + base + columns, mask=inside, other=0.0).to(tl.float32)
@@ -177,4 +179,5 @@ def _backward(
         if ADDS:
             result += tl.load(d_total + base + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + base + columns, result.to(d_x.dtype.element_ty), mask=inside)
+        row += tl.num_programs(0)
     tl.store(d_weight + program * width + columns, own_d_weight, mask=inside)
