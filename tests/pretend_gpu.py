@@ -2,8 +2,9 @@
 
 torch's FakeTensorMode gives such tensors, whose operations refuse a mixture of devices and a read by the host. What it
 lacks to run a whole training step stands here: streams, events and statistics of the device; an answer to autograd,
-which asks a build without CUDA about its streams; pinned memory; and the launch of a Triton kernel, which writes into
-tensors that are there already, so that nothing has to be computed. Collectives go to torch's "fake" process group.
+which asks a build without CUDA about its streams; pinned memory; and what writes into tensors that are there already,
+so that nothing has to be computed: the launch of a Triton kernel, and a GEMM that adds in fp32. Collectives go to
+torch's "fake" process group.
 
 Patches stay: call `become_gpu` in a process forked for it (tests/ranks.py).
 """
@@ -76,6 +77,8 @@ class _Tensors(fake_tensor.FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.ops.aten.addmm.dtype_out:
+            return _gemm_in_place(*args, **kwargs)
         if kwargs.get("device") == META and not func.overloadpacket.__name__.endswith("_like"):  # DeepSpeed means meta
             kwargs["device"] = GPU
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -242,6 +245,16 @@ def _flash_attention(query: Any, key: Any, value: Any, attn_mask: Any = None, **
     assert attn_mask is None and options["is_causal"], "a mask instead of is_causal: flash attention cannot be taken"
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, 0.0, True, scale=options.get("scale"))[0]
+
+
+def _gemm_in_place(
+    total: torch.Tensor, one: torch.Tensor, other: torch.Tensor, out_dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    """addmm with an `out_dtype` (kernels/weight_gradient.py), for which torch 2.11 has no fake answer."""
+    assert total is out and total.shape == (one.shape[0], other.shape[1]) and one.shape[1] == other.shape[0]
+    assert total.dtype == out_dtype == torch.float32 and one.dtype == other.dtype == torch.bfloat16
+    assert total.device == one.device == other.device
+    return out
 
 
 def _answer_autograd() -> None:

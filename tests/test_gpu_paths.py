@@ -94,8 +94,12 @@ def refused() -> list[str]:
 
 def test_the_pretended_gpu_refuses_what_a_real_one_refuses_or_waits_for() -> None:
     copy = "a copy between host and device that the host waits for"
-    mixed = "Expected all tensors to be on the same device"
-    assert run_ranks(1, refused) == [[mixed, "item of a tensor on the GPU", copy, copy]]
+    ((mixed, *waits),) = run_ranks(1, refused)
+    assert mixed in (  # of torch 2.13 and 2.11
+        "Expected all tensors to be on the same device",
+        "Unhandled FakeTensor Device Propagation for aten.add.Tensor",
+    )
+    assert waits == ["item of a tensor on the GPU", copy, copy]
 
 
 def called_once(function: Callable[[], Any], **_: int) -> float:
