@@ -1,9 +1,9 @@
 """Gradient accumulation and synchronisation, beside the optimizer that consumes it.
 
 Every parameter accumulates into `main_grad`, an fp32 view of its group's flat buffer: linear layers inside their
-weight-gradient GEMM (kernels/weight_gradient.py), the others through a hook that adds and drops `grad`. Each buffer is
-summed over the data-parallel group straight into this rank's shard (reduce-scatter), and the shard, 1/DP of the bytes,
-over the ranks that hold replicas of the group:
+weight-gradient GEMM (kernels/weight_gradient.py), the embedding by rows (kernels/embedding.py), the others through a
+hook that adds and drops `grad`. Each buffer is summed over the data-parallel group straight into this rank's shard
+(reduce-scatter), and the shard, 1/DP of the bytes, over the ranks that hold replicas of the group:
 
     group     parameters                       replicas of it                  counted in the norm by
     sharded   embedding, attention, own FFNs   none                            every rank

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import layers, random
 
 from megatron_patch import device
+from megatron_patch.kernels.embedding import embedding
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
 
 
@@ -28,6 +29,8 @@ def _accumulate_weight_gradients_in_fp32() -> None:
     # installed. The shared FFN needs that everywhere (kernels/weight_gradient.py), so ours takes apex's place.
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
+    # VocabParallelEmbedding takes its rows by this function, the only one of torch's functional module in its file.
+    layers.F = SimpleNamespace(embedding=embedding)
 
 
 class _TorchOnCpu:

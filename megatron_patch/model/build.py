@@ -63,7 +63,7 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
         gradient_accumulation_fusion=True,
         # The step divides the summed loss by the tokens of the global batch; mcore must not average once more.
         calculate_per_token_loss=True,
-        deterministic_mode=recipe.run.deterministic,
+        # Not deterministic_mode: of what runs here it would change the embedding alone (kernels/embedding.py).
         **_RECOMPUTE[recipe.recompute],
     )
 
