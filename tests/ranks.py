@@ -2,6 +2,9 @@
 
 Importing torch and Megatron takes seconds a process; a fork of a parent that has imported them takes none. Ranks meet
 through a file, so no two runs can share a port.
+
+Under TESTS_ON_GPU=1 a fork could not use the GPU that its parent has used: one rank is then a new process, which makes
+its own group, and several are left to the CPU.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-_CONTEXT = multiprocessing.get_context("fork")
+_ON_GPU = os.environ.get("TESTS_ON_GPU") == "1"
+_CONTEXT: Any = multiprocessing.get_context("spawn" if _ON_GPU else "fork")
 
 
 class RankFailed(AssertionError):
@@ -33,6 +38,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set as torchrun sets them. Results travel through torch.save.
     Raises RankFailed with the first failing rank's traceback after killing the others.
     """
+    if _ON_GPU and world_size > 1:
+        pytest.skip(f"{world_size} ranks on one GPU; `make test` runs them on the CPU")
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
@@ -76,8 +83,11 @@ def _rank(
     os.environ.update(RANK=str(rank), WORLD_SIZE=size, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=size)
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(str(Path(folder) / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
+        if _ON_GPU:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # there may be no other
+        else:
+            store = dist.FileStore(str(Path(folder) / "store"), world_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())

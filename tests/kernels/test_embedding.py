@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_patch import device
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_trainer
 
@@ -17,11 +18,11 @@ def embedding_gradient(*overrides: str):
         ids = torch.randint(len(exact), (4, 2048), generator=generator)
         ids[:, ::2] = 3  # the commonest token
         upstream = (torch.rand(*ids.shape, exact.shape[1], generator=generator) + 0.1).bfloat16()
-        module(ids).backward(upstream)
+        module(ids.to(device.current())).backward(upstream.to(device.current()))
         exact.index_add_(0, ids.flatten(), upstream.flatten(0, 1).double())
     assert module.weight.grad is None
     mine = slice(module.vocab_start_index, module.vocab_end_index)
-    return module.weight.main_grad, exact[mine]
+    return module.weight.main_grad.cpu(), exact[mine]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
