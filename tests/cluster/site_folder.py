@@ -15,13 +15,15 @@ from slurm_cluster import Cluster, wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
-# What differs from a real cluster: the virtual environment of the tests, one CPU rank a node, and thresholds for two
-# cores that all pretended nodes share. As a module's script would, it reads a variable that is not set, and moves.
+# What differs from a real cluster: the virtual environment of the tests, one rank a node, on the CPU (Slurm's
+# pretended GPUs would name real ones), and thresholds for two cores that all pretended nodes share. As a module's
+# script would, it reads a variable that is not set, and moves.
 SITE_EDITS = {
     'source "$SITE_REPOSITORY/.venv/bin/activate"': (
         f'cd / && MODULES=/opt:$MODULES PATH="{Path(sys.executable).parent}:$PATH"'
     ),
     "SITE_RANKS_PER_NODE=8 ": "SITE_RANKS_PER_NODE=1 ",
+    "SITE_WRAPPER=()": "SITE_WRAPPER=(env CUDA_VISIBLE_DEVICES=)",
     "SITE_PREFLIGHT_OPTIONS=()": (
         "SITE_PREFLIGHT_OPTIONS=(--slow 0.0001 --slow-network 0.01 --slow-disk 0.0001 --patience 60)"
     ),

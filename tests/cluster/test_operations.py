@@ -21,7 +21,6 @@ def make_site(cluster: Cluster, folder: Path, data: Path, steps: int = 60, prefl
 def test_smoke_job_checks_trains_saves_requeues_and_resumes(cluster: Cluster, scratch: Path, data: Path) -> None:
     site = make_site(cluster, scratch / "smoke", data, preflight="yes")
     site.edit("SITE_RUNS=$SITE_REPOSITORY/runs ", "SITE_RUNS=$SITE_REPOSITORY/elsewhere ")
-    site.edit("SITE_WRAPPER=()", "SITE_WRAPPER=(env SITE_WRAPPED=yes)")
     job = site.submit("smoke.sbatch")
     output = site.finish(job, timeout=400)
     run = site.folder / f"elsewhere/smoke-{job}"
@@ -32,7 +31,7 @@ def test_smoke_job_checks_trains_saves_requeues_and_resumes(cluster: Cluster, sc
     records = [json.loads(p.read_text()) for p in sorted((run / "environment").glob("attempt_*.json"))]
     assert [record["attempt"] for record in records] == [1, 2]
     assert 0 == records[0]["checkpoint_step"] < records[1]["checkpoint_step"] < 20
-    assert records[0]["variables"]["SITE_WRAPPED"] == "yes"
+    assert records[0]["variables"]["CUDA_VISIBLE_DEVICES"] == "", "SITE_WRAPPER was used"
     assert len(records[0]["nodes"]) == 2 and records[0]["recipe"]["run"]["steps"] == 20
     sent = (cluster.root / "mail/sent").read_text()
     assert f"Job_id={job} Name=smoke" in sent and "COMPLETED" in sent
@@ -95,7 +94,7 @@ def test_a_job_brought_back_that_cannot_start_is_not_put_back_for_ever(
 ) -> None:
     site = make_site(cluster, scratch / "stuck", data)
     site.edit("SITE_ATTEMPTS=3", "SITE_ATTEMPTS=2")
-    site.edit("SITE_WRAPPER=()", "SITE_WRAPPER=(${SLURM_RESTART_COUNT:+false})")
+    site.edit("SITE_WRAPPER=(", "SITE_WRAPPER=(${SLURM_RESTART_COUNT:+false} ")
     job = site.submit("pretrain_05b.sbatch", "--nodes=1")
     site.wait_for_step(job, 1)
     cluster.command("scontrol", "requeue", str(job))

@@ -72,6 +72,7 @@ def test_requeue_by_the_admin(site: Site, undisturbed: Site) -> None:
     variables = site.cluster.rank_environment(hosts[1])
     assert variables["MASTER_ADDR"] == hosts[0]
     assert (variables["OMP_NUM_THREADS"], variables["NCCL_IB_TIMEOUT"], variables["NCCL_DEBUG"]) == ("1", "22", "WARN")
+    assert variables["CUDA_VISIBLE_DEVICES"] == "", "a GPU of this machine"
     for name in ("NCCL_DEBUG_FILE", "TORCH_FR_DUMP_TEMP_FILE"):
         assert Path(variables[name]).parent == site.run_folder() / "logs/attempt_1/nccl"
     site.cluster.command("scontrol", "requeue", str(job))
