@@ -70,16 +70,22 @@ give_up() {
     exit 1
 }
 
-# patiently COMMAND...: Slurm's clients wait seconds for its controller, a failover takes minutes. A command has failed
-# when it did so twice while the controller answered.
+# Slurm's clients wait seconds for its controller, a failover takes minutes.
+await_controller() {
+    until scontrol ping >/dev/null 2>&1; do
+        log "Slurm's controller does not answer; trying again" >&2
+        sleep 5
+    done
+}
+
+# patiently COMMAND...: a command has failed when it did so twice while the controller answered.
 patiently() {
     local failures=0
     while ! ("$@"); do
         if scontrol ping >/dev/null 2>&1; then
             if ((++failures == 2)); then return 1; fi
         else
-            log "Slurm's controller does not answer; trying again" >&2
-            sleep 5
+            await_controller
         fi
     done
 }
@@ -124,10 +130,19 @@ write_hosts() {
     done >"$1/hosts"
 }
 
+# check_node FOLDER NODE FIRST_RANK: a step of its own, in which the node's ranks take part in the check.
+check_node() {
+    # shellcheck disable=SC2016  # every rank expands its own number
+    FIRST_RANK=$3 step --nodes=1 --nodelist="$2" --ntasks="$SITE_RANKS_PER_NODE" --mem=0 --quiet \
+        --output="$1/%N.log" --open-mode=append -- \
+        bash -c 'export LOCAL_RANK=$SLURM_LOCALID RANK=$((FIRST_RANK + SLURM_LOCALID)); exec "$@"' rank \
+        python -m megatron_patch check "$recipe" "${overrides[@]}" --folder "$1" "${SITE_PREFLIGHT_OPTIONS[@]}"
+}
+
 # check FOLDER: leaves the fit nodes in FOLDER/good and the others, with reasons, in FOLDER/bad.
 check() {
     local folder=$1 node first=0 rank seconds
-    local -A started=()
+    local -A started=() node_of=()
     write_hosts "$folder" "$nodes"
     MASTER_ADDR=${nodes%%[[:space:]]*}
     WORLD_SIZE=$(wc -l <"$folder/hosts")
@@ -135,13 +150,8 @@ check() {
     log "checking $(wc -w <<<"$nodes") nodes"
     # A step a node: where srun cannot start one, it ends the whole step.
     for node in $nodes; do
-        # shellcheck disable=SC2016  # every rank expands its own number
-        FIRST_RANK=$first step --nodes=1 --nodelist="$node" --ntasks="$SITE_RANKS_PER_NODE" --mem=0 --quiet \
-            --output="$folder/%N.log" -- \
-            bash -c 'export LOCAL_RANK=$SLURM_LOCALID RANK=$((FIRST_RANK + SLURM_LOCALID)); exec "$@"' rank \
-            python -m megatron_patch check "$recipe" "${overrides[@]}" --folder "$folder" \
-            "${SITE_PREFLIGHT_OPTIONS[@]}" &
-        started[$first]=$!
+        check_node "$folder" "$node" "$first" &
+        started[$first]=$! node_of[$first]=$node
         first=$((first + SITE_RANKS_PER_NODE))
     done
     # A rank that hangs keeps its step alive; the verdict does not wait for it.
@@ -149,6 +159,14 @@ check() {
         if [[ -e $folder/verdict.json ]] && ((seconds < 1780)); then seconds=1780; fi
         for first in "${!started[@]}"; do
             kill -0 "${started[$first]}" 2>/dev/null && continue
+            # The controller may have been away, which is not the node's fault: a step that gave no answer has one more try.
+            if [[ -n ${node_of[$first]:-} && ! -e $folder/node.$first.json ]]; then
+                await_controller
+                check_node "$folder" "${node_of[$first]}" "$first" &
+                started[$first]=$!
+                unset "node_of[$first]"
+                continue
+            fi
             unset "started[$first]"
             for ((rank = first; rank < first + SITE_RANKS_PER_NODE; rank++)); do
                 [[ -e $folder/node.$rank.json ]] || echo '{"error": "ended before it answered"}' >"$folder/node.$rank.json"
@@ -171,6 +189,7 @@ check() {
 
 verb=$1
 shift
+await_controller
 case $verb in
 index)
     log "segment $SLURM_ARRAY_TASK_ID"

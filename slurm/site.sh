@@ -5,6 +5,8 @@
 #     sbatch slurm/preflight.sbatch
 #
 # The SBATCH_* variables fill in what #SBATCH lines cannot know; the job sources this file again on its first node.
+# One line with a comment behind it: a carriage return does it no harm.
+grep -q $'\r' "${BASH_SOURCE[0]:-$0}" && echo 'slurm/site.sh has Windows line ends; dos2unix mends it' >&2 && return 2 #
 
 # ---- Who pays, and where it runs (leave a line commented where the site has no such thing) ----------------------------
 # export SBATCH_ACCOUNT=my-project

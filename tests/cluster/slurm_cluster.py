@@ -187,6 +187,11 @@ class Cluster:
         self._processes["slurmctld"].kill()
         self._processes["slurmctld"].wait()
 
+    def stop_controller(self) -> None:
+        """It saves its state, which a controller that is killed does some seconds after a change."""
+        self._processes["slurmctld"].terminate()
+        self._processes["slurmctld"].wait()
+
     def start_node(self, name: str) -> None:
         """Boot a node: its namespaces, its cable to the bridge, its slurmd."""
         # bash is the node's first process: it reaps what slurmd leaves. It waits until the cable is in.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,6 +76,41 @@ def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, s
         output = site.finish(site.submit(template, "--nodes=1"), expected="FAILED")
         assert "module: command not found" in output
         assert "refused: slurm/site.sh failed on dgx" in output
+    job = site.submit("preflight.sbatch", "--nodes=1", "--hold")
+    site_sh = site.folder / "slurm/site.sh"
+    site_sh.write_bytes(site_sh.read_bytes().replace(b"\n", b"\r\n"))
+    cluster.command("scontrol", "release", str(job))
+    output = site.finish(job, expected="FAILED")
+    assert "slurm/site.sh has Windows line ends" in output and "refused: slurm/site.sh failed on dgx" in output
+    sourced = subprocess.run(
+        ["bash", "-c", f". {shlex.quote(str(site_sh))}"], capture_output=True, text=True, check=False
+    )
+    assert (sourced.returncode, sourced.stderr) == (2, "slurm/site.sh has Windows line ends; dos2unix mends it\n")
+
+
+def test_a_controller_away_during_the_check_makes_no_node_look_bad(cluster: Cluster, scratch: Path) -> None:
+    site = Site(cluster, scratch / "failover")
+    # Its second step is held until the controller is gone.
+    gate, held, opened = site.folder / "gate", site.folder / "held", site.folder / "opened"
+    gate.mkdir()
+    script = f"""\
+#!/bin/sh
+case "$*" in *"--nodelist=dgx02 "*" check "*) touch '{held}'; until [ -e '{opened}' ]; do sleep 0.1; done ;; esac
+exec {shutil.which("srun")} "$@"
+"""
+    (gate / "srun").write_text(script)
+    (gate / "srun").chmod(0o755)
+    site.edit("cd / && ", f"PATH={shlex.quote(str(gate))}:$PATH; cd / && ")
+    job = site.submit("preflight.sbatch", "--nodelist=dgx01,dgx02", "--nodes=2")
+    wait_for(held.exists, "a step of the check to begin", 60)
+    cluster.stop_controller()
+    opened.touch()
+    try:
+        wait_for(lambda: "controller does not answer" in site.output(job), "the launcher to wait for it", 120)
+    finally:
+        cluster.start_controller()
+    output = site.finish(job)
+    assert "fit nodes: 2 of 2" in output
 
 
 def test_a_hopeless_run_is_given_up_with_its_reason(cluster: Cluster, scratch: Path, data: Path) -> None:
