@@ -107,7 +107,7 @@ def test_the_number_of_processes_changes_nothing(corpus: Path, tmp_path: Path) -
             row_length=100, workers=workers, task_bytes=1 << 16,
         )  # fmt: skip
         trees.append({path.name: path.read_bytes() for path in (out / "stackexchange").iterdir()})
-    assert len(trees[0]) > 40
+    assert len(trees[0]) > 30  # 2 a task; Python 3.13 has shorter docstrings, so its corpus makes fewer
     assert trees[0] == trees[1]
 
 
