@@ -21,7 +21,7 @@ import hashlib
 import json
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -338,14 +338,16 @@ class DatasetManifest:
                 tool_version=value["tool_version"],
             )
         segments = dataset.segments
-        counts = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES}
-        rows = {segment.rows for segment in segments}
-        if (
-            (dataset.num_segments, {dataset.rows_per_segment}) != (len(segments), rows)
-            or dataset.rows_per_source != {name: count for name, count in counts.items() if count}
-        ):  # fmt: skip
+        found = len(segments), {segment.rows for segment in segments}, total_per_source(segments)
+        if found != (dataset.num_segments, {dataset.rows_per_segment}, dataset.rows_per_source):
             raise DataError("its numbers are not those of its segments", file=path, remedy=remedy)
         return dataset
+
+
+def total_per_source(segments: Sequence[SegmentManifest]) -> dict[str, int]:
+    """Rows of all segments by source; sources without rows are left out."""
+    totals = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES}
+    return {name: total for name, total in totals.items() if total}
 
 
 def content_digest(manifest: dict[str, Any]) -> str:

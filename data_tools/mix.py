@@ -183,9 +183,10 @@ class _Mixer:
         if not marker.is_file():
             return False
         remedy = f"remove {marker} and mix again"
-        if SegmentManifest.read(marker).input != self._source(segment):
+        manifest = read_json(marker, remedy)
+        if SegmentManifest.from_json(manifest, marker).input != self._source(segment):
             raise DataError("made from other rows", file=marker, remedy="use another --output or remove the folder")
-        if file_size(path) != read_json(marker, remedy).get("bytes"):
+        if file_size(path) != manifest.get("bytes"):
             raise DataError("its size is not that of its manifest", file=path, remedy=remedy)
         return True
 

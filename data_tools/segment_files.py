@@ -28,6 +28,7 @@ from data_tools.format import (
     segment_name,
     tokenizer_in,
     tokenizer_name,
+    total_per_source,
 )
 
 
@@ -204,13 +205,12 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
                 file=folder / f"{segment.name}.json",
                 remedy="all segments must have the same number of rows: look for a short or rejected input",
             )
-    counts = [sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES]
     dataset = DatasetManifest(
         num_segments=plan.num_segments,
         rows_per_segment=rows,
         row_length=plan.row_length,
         vocab_size=plan.vocab_size,
-        rows_per_source=source_counts(counts),
+        rows_per_source=total_per_source(segments),
         dropped_rows=plan.dropped_rows,
         rejected=plan.rejected + sum(segment.rejected for segment in segments),
         tokenizer=plan.tokenizer,

@@ -256,7 +256,7 @@ def _tokenize(job: _Job, path: Path) -> _Job:
     encoder = _encoders[job.tokenizer]
     base = job.target / part_name(job.number)
     rejected_path = base.with_suffix(".rejected.jsonl")
-    digest, input_digest = new_digest(), new_digest()
+    input_digest = new_digest()
     tokens = documents = characters = 0
     rejected: list[Document] = []
     pages, rest = [], b""
@@ -264,7 +264,6 @@ def _tokenize(job: _Job, path: Path) -> _Job:
         for batch in _batches(job, rejected, input_digest):
             ids, lengths = encoder.encode(batch)
             stream.write(ids.data)
-            digest.update(ids.data)
             content = memoryview(rest + ids.tobytes())
             whole = len(content) // PAGE_BYTES * PAGE_BYTES
             pages.append(page_digests(content[:whole]).tobytes())
@@ -286,7 +285,6 @@ def _tokenize(job: _Job, path: Path) -> _Job:
         "characters": characters,
         "rejected": len(rejected),
         "input_digest": input_digest.hexdigest(),
-        "tokens_digest": digest.hexdigest(),
         "pages_digest": pages_digest.hexdigest(),
     }
     write_whole(base.with_suffix(".json"), canonical_json(sealed(manifest)))
@@ -366,7 +364,7 @@ def _finish_source(
             "parts": [
                 {
                     "name": part_name(i),
-                    **{name: manifest[name] for name in ("tokens", "tokens_digest", "pages_digest", "input_digest")},
+                    **{name: manifest[name] for name in ("tokens", "pages_digest", "input_digest")},
                     "file": manifest["identity"]["task"]["file"],
                 }
                 for i, manifest in enumerate(manifests)

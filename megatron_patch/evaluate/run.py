@@ -185,15 +185,13 @@ def _finished(folder: Path, task: Task, key: dict[str, Any]) -> dict[str, Any] |
 
 
 def _write_scores(folder: Path, candidate: Candidate, settings: Settings, plan: Plan) -> None:
-    results = {}
     records = {}
     for benchmark in BY_NAME.values():
         for task in benchmark.all_tasks:
             record = _finished(folder, task, _key(candidate, settings, plan, benchmark, task))
             if record is not None:
-                results[task.name] = TaskResult(**record["result"])
                 records[task.name] = record
-    found = scores(results)
+    found = scores({name: TaskResult(**record["result"]) for name, record in records.items()})
     averages = {
         "average": average(found, with_crows_pairs=True),
         "average_without_crows_pairs": average(found, with_crows_pairs=False),
