@@ -183,10 +183,9 @@ class Benchmark:
         optimizer = trainer.optimizer
         for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):
             setattr(optimizer, method, _ranged(getattr(optimizer, method)))
-        parts = measure.breakdown(lambda: queue_step(trainer, share), trainer.recipe.model)
-        self.results["breakdowns"].append(
-            {"name": name, "micro_batch": share.tokens.shape[1], "step_seconds": seconds, **parts}
-        )
+        parts, longest = measure.breakdown(lambda: queue_step(trainer, share), trainer.recipe.model)
+        case = {"name": name, "micro_batch": share.tokens.shape[1], "step_seconds": seconds}
+        self.results["breakdowns"].append({**case, **parts, "longest_kernels": longest})
 
     def run_to_run(self, name: str, trainer: Trainer) -> None:
         """Are loss and gradients the same bits twice? At the smallest micro-batch, beside which a copy fits."""

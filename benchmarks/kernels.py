@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import TimeIsUp, seconds_a_call
 from megatron_patch import device
-from megatron_patch.kernels import choice, loss, norm, rotary, swiglu
+from megatron_patch.kernels import attention, choice, loss, norm, rotary, swiglu
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
 from megatron_patch.recipe import Recipe
@@ -29,8 +29,8 @@ class Kernels:
         """Our kernels."""
         m, s, rows = self._model, self._model.sequence_length, self._rows
         h, where = m.hidden_size, device.current()
-        packed, qkv = _random(s, rows, 2 * m.ffn_hidden_size), _random(s, rows, 3 * h)
-        x, residual, weight = _random(s, rows, h), _random(s, rows, h), _random(h)
+        packed, qkv = _random(rows * s, 1, 2 * m.ffn_hidden_size), _random(rows, s, 3 * h)
+        x, residual, weight = _random(rows * s, 1, h), _random(rows * s, 1, h), _random(h)
         table = torch.randn(2, s, m.head_dim // 2, device=where)
         chunk = min(CHUNK_TOKENS, s * rows)
         logits = _random(chunk, m.vocab_size).detach()
@@ -64,20 +64,25 @@ class Kernels:
     def libraries(self) -> None:
         """Attention by torch's backends, laid out as the model lays it, and the ways of a weight gradient."""
         m, s, rows = self._model, self._model.sequence_length, self._rows
-        heads = [_random(s, rows, m.num_attention_heads, m.head_dim) for _ in range(3)]
+        heads = [_random(rows, s, m.num_attention_heads, m.head_dim) for _ in range(3)]
 
         def causal(*heads: torch.Tensor) -> torch.Tensor:
-            query, key, value = (t.permute(1, 2, 0, 3) for t in heads)
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return attention.by_torch(*heads, scale=m.head_dim**-0.5)
+
+        def mixed(*heads: torch.Tensor) -> torch.Tensor:
+            return attention.by_cudnn_and_flash(*heads, scale=m.head_dim**-0.5)
 
         backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if device.HAS_GPU else ()
         for backend in backends:
             with sdpa_kernel(backend):
                 self._record("attention", backend.name, lambda: _both_ways(causal, *heads))
-        for by, deterministic in (("torch's choice", False), ("torch's choice, deterministic", True)):
+        ways = [("torch's choice", causal, False), ("torch's choice, deterministic", causal, True)]
+        if device.HAS_GPU:
+            ways.append(("cuDNN forward, flash backward, deterministic", mixed, True))
+        for by, way, deterministic in ways:
             torch.use_deterministic_algorithms(deterministic)
             try:
-                self._record("attention", by, lambda: _both_ways(causal, *heads))
+                self._record("attention", by, lambda way=way: _both_ways(way, *heads))
             finally:
                 torch.use_deterministic_algorithms(False)
 

@@ -23,6 +23,8 @@ PARTS = (
     "norms and element-wise",
     "optimizer and gradients",
 )
+PROFILERS_OWN = ("Command Buffer Full",)  # CUPTI's note of a full queue, which repeats kernels of operators
+LONGEST = 40  # kernels that a breakdown names
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 LOSS_NAMES = ("row_statistics", "logits_gradient", "linearcrossentropy", "cross_entropy", "nll_loss", "log_softmax")
 ATTENTION_NAMES = ("attention", "flash", "fmha", "sdpa", "softmax")
@@ -88,8 +90,10 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def breakdown(step: Callable[[], Any], model: Model) -> dict[str, float]:
-    """Seconds of device time of one call of `step` by part, and `busy`, their sum.
+def breakdown(step: Callable[[], Any], model: Model) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Seconds of device time of one call of `step` by part, with `busy`, their sum; and its longest kernels.
+
+    A kernel is given with the operator that launched it, the operator's input shapes, its calls and their seconds.
 
     GEMMs are told apart by the sizes of their operands, which differ for every matrix of the model. Gaps are what a
     step's wall time (without the profiler) has beyond `busy`. On a CPU the same, of the operators' own time.
@@ -101,17 +105,24 @@ def breakdown(step: Callable[[], Any], model: Model) -> dict[str, float]:
         step()
         device.synchronized_time()
     seconds: dict[str, float] = defaultdict(float)
+    calls: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != torch.autograd.DeviceType.CPU or event.name in PROFILERS_OWN:
             continue
         if device.HAS_GPU:
             for kernel in event.kernels:
                 if kernel.name == event.name:  # a range of the host's, shown on the device: no kernel of its own
                     continue
                 seconds[part_of(event, kernel.name, model)] += kernel.duration / 1e6
+                calls[event.name, kernel.name, str(event.input_shapes)].append(kernel.duration / 1e6)
         else:
             seconds[part_of(event, "", model)] += event.self_cpu_time_total / 1e6
-    return {**{part: seconds[part] for part in PARTS}, "busy": sum(seconds.values())}
+    longest = sorted(calls.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    kernels = [
+        {"operator": operator, "kernel": kernel, "shapes": shapes, "calls": len(each), "seconds": sum(each)}
+        for (operator, kernel, shapes), each in longest
+    ]
+    return {**{part: seconds[part] for part in PARTS}, "busy": sum(seconds.values())}, kernels
 
 
 def part_of(event: Any, kernel_name: str, model: Model) -> str:

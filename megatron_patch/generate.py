@@ -40,13 +40,14 @@ def sample(
 ) -> str:
     """`prompt` and up to `num_tokens` sampled tokens; stops at end of document.
 
-    No BOS, as in training. Only the last `sequence_length` tokens are seen.
+    No BOS, as in training. Only the last `sequence_length` tokens are seen, and only tokens that have a text are drawn:
+    a model's vocabulary may be larger than its tokenizer's.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt)
     for _ in range(num_tokens):
         window = torch.tensor([ids[-sequence_length:]], device=device.current())
-        logits = model(window, None, None)[0, -1].float().cpu()
+        logits = model(window)[0, -1, : tokenizer.vocab_size()].float().cpu()
         token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
         if token == tokenizer.eos_id():
             break

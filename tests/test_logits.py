@@ -23,7 +23,7 @@ def our_logits(overrides: list[str]):
             parameter.data *= 5.0
         weights[whole.name] = parameter.detach().clone()
     with torch.no_grad():
-        return trainer.chunks[0](torch.from_numpy(TOKENS), None, None), weights
+        return trainer.chunks[0](torch.from_numpy(TOKENS)), weights
 
 
 def expanded(weights: dict[str, torch.Tensor], layers: int, heads: int) -> dict[str, torch.Tensor]:

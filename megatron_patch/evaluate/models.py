@@ -176,7 +176,7 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
     join_ranks()
     model = load_model(recipe.model_copy(update={"precision": precision}), source.tensor, _SLOWEST_RANK)
     return CausalLM(
-        lambda tokens: model(tokens, None, None),
+        model,
         tokenizer,
         max_length=recipe.model.sequence_length,
         eos_id=tokenizer.eos_id,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.kernels import choice, loss, norm, rotary, swiglu
+from megatron_patch.kernels import attention, choice, loss, norm, rotary, swiglu
 from megatron_patch.kernels.choice import Implementation, Kernel
 from megatron_patch.kernels.weight_gradient import Accumulate
 
@@ -25,16 +25,12 @@ def difference(kernel: Kernel, wish: Implementation, device: torch.device) -> st
     try:
         for implementation in ("reference", wish):
             choice._chosen[kernel] = implementation
-            answers[implementation] = [t.float() for t in _CASES[kernel](device)]
+            answers[implementation] = list(_CASES[kernel](device))
     except Exception as error:  # whatever a compiler may raise: its first line is the reason
         return _first_line(error)
     finally:
         choice._chosen[kernel] = before
-    for i, (expected, got) in enumerate(zip(answers["reference"], answers[wish], strict=True)):
-        off = ((got - expected).norm() / expected.norm()).item()
-        if not off < _TOLERANCE:
-            return f"answer {i} is off by {off:.1e} of its norm"
-    return None
+    return _off(answers["reference"], answers[wish])
 
 
 def weight_gradient_difference(accumulate: Accumulate, device: torch.device) -> str | None:
@@ -49,6 +45,37 @@ def weight_gradient_difference(accumulate: Accumulate, device: torch.device) -> 
     except Exception as error:  # an argument or a dtype that this torch does not know
         return _first_line(error)
     return None if off < 1e-5 else f"off by {off:.1e} of its norm: it does not add in fp32"
+
+
+def attention_difference(head_size: int, device: torch.device) -> str | None:
+    """None where deterministic attention by cuDNN and flash is right on this device and gives its bits twice."""
+    inputs = _random(device, *[(2, 300, 3, head_size)] * 3)
+    scale = head_size**-0.5
+
+    def mixed(*heads: torch.Tensor) -> torch.Tensor:
+        return attention.by_cudnn_and_flash(*heads, scale=scale)
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.enable_grad():
+            expected = list(_answer_and_gradients(lambda *heads: attention.by_torch(*heads, scale=scale), inputs))
+            got, again = list(_answer_and_gradients(mixed, inputs)), list(_answer_and_gradients(mixed, inputs))
+    except Exception as error:  # a shape, an operator or its signature that this torch or cuDNN does not know
+        return _first_line(error)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    if not all(map(torch.equal, got, again)):
+        return "its bits differ from call to call"
+    return _off(expected, got)
+
+
+def _off(expected: list[torch.Tensor], got: list[torch.Tensor]) -> str | None:
+    for i, (right, answer) in enumerate(zip(expected, got, strict=True)):
+        off = ((answer.float() - right.float()).norm() / right.float().norm()).item()
+        if not off < _TOLERANCE:
+            return f"answer {i} is off by {off:.1e} of its norm"
+    return None
 
 
 def _first_line(error: Exception) -> str:
@@ -81,7 +108,7 @@ def _rotary(device: torch.device) -> Iterator[torch.Tensor]:
     angles = torch.arange(9.0)[:, None] * torch.linspace(1.0, 0.01, 20)
     table = torch.stack([angles.cos(), angles.sin()]).to(device)
     return _answer_and_gradients(
-        lambda packed: rotary.split_and_rotate(packed, table, 3), _random(device, (9, 2, 3 * 3 * 40))
+        lambda packed: rotary.split_and_rotate(packed, table, 3), _random(device, (2, 9, 3 * 3 * 40))
     )
 
 

@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_patch.kernels import weight_gradient
+from megatron_patch.kernels import attention, weight_gradient
 
 Implementation = Literal["reference", "compiled", "triton"]
 Kernel = Literal["loss", "swiglu", "norm", "rotary"]
 
 ON_GPU: dict[Kernel, Implementation] = {"loss": "triton", "swiglu": "triton", "norm": "triton", "rotary": "triton"}
+
+HOPPER = 9  # the generation on which cuDNN's attention was measured to be faster than flash attention
+MIXED_HEAD_SIZES = (64, 80)  # of the 0.5B and the baselines, of the 0.8B
 
 _chosen: dict[Kernel, Implementation] = dict.fromkeys(ON_GPU, "reference")
 
@@ -41,13 +44,14 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
 
     Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, and where that
     fails too (both need a C compiler) by the reference, with a warning that gives the reasons; so is the fastest way to
-    accumulate weight gradients in fp32 by a slower one. Raises KernelError where an implementation that was named
-    cannot run, or where no such way is right.
+    accumulate weight gradients in fp32 by a slower one, and the fastest deterministic attention. Raises KernelError
+    where an implementation that was named cannot run, or where no way to accumulate weight gradients is right.
     """
     from megatron_patch.kernels import check
 
     if device.type == "cuda":
         choose_weight_gradient(device)
+        choose_attention(device)
     wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
     for kernel in ON_GPU:
         _chosen[kernel] = "reference"
@@ -86,6 +90,23 @@ def choose_weight_gradient(device: torch.device) -> str:
             return way
         faults.append(f"{way}: {fault}")
     raise KernelError(f"weight gradients cannot be accumulated in fp32 here: {'; '.join(faults)}")
+
+
+def choose_attention(device: torch.device) -> list[int]:
+    """Let deterministic attention take cuDNN's forward on Hopper, for the head sizes at which that is right; those."""
+    from megatron_patch.kernels import check
+
+    right: list[int] = []
+    if torch.cuda.get_device_capability(device)[0] == HOPPER:
+        for head_size in MIXED_HEAD_SIZES:
+            fault = check.attention_difference(head_size, device)
+            if fault is None:
+                right.append(head_size)
+            else:
+                said = f"deterministic attention of head size {head_size} runs as torch's, which is slower: {fault}"
+                warnings.warn(said, stacklevel=3)
+    attention.mix_for(frozenset(right))
+    return right
 
 
 def implementation(kernel: Kernel, reference: Callable[..., Any], triton: str) -> Callable[..., Any]:

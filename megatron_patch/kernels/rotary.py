@@ -14,7 +14,7 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> Heads:
-    """Queries and keys turned by their position, and values: three [s, b, heads, d] from packed [s, b, heads * 3d].
+    """Queries and keys turned by their position, and values: three [b, s, heads, d] from packed [b, s, heads * 3d].
 
     table [2, s, d/2]: cosines and sines in fp32; the turn is computed in fp32 and rounded once.
     """
@@ -23,9 +23,9 @@ def split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> H
 
 
 def reference_split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> Heads:
-    s, b, width = packed.shape
-    query, key, value = packed.view(s, b, heads, width // heads).chunk(3, dim=-1)
-    cosine, sine = table[:, :, None, None, :]
+    b, s, width = packed.shape
+    query, key, value = packed.view(b, s, heads, width // heads).chunk(3, dim=-1)
+    cosine, sine = table[:, None, :, None, :]
 
     def turned(x: torch.Tensor) -> torch.Tensor:
         first, second = x.float().chunk(2, dim=-1)

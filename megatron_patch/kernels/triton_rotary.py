@@ -20,9 +20,9 @@ class SplitAndRotate(torch.autograd.Function):
     def forward(
         ctx: Any, packed: torch.Tensor, table: torch.Tensor, heads: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        s, b, width = packed.shape
+        b, s, width = packed.shape
         packed = packed.contiguous()
-        query, key, value = (packed.new_empty((s, b, heads, width // heads // 3)) for _ in range(3))
+        query, key, value = (packed.new_empty((b, s, heads, width // heads // 3)) for _ in range(3))
         _launch(packed, (query, key, value), table, backward=False)
         ctx.save_for_backward(table)
         ctx.shape = packed.shape
@@ -43,13 +43,12 @@ def split_and_rotate(
 
 
 def _launch(packed: torch.Tensor, parts: tuple[torch.Tensor, ...], table: torch.Tensor, backward: bool) -> None:
-    s, b, heads, d = parts[0].shape
-    _turn[(s * b,)](
+    b, s, heads, d = parts[0].shape
+    _turn[(b * s,)](
         packed,
         *parts,
         table.contiguous(),
         s,
-        b,
         heads,
         d // 2,
         BACKWARD=backward,
@@ -66,7 +65,6 @@ def _turn(
     value,
     table,
     positions,
-    batch,
     heads: tl.constexpr,
     half: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -74,7 +72,7 @@ def _turn(
     HALF: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    position = token // batch
+    position = token % positions
     head = tl.arange(0, HEADS)[:, None]
     lane = tl.arange(0, HALF)[None, :]
     inside = (head < heads) & (lane < half)

@@ -1,4 +1,9 @@
-"""The model of a rank: Megatron-Core's GPTModel with the loss fused into the output projection."""
+"""The model of a rank: the parts of Megatron-Core's GPTModel, over tokens that lie row after row, and a fused loss.
+
+Megatron lays hidden states out as [s, b, h]. Here a micro-batch is one sequence of its tokens, [b * s, 1, h], all of
+its first row before its second: to embedding, norms, linear layers, sequence parallelism and pipeline a token is a
+token, and the attention kernels, which alone know of rows, find each whole in memory and need no copy turned round.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,7 @@ from megatron_patch.kernels.loss import linear_cross_entropy
 
 
 class MobiLlama(GPTModel):
-    """One model chunk. With `labels` it returns a loss, without them logits [b, s, V/TP].
-
-    forward(tokens [b, s], None, None, labels=[b, s], loss_mask=[b, s]): the sum over tokens of loss_mask times the
-    cross-entropy, an fp32 scalar to be differentiated unscaled (kernels/loss.py). Chunks that are not the last stage
-    return hidden states [s, b, h].
-    """
+    """One model chunk."""
 
     def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(config, position_embedding_type="rope", **kwargs)
@@ -28,16 +28,28 @@ class MobiLlama(GPTModel):
             config.kv_channels, rotary_percent=1.0, rotary_base=self.rotary_base, use_cpu_initialization=True
         )
 
-    def _postprocess(
-        self, hidden_states: torch.Tensor, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
+    def forward(
+        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, coefficients: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+        """Of tokens [b, s]: with labels and coefficients [b, s] a loss, without them logits [b, s, V/TP].
+
+        The loss is the sum over tokens of coefficient times cross-entropy, an fp32 scalar to be differentiated
+        unscaled (kernels/loss.py). Chunks that are not the last stage return hidden states [b * s, 1, h], those that
+        are not the first take them by `set_input_tensor`, and of `tokens` the shape alone.
+        """
+        b, s = tokens.shape
+        hidden = self.embedding(tokens.reshape(1, -1), None) if self.pre_process else None
+        hidden = self.decoder(hidden, None, rotary_pos_emb=self.rotary_pos_emb(s))
+        if not self.post_process:
+            return hidden
+        if labels is None or coefficients is None:
+            logits, _ = self.output_layer(hidden)
+            return logits.view(b, s, -1)
         return linear_cross_entropy(
-            hidden_states,
+            hidden,
             self.output_layer.weight,
-            labels.t(),
-            kwargs["loss_mask"].t(),
+            labels.reshape(-1, 1),
+            coefficients.reshape(-1, 1),
             tensor_group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
         )

@@ -25,7 +25,7 @@ from megatron_patch.model.norm import RMSNorm
 
 
 class FFN(MLP):
-    """The SwiGLU FFN: fc1 gives gate and up in one GEMM, fc2 takes their product. Input and output [s, b, h]."""
+    """The SwiGLU FFN: fc1 gives gate and up in one GEMM, fc2 takes their product. Input and output [b * s, 1, h]."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
         packed, _ = self.linear_fc1(hidden_states)
@@ -57,7 +57,7 @@ class DecoderLayer(TransformerLayer):
     def forward(
         self, hidden_states: torch.Tensor, *_: Any, rotary_pos_emb: torch.Tensor, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        """Hidden states [s, b, h] to the same; the None is Megatron's cross-attention context."""
+        """Hidden states [b * s, 1, h] to the same; the None is Megatron's cross-attention context."""
         hidden_states, normed = self.input_layernorm.beside(hidden_states)
         attended, _ = self.self_attention(normed, None, rotary_pos_emb=rotary_pos_emb)
         hidden_states, normed = self.pre_mlp_layernorm.after_adding(attended, hidden_states)

@@ -120,8 +120,8 @@ class Trainer:
             data_iterator=batches,
             model=self.chunks,
             num_microbatches=len(rows),
-            seq_length=self.recipe.model.sequence_length,
-            micro_batch_size=rows.shape[1],
+            seq_length=rows.shape[1] * self.recipe.model.sequence_length,  # model/gpt.py: tokens lie row after row
+            micro_batch_size=1,
             forward_only=forward_only,
         )
         if losses and self.topology.tensor_rank == 0:
@@ -139,8 +139,7 @@ def _forward_step(
     rows, weights = next(batches)
     inputs, labels = rows[:, :-1], rows[:, 1:]
     coefficients = (weights / tokens)[:, None].expand(labels.shape)
-    output = model(inputs if model.pre_process else None, None, None, labels=labels, loss_mask=coefficients)
-    return output, _as_loss
+    return model(inputs, labels, coefficients), _as_loss
 
 
 def _as_loss(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -81,19 +81,19 @@ def launches(recipe: Recipe, precision: torch.dtype) -> Iterator[str]:
     maximum, _, log_sum = triton_loss.row_statistics(logits, labels, first_label)
     triton_loss.to_logits_gradient_(logits, labels, first_label, log_sum, maximum)
     yield "loss"
-    both_ways(triton_swiglu.swiglu(empty(s, b, 2 * m.ffn_hidden_size // tensor)))
+    both_ways(triton_swiglu.swiglu(empty(b * s, 1, 2 * m.ffn_hidden_size // tensor)))
     yield "swiglu"
-    both_ways(triton_norm.rms_norm(empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
-    both_ways(triton_norm.rms_norm_beside(empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
+    both_ways(triton_norm.rms_norm(empty(b * s, 1, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
+    both_ways(triton_norm.rms_norm_beside(empty(b * s, 1, m.hidden_size), empty(m.hidden_size), m.norm_epsilon))
     both_ways(
         triton_norm.add_rms_norm(
-            empty(s, b, m.hidden_size), empty(s, b, m.hidden_size), empty(m.hidden_size), m.norm_epsilon
+            empty(b * s, 1, m.hidden_size), empty(b * s, 1, m.hidden_size), empty(m.hidden_size), m.norm_epsilon
         )
     )
     yield "norm"
     table = torch.empty(2, s, m.head_dim // 2, device=META)
     both_ways(
-        triton_rotary.split_and_rotate(empty(s, b, 3 * m.hidden_size // tensor), table, m.num_attention_heads // tensor)
+        triton_rotary.split_and_rotate(empty(b, s, 3 * m.hidden_size // tensor), table, m.num_attention_heads // tensor)
     )
     yield "rotary"
 

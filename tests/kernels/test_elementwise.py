@@ -92,8 +92,8 @@ def test_split_and_rotate(implementation, where, s, b, heads, half, dtype):
     table = torch.stack([angles.cos(), angles.sin()])
 
     def exact(packed):
-        query, key, value = packed.view(s, b, heads, 6 * half).chunk(3, -1)
-        turn = torch.polar(torch.ones_like(angles), angles)[:, None, None, :]
+        query, key, value = packed.view(b, s, heads, 6 * half).chunk(3, -1)
+        turn = torch.polar(torch.ones_like(angles), angles)[None, :, None, :]
 
         def turned(x):
             z = torch.complex(x[..., :half], x[..., half:]) * turn
@@ -104,7 +104,7 @@ def test_split_and_rotate(implementation, where, s, b, heads, half, dtype):
     check_against_float64(
         lambda packed: rotary.split_and_rotate(packed, table.float().to(where), heads),
         exact,
-        [torch.randn(s, b, heads * 6 * half)],
+        [torch.randn(b, s, heads * 6 * half)],
         dtype,
         where,
     )
@@ -113,14 +113,14 @@ def test_split_and_rotate(implementation, where, s, b, heads, half, dtype):
 def test_gradients_that_are_not_contiguous(implementation, where):
     # Attention returns the gradients of q, k and v as views of [b, heads, s, d].
     table = torch.randn(2, 4, 3, device=where)
-    packed = torch.randn(4, 2, 36, device=where, requires_grad=True)
+    packed = torch.randn(2, 4, 36, device=where, requires_grad=True)
     parts = rotary.split_and_rotate(packed, table, 2)
     upstream = [torch.randn(2, 2, 4, 6, device=where) for _ in parts]
-    torch.autograd.backward(parts, [u.permute(2, 0, 1, 3) for u in upstream])
+    torch.autograd.backward(parts, [u.transpose(1, 2) for u in upstream])
     from_views = packed.grad.clone()
     packed.grad = None
     parts = rotary.split_and_rotate(packed, table, 2)
-    torch.autograd.backward(parts, [u.permute(2, 0, 1, 3).contiguous() for u in upstream])
+    torch.autograd.backward(parts, [u.transpose(1, 2).contiguous() for u in upstream])
     assert torch.equal(from_views, packed.grad)
 
 

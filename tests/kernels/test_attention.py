@@ -1,0 +1,99 @@
+"""Causal attention against float64, and which library computes it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_patch.kernels import attention, check, choice
+from tests.kernels.test_elementwise import SHAPES, check_against_float64, dtypes
+
+CPU = torch.device("cpu")
+
+
+def exact(query, key, value):
+    scores = torch.einsum("bqnd,bknd->bnqk", query, key) * query.shape[-1] ** -0.5
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.einsum("bnqk,bknd->bqnd", scores.masked_fill(ahead, -torch.inf).softmax(-1), value)
+
+
+@SHAPES
+@given(b=st.integers(1, 3), s=st.integers(2, 70), heads=st.integers(1, 3), eighth=st.integers(1, 12), dtype=dtypes)
+def test_attention_is_causal_and_right(where, b, s, heads, eighth, dtype):
+    torch.manual_seed(s)
+    inputs = [torch.randn(b, s, heads, 8 * eighth) for _ in range(3)]
+    scale = (8 * eighth) ** -0.5
+    check_against_float64(lambda *heads: attention.causal_attention(*heads, scale=scale), exact, inputs, dtype, where)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine that says it is Hopper, and a choice that is forgotten afterwards."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(attention, "_mixed_head_sizes", frozenset())
+
+
+def test_what_cannot_run_is_said_and_not_taken(hopper):
+    # cuDNN's kernels are CUDA's alone: on a CPU the check fails as it would on a GPU whose torch lacks them.
+    with pytest.warns(UserWarning, match="attention of head size 80 runs as torch's, which is slower: NotImpl") as said:
+        assert choice.choose_attention(CPU) == []
+    assert len(said) == len(choice.MIXED_HEAD_SIZES) and attention._mixed_head_sizes == frozenset()
+
+
+def test_other_generations_are_not_asked(monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert choice.choose_attention(CPU) == [] and not recwarn
+
+
+def off_by_a_tenth(*heads, scale):
+    return attention.by_torch(*heads, scale=1.1 * scale)
+
+
+def never_twice(*heads, scale):
+    return attention.by_torch(*heads, scale=scale) * (1 + 1e-2 * torch.rand(()))
+
+
+@pytest.mark.parametrize("wrong, fault", [(off_by_a_tenth, "answer 0 is off by"), (never_twice, "its bits differ")])
+def test_a_wrong_answer_is_found(wrong, fault, monkeypatch):
+    monkeypatch.setattr(attention, "by_cudnn_and_flash", attention.by_torch)
+    assert check.attention_difference(64, CPU) is None
+    monkeypatch.setattr(attention, "by_cudnn_and_flash", wrong)
+    assert fault in check.attention_difference(64, CPU)
+
+
+@pytest.mark.parametrize(
+    "deterministic, head_size, dtype, mixed",
+    [
+        (True, 64, torch.bfloat16, True),
+        (False, 64, torch.bfloat16, False),
+        (True, 72, torch.bfloat16, False),
+        (True, 64, torch.float32, False),
+    ],
+)
+def test_where_cudnn_and_flash_are_mixed(deterministic, head_size, dtype, mixed, hopper, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "by_cudnn_and_flash", lambda *heads, scale: calls.append("mixed"))
+    monkeypatch.setattr(attention, "by_torch", lambda *heads, scale: calls.append("torch"))
+    attention.mix_for(frozenset({64, 80}))
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        attention.causal_attention(*[torch.empty(1, 2, 3, head_size, dtype=dtype)] * 3, scale=1.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls == ["mixed" if mixed else "torch"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="cuDNN's and flash attention's kernels run on GPUs alone")
+@pytest.mark.parametrize("head_size", choice.MIXED_HEAD_SIZES)
+@pytest.mark.parametrize("s", [2, 127, 2048])
+def test_cudnn_and_flash_on_a_gpu(s, head_size, where):
+    torch.manual_seed(s)
+    inputs = [torch.randn(2, s, 3, head_size) for _ in range(3)]
+    scale = head_size**-0.5
+    torch.use_deterministic_algorithms(True)
+    try:
+        check_against_float64(
+            lambda *heads: attention.by_cudnn_and_flash(*heads, scale=scale), exact, inputs, torch.bfloat16, where
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
