@@ -61,10 +61,14 @@ class HfFolder:
     def _find(self) -> dict[str, Path]:
         for name in _INDEX_NAMES:
             if (self.folder / name).is_file():
-                weight_map = self._json(name).get("weight_map", {})
-                strays = [f for f in weight_map.values() if Path(f).name != f or not (self.folder / f).is_file()]
-                if strays or not weight_map:
-                    raise ConvertError(f"{self.folder / name}: names {strays or 'no file'}; fetch the folder again")
+                weight_map = self._json(name).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise ConvertError(f"{self.folder / name}: names no files; fetch it again")
+                strays = [f for f in weight_map.values() if not self._holds(f)]
+                if strays:
+                    raise ConvertError(
+                        f"{self.folder / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
+                    )
                 return {tensor: self.folder / file for tensor, file in weight_map.items()}
         for name in _SINGLE_NAMES:
             file = self.folder / name
@@ -78,6 +82,9 @@ class HfFolder:
             except SafetensorError as error:
                 raise ConvertError(f"{file}: not safetensors ({error}); fetch the file again") from None
         raise ConvertError(f"{self.folder}: none of {', '.join(_SINGLE_NAMES + _INDEX_NAMES)}; not a model's folder")
+
+    def _holds(self, name: Any) -> bool:
+        return isinstance(name, str) and Path(name).name == name and (self.folder / name).is_file()
 
     def _bin(self, file: Path) -> dict[str, torch.Tensor]:
         if file not in self._bins:

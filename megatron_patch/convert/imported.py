@@ -38,7 +38,8 @@ class ImportedModel:
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         """`recipe.precision` gives way to the precision of the weights.
 
-        Raises ConvertError: a setting or shape that is not the recipe's, a missing tensor, unequal FFN copies.
+        Raises ConvertError: a setting or shape that is not the recipe's, a missing tensor, unequal FFN copies, a value
+        that is not finite.
         """
         self.hf = HfFolder(folder)
         provenance = _provenance(folder)
@@ -51,6 +52,7 @@ class ImportedModel:
         self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.hf.files else "expanded"
         self._check_copies()
         self._check_shapes()
+        self._check_head()
 
     @property
     def digest(self) -> str:
@@ -70,18 +72,21 @@ class ImportedModel:
             theirs, expected = self.hf.config.get(key), getattr(self.recipe.model, ours)
             if theirs != expected:
                 raise ConvertError(
-                    f"{self.hf.folder / 'config.json'}: {key} is {theirs}, but the recipe {self.recipe.name} has "
+                    f"{self.hf.folder / 'config.json'}: {key} is {theirs!r}, but the recipe {self.recipe.name} has "
                     f"model.{ours} {expected}; choose the recipe of this model with --recipe"
                 )
 
         if (theirs := self.hf.config.get("hidden_act", "silu")) != "silu":
             raise ConvertError(f"{self.hf.folder / 'config.json'}: hidden_act is {theirs}; MobiLlama's FFN has silu")
         rope = self.hf.config.get("rope_parameters") or self.hf.config.get("rope_scaling") or {}  # transformers 5 or 4
+        if not isinstance(rope, dict):
+            raise ConvertError(f"{self.hf.folder / 'config.json'}: its rotary embedding is {rope!r}, not an object")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         base = self.hf.config.get("rope_theta") or rope.get("rope_theta") or 10000  # the authors' code knows no other
         if (kind, base) != ("default", self.recipe.model.rope_base):
+            shown = f"{base:g}" if isinstance(base, int | float) else repr(base)
             raise ConvertError(
-                f"{self.hf.folder / 'config.json'}: rotary embedding of type {kind}, base {base:g}; the recipe "
+                f"{self.hf.folder / 'config.json'}: rotary embedding of type {kind}, base {shown}; the recipe "
                 f"{self.recipe.name} has the default type and model.rope_base {self.recipe.model.rope_base:g}"
             )
 
@@ -101,11 +106,24 @@ class ImportedModel:
                     f"{self.hf.files[tensor.name]}: {tensor.name} is {shape}, expected {tensor.shape}"
                     + ("; the model has grouped KV heads, which MobiLlama has not" if grouped else "")
                 )
+            if not found.isfinite().all():
+                raise ConvertError(
+                    f"{self.hf.files[tensor.name]}: {tensor.name} holds values that are not finite; the weights are "
+                    "damaged, fetch them again"
+                )
         strays = {n for n in self.hf.files if not n.endswith(_BUFFER)} - {
             t.name for t in hf_tensors(self.recipe.model, self.form)
         }
         if strays:
             raise ConvertError(f"{self.hf.folder}: unknown tensors, e.g. {min(strays)}; not a MobiLlama or LLaMA model")
+
+    def _check_head(self) -> None:
+        head, embedding = (self.hf.tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        if self.hf.config.get("tie_word_embeddings") and not torch.equal(head, embedding):
+            raise ConvertError(
+                f"{self.hf.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the "
+                "embedding; set it to false if the head was trained by itself"
+            )
 
     def _tensors_present(self) -> list[HfTensor]:
         """What must be there: of a shared FFN saved by transformers 4, layer 0 alone may be."""

@@ -181,3 +181,13 @@ def test_without_a_good_one_the_run_is_refused(made: tuple[Path, Path], tmp_path
     assert all(job.wait())
     assert "none of the 2 checkpoints is good" in job.log.read_text()
     assert len(list((run / "checkpoints").glob("step_????????"))) == 2
+
+
+def test_a_checkpoint_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"step_00000030: there is no such checkpoint\n  remedy: name one that is"
+    ):
+        open_checkpoint(tmp_path / "step_00000030")
+    (tmp_path / "step_00000040").mkdir()
+    with pytest.raises(CheckpointError, match=r"step_00000040/COMPLETE: missing: this is no finished checkpoint"):
+        open_checkpoint(tmp_path / "step_00000040")

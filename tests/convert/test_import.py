@@ -111,6 +111,16 @@ def test_one_changed_bit_in_a_copy_is_refused(published: Path) -> None:
         ImportedModel(published, small_recipe())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(value: float, published: Path) -> None:
+    file = published / "pytorch_model-00002-of-00002.bin"
+    state = torch.load(file, weights_only=True)
+    state["lm_head.weight"][3, 5] = value
+    torch.save(state, file)
+    with pytest.raises(ConvertError, match=r"00002\.bin: lm_head\.weight holds values that are not finite"):
+        ImportedModel(published, small_recipe())
+
+
 def test_grouped_kv_heads_are_refused(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -134,7 +144,10 @@ def test_a_config_of_another_model_is_refused(published: Path) -> None:
         ({"rope_theta": 500000.0}, r"base 500000; the recipe .* model\.rope_base 10000"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type linear"),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "base 500000"),
+        ({"rope_theta": "large"}, "base 'large'; the recipe"),
+        ({"rope_scaling": ["linear"]}, r"its rotary embedding is \['linear'\], not an object"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but lm_head.weight is not the embedding"),
     ],
 )
 def test_a_model_that_computes_otherwise_is_refused(change: dict[str, object], words: str, published: Path) -> None:
@@ -207,8 +220,12 @@ def test_damaged_folders_are_refused(published: Path, weights: MemoryWeights, tm
     shutil.copy(published / entries["weight_map"]["model.norm.weight"], published.parent / "elsewhere.bin")
     entries["weight_map"]["model.norm.weight"] = "../elsewhere.bin"  # whole, but not of this folder
     index.write_text(json.dumps(entries))
-    with pytest.raises(ConvertError, match=r"names \['\.\./elsewhere\.bin'\]"):
+    with pytest.raises(ConvertError, match=r"names '\.\./elsewhere\.bin', which is no file of the folder"):
         ImportedModel(published, recipe)
+    for weight_map, words in (({"model.norm.weight": 3}, "names 3, which"), ([1], "names no files"), ({}, "no files")):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ConvertError, match=words):
+            ImportedModel(published, recipe)
     index.write_text("{")
     with pytest.raises(ConvertError, match="not JSON"):
         ImportedModel(published, recipe)

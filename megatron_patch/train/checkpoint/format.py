@@ -162,6 +162,7 @@ def to_json(value: BaseModel) -> bytes:
     return canonical_json(value.model_dump(mode="json"))
 
 
+GONE = "name one that is there; a run keeps its milestones and the newest `checkpoint.keep` others"
 BROKEN = "use another checkpoint of the run; `train` falls back to the newest good one by itself"
 
 
@@ -172,6 +173,8 @@ def read_marker(folder: Path) -> Marker:
         content = read_plain(path)
         marker = Marker.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
+        if not folder.exists():
+            raise CheckpointError(folder, "there is no such checkpoint", GONE) from None
         raise CheckpointError(path, "missing: this is no finished checkpoint", BROKEN) from None
     except OSError as error:
         raise _unreadable(path, error) from None
