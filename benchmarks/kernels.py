@@ -66,19 +66,16 @@ class Kernels:
         m, s, rows = self._model, self._model.sequence_length, self._rows
         heads = [_random(rows, s, m.num_attention_heads, m.head_dim) for _ in range(3)]
 
-        def causal(*heads: torch.Tensor) -> torch.Tensor:
-            return attention.by_torch(*heads, scale=m.head_dim**-0.5)
-
-        def mixed(*heads: torch.Tensor) -> torch.Tensor:
-            return attention.by_cudnn_and_flash(*heads, scale=m.head_dim**-0.5)
-
         backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if device.HAS_GPU else ()
         for backend in backends:
             with sdpa_kernel(backend):
-                self._record("attention", backend.name, lambda: _both_ways(causal, *heads))
-        ways = [("torch's choice", causal, False), ("torch's choice, deterministic", causal, True)]
+                self._record("attention", backend.name, lambda: _both_ways(attention.by_torch, *heads))
+        ways = [
+            ("torch's choice", attention.by_torch, False),
+            ("torch's choice, deterministic", attention.by_torch, True),
+        ]
         if device.HAS_GPU:
-            ways.append(("cuDNN forward, flash backward, deterministic", mixed, True))
+            ways.append(("cuDNN forward, flash backward, deterministic", attention.by_cudnn_and_flash, True))
         for by, way, deterministic in ways:
             torch.use_deterministic_algorithms(deterministic)
             try:

@@ -153,7 +153,6 @@ def test_a_rank_takes_the_gpu_it_sees(
 
 def test_without_a_compiler_kernels_run_as_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "choose_weight_gradient", lambda _: "")
-    monkeypatch.setattr(choice, "choose_attention", lambda _: [])
     monkeypatch.setattr("megatron_patch.kernels.check.difference", lambda *_: "RuntimeError: no C compiler")
     with pytest.warns(UserWarning, match="kernel norm runs as reference, which is slower: triton: .*; compiled: Run"):
         assert set(choice.choose("auto", torch.device("cuda")).values()) == {"reference"}

@@ -26,44 +26,44 @@ def mix_for(head_sizes: frozenset[int]) -> None:
     _mixed_head_sizes = head_sizes
 
 
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """softmax(scale * query key^T) value over the positions up to each token's own; all four [b, s, heads, d].
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(query key^T / sqrt(d)) value over the positions up to each token's own; all four [b, s, heads, d].
 
     Attention runs over the whole row and is not reset at end-of-document.
     """
     same_bits = torch.are_deterministic_algorithms_enabled()
     if flash_attn_func is not None and query.is_cuda and query.dtype != torch.float32:
-        return flash_attn_func(query, key, value, softmax_scale=scale, causal=True, deterministic=same_bits)
+        return flash_attn_func(query, key, value, causal=True, deterministic=same_bits)
     if same_bits and query.dtype == torch.bfloat16 and query.shape[-1] in _mixed_head_sizes:
-        return by_cudnn_and_flash(query, key, value, scale=scale)
-    return by_torch(query, key, value, scale=scale)
+        return by_cudnn_and_flash(query, key, value)
+    return by_torch(query, key, value)
 
 
-def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
+def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """torch's own choice among its kernels."""
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return out.transpose(1, 2)
 
 
-def by_cudnn_and_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float) -> torch.Tensor:
+def by_cudnn_and_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """cuDNN's forward, flash attention's backward; the same bits from run to run under deterministic algorithms."""
-    return _CudnnAndFlash.apply(query, key, value, scale)
+    return _CudnnAndFlash.apply(query, key, value)
 
 
 class _CudnnAndFlash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         heads = [t.transpose(1, 2) for t in (query, key, value)]
         out, log_sums, _, _, longest, _, seed, offset, _ = _aten._scaled_dot_product_cudnn_attention(
-            *heads, None, True, 0.0, True, False, scale=scale
+            *heads, None, True, 0.0, True, False
         )
         ctx.save_for_backward(*heads, out, log_sums, seed, offset)
-        ctx.longest, ctx.scale = longest, scale
+        ctx.longest = longest
         return out.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         query, key, value, out, log_sums, seed, offset = ctx.saved_tensors
         gradients = _aten._scaled_dot_product_flash_attention_backward(
             d_out.transpose(1, 2),
@@ -80,6 +80,5 @@ class _CudnnAndFlash(torch.autograd.Function):
             True,
             seed,
             offset,
-            scale=ctx.scale,
         )
-        return *(t.transpose(1, 2) for t in gradients), None
+        return tuple(t.transpose(1, 2) for t in gradients)

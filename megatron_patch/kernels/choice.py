@@ -26,7 +26,7 @@ Kernel = Literal["loss", "swiglu", "norm", "rotary"]
 ON_GPU: dict[Kernel, Implementation] = {"loss": "triton", "swiglu": "triton", "norm": "triton", "rotary": "triton"}
 
 HOPPER = 9  # the generation on which cuDNN's attention was measured to be faster than flash attention
-MIXED_HEAD_SIZES = (64, 80)  # of the 0.5B and the baselines, of the 0.8B
+MIXED_HEAD_SIZES = (64, 80)  # of the 0.5B, of the 0.8B: those it was measured for
 
 _chosen: dict[Kernel, Implementation] = dict.fromkeys(ON_GPU, "reference")
 
@@ -44,14 +44,16 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
 
     Under `auto` on a GPU, a Triton kernel that fails its check is replaced by the compiled reference, and where that
     fails too (both need a C compiler) by the reference, with a warning that gives the reasons; so is the fastest way to
-    accumulate weight gradients in fp32 by a slower one, and the fastest deterministic attention. Raises KernelError
-    where an implementation that was named cannot run, or where no way to accumulate weight gradients is right.
+    accumulate weight gradients in fp32 by a slower one, and deterministic attention, where that is asked for. Raises
+    KernelError where an implementation that was named cannot run, or where no way to accumulate weight gradients is
+    right.
     """
     from megatron_patch.kernels import check
 
     if device.type == "cuda":
         choose_weight_gradient(device)
-        choose_attention(device)
+        if torch.are_deterministic_algorithms_enabled():
+            choose_attention(device)
     wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
     for kernel in ON_GPU:
         _chosen[kernel] = "reference"

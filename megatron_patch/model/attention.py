@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.kernels.attention import causal_attention
 from megatron_patch.kernels.rotary import split_and_rotate
-
-
-class CoreAttention(torch.nn.Module):
-    """Takes Megatron's place for `core_attention`: kernels/attention.py at the scale 1 / sqrt(head_dim)."""
-
-    def __init__(self, config: TransformerConfig, **_: Any) -> None:
-        super().__init__()
-        assert config.kv_channels is not None
-        self.scale = 1.0 / math.sqrt(config.kv_channels)
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return causal_attention(query, key, value, scale=self.scale)
 
 
 class SelfAttention(MegatronSelfAttention):
@@ -38,4 +24,4 @@ class SelfAttention(MegatronSelfAttention):
         packed, _ = self.linear_qkv(hidden_states)
         rows = packed.view(-1, rotary_pos_emb.shape[1], packed.shape[-1])
         query, key, value = split_and_rotate(rows, rotary_pos_emb, self.num_attention_heads_per_partition)
-        return self.linear_proj(self.core_attention(query, key, value).reshape(len(packed), 1, -1))
+        return self.linear_proj(causal_attention(query, key, value).reshape(len(packed), 1, -1))

@@ -42,9 +42,10 @@ class MobiLlama(GPTModel):
         hidden = self.decoder(hidden, None, rotary_pos_emb=self.rotary_pos_emb(s))
         if not self.post_process:
             return hidden
-        if labels is None or coefficients is None:
+        if labels is None:
             logits, _ = self.output_layer(hidden)
             return logits.view(b, s, -1)
+        assert coefficients is not None
         return linear_cross_entropy(
             hidden,
             self.output_layer.weight,
@@ -59,6 +60,6 @@ class RotaryTable(RotaryEmbedding):
     """Gives cosines and sines [2, s, d/2] in fp32, where mcore's gives angles that every layer would take them of."""
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - lives as long as its model
-    def forward(self, max_seq_len: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, max_seq_len: int) -> torch.Tensor:
         self.inv_freq: torch.Tensor = self.inv_freq.to(device.current())
         return torch.stack(self.get_cos_sin(max_seq_len))

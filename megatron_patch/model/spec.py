@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_patch.kernels.swiglu import swiglu
-from megatron_patch.model.attention import CoreAttention, SelfAttention
+from megatron_patch.model.attention import SelfAttention
 from megatron_patch.model.norm import RMSNorm
 
 
@@ -79,7 +80,7 @@ _ATTENTION = ModuleSpec(
     module=SelfAttention,
     params={"attn_mask_type": AttnMaskType.causal},
     submodules=SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+        linear_qkv=ColumnParallelLinear, core_attention=IdentityOp, linear_proj=RowParallelLinear
     ),
 )
 

@@ -22,8 +22,7 @@ def exact(query, key, value):
 def test_attention_is_causal_and_right(where, b, s, heads, eighth, dtype):
     torch.manual_seed(s)
     inputs = [torch.randn(b, s, heads, 8 * eighth) for _ in range(3)]
-    scale = (8 * eighth) ** -0.5
-    check_against_float64(lambda *heads: attention.causal_attention(*heads, scale=scale), exact, inputs, dtype, where)
+    check_against_float64(attention.causal_attention, exact, inputs, dtype, where)
 
 
 @pytest.fixture
@@ -45,12 +44,25 @@ def test_other_generations_are_not_asked(monkeypatch, recwarn):
     assert choice.choose_attention(CPU) == [] and not recwarn
 
 
-def off_by_a_tenth(*heads, scale):
-    return attention.by_torch(*heads, scale=1.1 * scale)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_only_a_deterministic_run_asks(deterministic, monkeypatch):
+    asked = []
+    monkeypatch.setattr(choice, "choose_weight_gradient", lambda _: "")
+    monkeypatch.setattr(choice, "choose_attention", asked.append)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        choice.choose("reference", torch.device("cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert asked == [torch.device("cuda")] * deterministic
 
 
-def never_twice(*heads, scale):
-    return attention.by_torch(*heads, scale=scale) * (1 + 1e-2 * torch.rand(()))
+def off_by_a_tenth(query, key, value):
+    return attention.by_torch(1.1 * query, key, value)
+
+
+def never_twice(*heads):
+    return attention.by_torch(*heads) * (1 + 1e-2 * torch.rand(()))
 
 
 @pytest.mark.parametrize("wrong, fault", [(off_by_a_tenth, "answer 0 is off by"), (never_twice, "its bits differ")])
@@ -72,12 +84,12 @@ def test_a_wrong_answer_is_found(wrong, fault, monkeypatch):
 )
 def test_where_cudnn_and_flash_are_mixed(deterministic, head_size, dtype, mixed, hopper, monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "by_cudnn_and_flash", lambda *heads, scale: calls.append("mixed"))
-    monkeypatch.setattr(attention, "by_torch", lambda *heads, scale: calls.append("torch"))
+    monkeypatch.setattr(attention, "by_cudnn_and_flash", lambda *heads: calls.append("mixed"))
+    monkeypatch.setattr(attention, "by_torch", lambda *heads: calls.append("torch"))
     attention.mix_for(frozenset({64, 80}))
     torch.use_deterministic_algorithms(deterministic)
     try:
-        attention.causal_attention(*[torch.empty(1, 2, 3, head_size, dtype=dtype)] * 3, scale=1.0)
+        attention.causal_attention(*[torch.empty(1, 2, 3, head_size, dtype=dtype)] * 3)
     finally:
         torch.use_deterministic_algorithms(False)
     assert calls == ["mixed" if mixed else "torch"]
@@ -89,11 +101,8 @@ def test_where_cudnn_and_flash_are_mixed(deterministic, head_size, dtype, mixed,
 def test_cudnn_and_flash_on_a_gpu(s, head_size, where):
     torch.manual_seed(s)
     inputs = [torch.randn(2, s, 3, head_size) for _ in range(3)]
-    scale = head_size**-0.5
     torch.use_deterministic_algorithms(True)
     try:
-        check_against_float64(
-            lambda *heads: attention.by_cudnn_and_flash(*heads, scale=scale), exact, inputs, torch.bfloat16, where
-        )
+        check_against_float64(attention.by_cudnn_and_flash, exact, inputs, torch.bfloat16, where)
     finally:
         torch.use_deterministic_algorithms(False)
