@@ -50,8 +50,8 @@ class ImportedModel:
         self.recipe = recipe.model_copy(update={"precision": self._precision()})
         self._check_config()
         self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.hf.files else "expanded"
+        self._check_tensors()
         self._check_copies()
-        self._check_shapes()
         self._check_head()
 
     @property
@@ -90,7 +90,7 @@ class ImportedModel:
                 f"{self.recipe.name} has the default type and model.rope_base {self.recipe.model.rope_base:g}"
             )
 
-    def _check_shapes(self) -> None:
+    def _check_tensors(self) -> None:
         expected = self._tensors_present()
         for tensor in expected:
             found = self.hf.tensor(tensor.name)
@@ -118,8 +118,10 @@ class ImportedModel:
             raise ConvertError(f"{self.hf.folder}: unknown tensors, e.g. {min(strays)}; not a MobiLlama or LLaMA model")
 
     def _check_head(self) -> None:
+        if not self.hf.config.get("tie_word_embeddings"):
+            return
         head, embedding = (self.hf.tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if self.hf.config.get("tie_word_embeddings") and not torch.equal(head, embedding):
+        if not torch.equal(head, embedding):
             raise ConvertError(
                 f"{self.hf.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the "
                 "embedding; set it to false if the head was trained by itself"

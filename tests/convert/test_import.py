@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -112,12 +113,15 @@ def test_one_changed_bit_in_a_copy_is_refused(published: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(value: float, published: Path) -> None:
-    file = published / "pytorch_model-00002-of-00002.bin"
+@pytest.mark.parametrize(
+    ("number", "name"), [(2, "lm_head.weight"), (1, "model.layers.0.mlp.up_proj.weight"), (1, "model.norm.weight")]
+)
+def test_values_that_are_not_finite_are_refused(value: float, number: int, name: str, published: Path) -> None:
+    file = published / f"pytorch_model-0000{number}-of-00002.bin"
     state = torch.load(file, weights_only=True)
-    state["lm_head.weight"][3, 5] = value
+    state[name].view(-1)[5] = value
     torch.save(state, file)
-    with pytest.raises(ConvertError, match=r"00002\.bin: lm_head\.weight holds values that are not finite"):
+    with pytest.raises(ConvertError, match=rf"{re.escape(f'{file}: {name}')} holds values that are not finite"):
         ImportedModel(published, small_recipe())
 
 
@@ -156,6 +160,15 @@ def test_a_model_that_computes_otherwise_is_refused(change: dict[str, object], w
     (published / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ConvertError, match=words):
         ImportedModel(published, small_recipe())
+
+
+def test_a_tied_head_that_is_the_embedding_is_read(published: Path, weights: MemoryWeights) -> None:
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    embedding = weights.whole["embedding.word_embeddings.weight"]
+    file = published / "pytorch_model-00002-of-00002.bin"
+    torch.save({"lm_head.weight": embedding.clone()}, file)
+    assert torch.equal(ImportedModel(published, small_recipe()).tensor("output_layer.weight"), embedding)
 
 
 def test_what_transformers_5_writes_of_rotary_embedding_is_read(published: Path, weights: MemoryWeights) -> None:
