@@ -6,7 +6,7 @@ import gc
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,25 +104,37 @@ def breakdown(step: Callable[[], Any], model: Model) -> tuple[dict[str, float], 
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         step()
         device.synchronized_time()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CPU]
+    if not device.HAS_GPU:
+        seconds: dict[str, float] = defaultdict(float)
+        for event in events:
+            seconds[part_of(event, "", model)] += event.self_cpu_time_total / 1e6
+        return _with_sum(seconds), []
+    return device_time(events, model)
+
+
+def device_time(events: Iterable[Any], model: Model) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What `breakdown` returns, of the kernels that the host's operators in a profile launched."""
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU or event.name in PROFILERS_OWN:
+    for event in events:
+        if event.name in PROFILERS_OWN:
             continue
-        if device.HAS_GPU:
-            for kernel in event.kernels:
-                if kernel.name == event.name:  # a range of the host's, shown on the device: no kernel of its own
-                    continue
-                seconds[part_of(event, kernel.name, model)] += kernel.duration / 1e6
-                calls[event.name, kernel.name, str(event.input_shapes)].append(kernel.duration / 1e6)
-        else:
-            seconds[part_of(event, "", model)] += event.self_cpu_time_total / 1e6
+        for kernel in event.kernels:
+            if kernel.name == event.name:  # a range of the host's, shown on the device: no kernel of its own
+                continue
+            seconds[part_of(event, kernel.name, model)] += kernel.duration / 1e6
+            calls[event.name, kernel.name, str(event.input_shapes)].append(kernel.duration / 1e6)
     longest = sorted(calls.items(), key=lambda item: -sum(item[1]))[:LONGEST]
     kernels = [
         {"operator": operator, "kernel": kernel, "shapes": shapes, "calls": len(each), "seconds": sum(each)}
         for (operator, kernel, shapes), each in longest
     ]
-    return {**{part: seconds[part] for part in PARTS}, "busy": sum(seconds.values())}, kernels
+    return _with_sum(seconds), kernels
+
+
+def _with_sum(seconds: dict[str, float]) -> dict[str, float]:
+    return {**{part: seconds[part] for part in PARTS}, "busy": sum(seconds.values())}
 
 
 def part_of(event: Any, kernel_name: str, model: Model) -> str:

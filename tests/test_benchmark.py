@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,8 +48,8 @@ def test_every_part_of_a_step_is_seen():
 
 
 class Event:
-    def __init__(self, name, shapes=(), parent=None):
-        self.name, self.input_shapes, self.cpu_parent = name, shapes, parent
+    def __init__(self, name, shapes=(), parent=None, kernels=()):
+        self.name, self.input_shapes, self.cpu_parent, self.kernels = name, shapes, parent, kernels
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,27 @@ class Event:
 def test_parts(event, kernel, part):
     model = toy_recipe("model.hidden_size=2048", "model.ffn_hidden_size=5632", "model.vocab_size=32000").model
     assert measure.part_of(event, kernel, model) == part
+
+
+def test_a_kernel_is_counted_once_and_the_longest_come_first():
+    model = toy_recipe("model.hidden_size=2048", "model.ffn_hidden_size=5632", "model.vocab_size=32000").model
+    gemm, flash = SimpleNamespace(name="nvjet_tst", duration=3e6), SimpleNamespace(name="flash_bwd", duration=7e6)
+    ranged = SimpleNamespace(name="optimizer", duration=9e6)
+    events = [
+        Event("aten::mm", [[4096, 2048], [2048, 11264]], kernels=[gemm]),
+        Event("aten::mm", [[4096, 2048], [2048, 11264]], kernels=[gemm]),
+        Event("aten::_flash_attention_backward", kernels=[flash]),
+        Event("Command Buffer Full", kernels=[gemm, flash]),  # the profiler's own: what operators launched, again
+        Event("optimizer", kernels=[ranged]),
+    ]
+    parts, longest = measure.device_time(events, model)
+    assert (parts["FFN GEMMs"], parts["attention"], parts["busy"]) == (6.0, 7.0, 13.0)
+    assert [(k["kernel"], k["calls"], k["seconds"]) for k in longest] == [("flash_bwd", 1, 7.0), ("nvjet_tst", 2, 6.0)]
+
+
+def test_the_revision_that_is_named_is_the_one_that_is_recorded(monkeypatch):
+    monkeypatch.setenv("COMMIT", "1234567")
+    assert gpu._commit() == "1234567"
 
 
 def test_table_holds_every_case_and_only_the_ratios_that_were_measured(tmp_path):

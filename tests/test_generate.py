@@ -39,7 +39,7 @@ def test_a_token_without_a_text_is_never_drawn(tokenizer: SentencePieceProcessor
 
 
 def test_the_preferred_token_is_drawn_and_eos_ends_the_text(tokenizer: SentencePieceProcessor) -> None:
-    (token,) = tokenizer.encode("a", add_bos=False)[-1:]
+    token = tokenizer.encode("a")[-1]
     text = sample(Prefers(token), tokenizer, "the cat", num_tokens=3, sequence_length=8)
     assert text == tokenizer.decode([*tokenizer.encode("the cat"), token, token, token])
     ended = sample(Prefers(tokenizer.eos_id()), tokenizer, "the cat", num_tokens=3, sequence_length=8)
