@@ -16,9 +16,10 @@ class Prefers(torch.nn.Module):
 
     def __init__(self, token: int) -> None:
         super().__init__()
-        self.token = token
+        self.token, self.calls = token, 0
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
         logits = torch.zeros(*tokens.shape, MODEL_VOCABULARY)
         logits[..., self.token] = 50.0
         return logits
@@ -42,5 +43,6 @@ def test_the_preferred_token_is_drawn_and_eos_ends_the_text(tokenizer: SentenceP
     token = tokenizer.encode("a")[-1]
     text = sample(Prefers(token), tokenizer, "the cat", num_tokens=3, sequence_length=8)
     assert text == tokenizer.decode([*tokenizer.encode("the cat"), token, token, token])
-    ended = sample(Prefers(tokenizer.eos_id()), tokenizer, "the cat", num_tokens=3, sequence_length=8)
-    assert ended == "the cat"
+    model = Prefers(tokenizer.eos_id())
+    ended = sample(model, tokenizer, "the cat", num_tokens=3, sequence_length=8)
+    assert (ended, model.calls) == ("the cat", 1)  # EOS has no text: a text that goes on after it looks the same

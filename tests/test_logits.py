@@ -76,3 +76,27 @@ def test_logits_equal_stock_llama(norm_epsilon):
         theirs = llama(torch.from_numpy(TOKENS)).logits
     assert theirs.abs().max() > 1  # the comparison is of numbers worth comparing
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def loss_and_logits(overrides: list[str]):
+    trainer = toy_trainer(toy_recipe(*overrides))
+    tokens, labels, coefficients = labelled()
+    with torch.no_grad():
+        return trainer.chunks[0](tokens, labels, coefficients), trainer.chunks[0](tokens)
+
+
+def labelled() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, and for each of their tokens a label and a coefficient of its own."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randint(64, (2, 3, 16), generator=generator)
+    return tokens, labels, torch.rand(3, 16, generator=generator)
+
+
+@pytest.mark.parametrize("more", [[], ["parallel.tensor=2", "parallel.sequence=true"]], ids=["one rank", "TP2 with SP"])
+def test_each_coefficient_goes_with_its_token(more):
+    _, labels, coefficients = labelled()
+    answers = run_ranks(2 if more else 1, loss_and_logits, [*DEEP, *more])
+    logits = torch.cat([part for _, part in answers], -1)
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), labels.flatten(), reduction="none")
+    expected = (losses * coefficients.flatten()).sum().item()
+    assert [loss.item() for loss, _ in answers] == pytest.approx([expected] * len(answers), rel=1e-5)
