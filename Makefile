@@ -39,7 +39,7 @@ endef
 export MACHINE
 
 # Markers are made last: an interrupted installation is done again. An environment of another Python is made anew.
-$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/csrc/*)
+$(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/index/csrc/*)
 	@command -v $(PYTHON) >/dev/null || \
 	    { echo "$(PYTHON) is not found: Python 3.11, 3.12 or 3.13 is needed (Debian: apt-get install python3-dev python3-venv; or name yours with PYTHON=)" >&2; exit 1; }
 	@$(PYTHON) -c "$$MACHINE"
@@ -98,13 +98,13 @@ emulate: asan
 asan: $(VENV)/ready-dev
 	rm -rf build/asan && mkdir -p build/asan/source build/asan/tests
 	cp -r setup.py pyproject.toml README.md data_tools build/asan/source/
-	rm -f build/asan/source/data_tools/_core*.so
+	rm -f build/asan/source/data_tools/index/_core*.so
 	cp -r tests/__init__.py tests/data_tools build/asan/tests/
 	AMBER_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all $(EMULATION)" \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/asan build/asan/source
 	cd build/asan && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc "$(CURDIR)/$(BIN)/python" -m pytest --noconftest -p no:cacheprovider \
-	    tests/data_tools/test_row_parser.py tests/data_tools/test_fuzz_files.py
+	    tests/data_tools/index/test_row_parser.py tests/data_tools/test_fuzz_files.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff check

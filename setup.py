@@ -31,9 +31,9 @@ class BuildCore(build_ext):
 setup(
     ext_modules=[
         Pybind11Extension(
-            "data_tools._core",
-            [f"data_tools/csrc/{name}.cpp" for name in SOURCES],
-            depends=["data_tools/csrc/row_parser.h", "data_tools/csrc/separators.h"],
+            "data_tools.index._core",
+            [f"data_tools/index/csrc/{name}.cpp" for name in SOURCES],
+            depends=["data_tools/index/csrc/row_parser.h", "data_tools/index/csrc/separators.h"],
             cxx_std=17,
             extra_compile_args=["-O3", "-g0", *EXTRA_FLAGS],
             extra_link_args=EXTRA_FLAGS,

@@ -34,7 +34,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from megatron_patch import counts, device
+from megatron_patch.model import counts
+from megatron_patch.parallel import device
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.checkpoint.format import State, stored_whats
 from megatron_patch.train.checkpoint.save import HostCopy, Saver
@@ -177,7 +178,7 @@ def main() -> None:
     recipe = load(args.recipe, args.overrides)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         if "RANK" in os.environ:
-            from megatron_patch import topology
+            from megatron_patch.parallel import topology
 
             device.use(int(os.environ["LOCAL_RANK"]))
             topology.initialize(recipe.parallel)

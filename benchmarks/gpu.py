@@ -34,12 +34,13 @@ import torch
 
 from benchmarks import STARTED, kernels, measure, peers
 from benchmarks.table import MODELS, NOT_DETERMINISTIC, table
-from data_tools.durable import write_whole
-from megatron_patch import counts, device, topology
+from data_tools.files.durable import write_whole
 from megatron_patch.data.loader import BatchShare
-from megatron_patch.kernels import choice
+from megatron_patch.kernels import choice, registry
 from megatron_patch.launch import setup_environment
-from megatron_patch.memory import Place, memory
+from megatron_patch.model import counts
+from megatron_patch.parallel import device, topology
+from megatron_patch.plan.memory import Place, memory
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.step import Trainer
 
@@ -144,7 +145,7 @@ class Benchmark:
         place = topology.initialize(recipe.parallel)
         trainer = Trainer(recipe, place, self.rows)
         if trainer.recipe.kernels == "auto":
-            self.results["chosen_kernels"] = {k: choice.chosen(k) for k in choice.ON_GPU}
+            self.results["chosen_kernels"] = registry.in_use()
         try:
             self.our_cases(name, trainer)
         finally:

@@ -34,8 +34,8 @@ PEER = "orjson + add_document"
 
 def make_segment(path: Path, rows: int) -> None:
     """Writes a segment of `rows` rows."""
-    from data_tools.format import SOURCES, VOCAB_SIZE
-    from data_tools.jsonl_segments import jsonl_lines
+    from data_tools.dataset.format import SOURCES, VOCAB_SIZE
+    from data_tools.index.jsonl_segments import jsonl_lines
 
     random = np.random.RandomState(0)
     with path.open("wb") as stream:
@@ -65,9 +65,9 @@ def drop_from_cache(path: Path) -> None:
 
 def index_ours(path: Path, output: Path, kernel: str, threads: int) -> dict[str, float]:
     """Our index of one segment, digests, sources and `.idx` included."""
-    from data_tools import index_segments
-    from data_tools.segment_files import DatasetPlan
-    from data_tools.segment_reader import ErrorPolicy
+    from data_tools.dataset.segment_files import DatasetPlan
+    from data_tools.index import index_segments
+    from data_tools.index.segment_reader import ErrorPolicy
 
     index_segments.SegmentReader = functools.partial(index_segments.SegmentReader, kernel=kernel)  # type: ignore[misc,assignment]
     spent = {"fsync": 0.0, "fsync_cpu": 0.0}
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the segment is written")
     arguments = parser.parse_args()
-    from data_tools._core import kernels
+    from data_tools.index._core import kernels
 
     names = [PEER, *(name for name in kernels())]
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

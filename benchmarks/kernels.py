@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measure import TimeIsUp, seconds_a_call
-from megatron_patch import device
-from megatron_patch.kernels import attention, choice, loss, norm, rotary, swiglu
+from megatron_patch.kernels import attention, choice, loss, norm, registry, rotary, swiglu
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
+from megatron_patch.parallel import device
 from megatron_patch.recipe import Recipe
 
 Call = Callable[[], Any]
@@ -25,7 +25,7 @@ class Kernels:
         self._model, self._results = recipe.model, results
         self._rows, self._repeats = (2, 1) if small else (8, 20)
 
-    def ours(self, *implementations: choice.Implementation) -> None:
+    def ours(self, *implementations: registry.Implementation) -> None:
         """Our kernels."""
         m, s, rows = self._model, self._model.sequence_length, self._rows
         h, where = m.hidden_size, device.current()
@@ -48,8 +48,7 @@ class Kernels:
             "rotary": lambda: _both_ways(lambda q: rotary.split_and_rotate(q, table, m.num_attention_heads), qkv),
             "loss of a chunk, without GEMMs": lambda: one_chunk,
         }
-        decided = {kernel: choice.chosen(kernel) for kernel in choice.ON_GPU}
-        try:
+        with registry.forced(registry.in_use()):
             for implementation in implementations:
                 try:
                     choice.choose(implementation, where)
@@ -58,8 +57,6 @@ class Kernels:
                     continue
                 for name, make in cases.items():
                     self._record(name, implementation, make)
-        finally:
-            choice._chosen.update(decided)
 
     def libraries(self) -> None:
         """Attention by torch's backends, laid out as the model lays it, and the ways of a weight gradient."""

@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.format import (
+from data_tools.dataset.format import (
     SEED,
     SOURCES,
     DatasetManifest,
     SegmentManifest,
     bin_size,
-    canonical_json,
     index_blocks,
-    new_digest,
     segment_name,
 )
+from data_tools.files.digest import new_digest
+from data_tools.files.json_file import canonical_json
 
 ROW_LENGTH, NUM_SEGMENTS, ROWS, BATCH = 2049, 360, 1_706_976, 800
 PEER_ROWS = 60_000

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch import device
+from megatron_patch.parallel import device
 from megatron_patch.recipe import Model
 
 PARTS = (

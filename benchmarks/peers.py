@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch import device, topology
+from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe
 
 Step = Callable[[torch.Tensor], torch.Tensor]

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_tools.tokenize_source import SAMPLE_DOCUMENTS
+from data_tools.pack.tokenize_source import SAMPLE_DOCUMENTS
 
 VOCAB_SIZE = 32_000
 TASK_BYTES = 1 << 23  # a real task has 1 GiB; here each of two workers must have several
@@ -75,7 +75,7 @@ def texts_of(folder: Path) -> list[str]:
 
 def stage(folder: Path, output: Path, workers: int, raw: str = "raw") -> None:
     """The whole `tokenize` stage."""
-    from data_tools.tokenize_source import tokenize_source
+    from data_tools.pack.tokenize_source import tokenize_source
 
     tokenize_source(
         "book", folder / raw, output, folder / "tokenizer.model",
@@ -122,7 +122,7 @@ def measure_here(name: str, folder: Path, output: Path) -> dict[str, float]:
 
 def compare_ids(folder: Path) -> tuple[int, int]:
     """Documents, and those whose ids differ from the Hugging Face tokenizer's."""
-    from data_tools.text_encoder import TextEncoder
+    from data_tools.sources.text_encoder import TextEncoder
 
     encoder = TextEncoder(folder / "tokenizer.model")
     texts = list(dict.fromkeys(texts_of(folder)))

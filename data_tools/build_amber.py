@@ -12,7 +12,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DataError, DatasetManifest
+from data_tools.dataset.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DatasetManifest
+from data_tools.files.errors import DataError
 
 AMBER = Path(__file__).with_name("amber.yaml")
 
@@ -198,7 +199,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command == "tokenize":
         return _tokenize(arguments)
     if arguments.command == "mix":
-        from data_tools.mix import MixOptions, mix
+        from data_tools.pack.mix import MixOptions, mix
 
         options = MixOptions(arguments.num_segments, arguments.direct, arguments.held_out_per_source, arguments.seed)
         result = mix(arguments.input, arguments.output, options, arguments.segment)
@@ -211,7 +212,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _index(arguments)
     if arguments.command in ("fetch", "run"):
         return _fetch_or_run(arguments)
-    from data_tools.verify import stats_table, verify
+    from data_tools.index.verify import stats_table, verify
 
     if arguments.command == "stats":
         print(stats_table(arguments.input))
@@ -225,7 +226,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
-    from data_tools.tokenize_source import tokenize_source
+    from data_tools.pack.tokenize_source import tokenize_source
 
     if arguments.source:
         folders = {arguments.source: arguments.input}
@@ -256,8 +257,8 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> int:
-    from data_tools.index_segments import index, merge, plan_dataset
-    from data_tools.segment_reader import ErrorPolicy
+    from data_tools.index.index_segments import index, merge, plan_dataset
+    from data_tools.index.segment_reader import ErrorPolicy
 
     segments = arguments.segment if arguments.command == "index" else None
     plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size, segments, arguments.num_segments)
@@ -288,7 +289,7 @@ def _fetch_or_run(arguments: argparse.Namespace) -> int:
         )
         _say_dataset(arguments.output / "indexed", manifest)
         return 0
-    from data_tools.fetch import fetch_segments, read_checksums
+    from data_tools.index.fetch import fetch_segments, read_checksums
 
     published = config.published
     address = arguments.input or (published and published.address)

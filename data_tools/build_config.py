@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_tools.format import NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DataError
+from data_tools.dataset.format import NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES
+from data_tools.files.errors import DataError
 
 
 class Published(BaseModel):

@@ -20,9 +20,9 @@ from pydoc_data import topics as pydoc_topics
 
 import sentencepiece
 
-from data_tools.durable import write_beside, write_whole
-from data_tools.format import DataError
-from data_tools.text_encoder import sentencepiece_to_hugging_face
+from data_tools.files.durable import write_beside, write_whole
+from data_tools.files.errors import DataError
+from data_tools.sources.text_encoder import sentencepiece_to_hugging_face
 
 LEFT_OUT_FOLDERS = {
     "test",

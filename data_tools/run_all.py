@@ -6,12 +6,13 @@ import itertools
 from pathlib import Path
 
 from data_tools.build_config import BuildConfig
-from data_tools.format import SOURCES, DataError, DatasetManifest
-from data_tools.index_segments import index, plan_dataset
-from data_tools.mix import MixOptions, mix
-from data_tools.segment_reader import ErrorPolicy
-from data_tools.tokenize_source import tokenize_source
-from data_tools.verify import verify
+from data_tools.dataset.format import SOURCES, DatasetManifest
+from data_tools.files.errors import DataError
+from data_tools.index.index_segments import index, plan_dataset
+from data_tools.index.segment_reader import ErrorPolicy
+from data_tools.index.verify import verify
+from data_tools.pack.mix import MixOptions, mix
+from data_tools.pack.tokenize_source import tokenize_source
 
 
 def run_all(

@@ -32,19 +32,19 @@ class Verb(NamedTuple):
 
 VERBS = {
     "plan": Verb(
-        "megatron_patch.plan",
+        "megatron_patch.plan.command",
         "what a recipe needs on a cluster: memory, time, bytes, storage",
         "python -m megatron_patch plan recipes/mobillama_05b.yaml --nodes 20 --gpus a100-80g",
     ),
     "check": Verb(
-        "megatron_patch.preflight",
+        "megatron_patch.preflight.command",
         "find sick nodes (under srun or torchrun, one process a rank)",
         "torchrun --standalone --nproc-per-node 8 -m megatron_patch check recipes/mobillama_05b.yaml",
         arguments.check,
     ),
-    "status": Verb("megatron_patch.status", "how runs stand", "python -m megatron_patch status runs/mobillama_05b"),
+    "status": Verb("megatron_patch.run.status", "how runs stand", "python -m megatron_patch status runs/mobillama_05b"),
     "summary": Verb(
-        "megatron_patch.summary",
+        "megatron_patch.report.summary",
         "what a finished run reached: table, loss curve, a sample of its text",
         "python -m megatron_patch summary demo/run --prompt 'The function returns'",
         arguments.summary,
@@ -72,7 +72,7 @@ VERBS = {
         "python -m megatron_patch report runs/mobillama_05b --evaluations evaluations",
     ),
     "loss_compare": Verb(
-        "megatron_patch.loss_compare",
+        "megatron_patch.report.loss_compare",
         "do two runs lose alike, step by step?",
         "python -m megatron_patch loss_compare runs/before runs/after --assert-equal",
     ),

@@ -8,9 +8,9 @@ from datetime import timedelta
 import torch
 from sentencepiece import SentencePieceProcessor
 
-from megatron_patch import device, topology
 from megatron_patch.model.build import build
 from megatron_patch.model.initialise import fill
+from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe
 
 

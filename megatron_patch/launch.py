@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_tools.plain_file import read_plain
+from data_tools.files.plain_file import read_plain
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 

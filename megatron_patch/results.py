@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_tools.plain_file import read_plain
+from data_tools.files.plain_file import read_plain
 
 SCORES_NAME = "scores.json"
 TOKEN_UNITS = (("trillion", "T", 1e12), ("billion", "B", 1e9), ("million", "M", 1e6), ("thousand", "K", 1e3))

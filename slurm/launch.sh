@@ -242,7 +242,7 @@ trap 'grep -qs "\"state\": \"running\"" "${run:-}/status.json" || too_early=yes;
 
 not_started=$SITE_LOGS/not_started.$SLURM_JOB_ID    # a line for each time in a row
 # shellcheck disable=SC2086  # one word a node
-answer=$(here python -m megatron_patch.attempts begin "$recipe" "${overrides[@]}" \
+answer=$(here python -m megatron_patch.run.attempts begin "$recipe" "${overrides[@]}" \
     --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || {
     # 2 is the refusal; else Slurm started nothing: after two nodes died at once, 22.05 brings a job back without its GPUs.
     if (($? != 2 && ${SLURM_RESTART_COUNT:-0})) && [[ -z $asked_to_stop ]] && echo "$attempt_job" >>"$not_started" &&
@@ -312,7 +312,7 @@ status=0
 wait "$training" || status=$?
 log "the ranks ended with status $status"
 
-if ! decision=$(patiently here python -m megatron_patch.attempts end "$run" --series "$series" \
+if ! decision=$(patiently here python -m megatron_patch.run.attempts end "$run" --series "$series" \
     --limit "$SITE_ATTEMPTS"); then
     log "Slurm has ended this job, or see above; unless it is put back (preemption), submit the template again to go on"
     exit 1

@@ -31,7 +31,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from megatron_patch import device
+from megatron_patch.parallel import device
 
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 ALLOCATION = 512  # the CUDA allocator's sizes are multiples of it

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch import topology
 from megatron_patch.data.deal import micro_batches, share_of
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.model.parameters import local_parameters, whole_tensors
+from megatron_patch.parallel import topology
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.step import Trainer

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from data_tools.durable import LOCK_NAME, folder_lock, fsync_file, fsync_folder, share_like_folder
-from data_tools.format import tokenizer_in
-from data_tools.text_encoder import EOS_TEXT, read_tokenizer_json
+from data_tools.dataset.format import tokenizer_in
+from data_tools.files.durable import LOCK_NAME, folder_lock, fsync_file, fsync_folder, share_like_folder
+from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
 from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource

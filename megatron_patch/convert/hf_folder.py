@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_tools.format import digest_stream, new_digest
-from data_tools.plain_file import read_plain
+from data_tools.files.digest import digest_stream, new_digest
+from data_tools.files.plain_file import read_plain
 from megatron_patch.convert.source import ConvertError
 
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

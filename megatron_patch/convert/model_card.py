@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_tools.format import MANIFEST_NAME, DataError, DatasetManifest
+from data_tools.dataset.format import MANIFEST_NAME, DatasetManifest
+from data_tools.files.errors import DataError
 from megatron_patch.convert.names import Form
 from megatron_patch.convert.source import WeightsSource
-from megatron_patch.counts import parameters
+from megatron_patch.model.counts import parameters
 from megatron_patch.recipe import Model, Recipe
 
 

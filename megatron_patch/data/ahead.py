@@ -15,7 +15,9 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from data_tools.format import DataError, SegmentManifest, new_digest
+from data_tools.dataset.format import SegmentManifest
+from data_tools.files.digest import new_digest
+from data_tools.files.errors import DataError
 
 BLOCK_BYTES = 1 << 23
 

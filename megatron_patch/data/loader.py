@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.format import TOKEN_DTYPE
+from data_tools.dataset.format import TOKEN_DTYPE
 from megatron_patch.data.deal import share_of
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import Segments

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from data_tools.format import DataError
+from data_tools.files.errors import DataError
 
 
 class SampleOrder:

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.format import (
+from data_tools.dataset.format import (
     HELD_OUT_NAME,
     MANIFEST_NAME,
     TOKEN_DTYPE,
-    DataError,
     DatasetManifest,
     SegmentManifest,
     bin_size,
-    file_size,
     read_index_rows,
     segment_name,
-    sha256_file,
 )
+from data_tools.files.digest import sha256_file
+from data_tools.files.errors import DataError
+from data_tools.files.plain_file import file_size
 from megatron_patch.data.ahead import Ahead
 
 __all__ = ["DataError", "Segments", "open_segments"]
@@ -31,7 +31,7 @@ def open_segments(
     """Opens a data set without reading its rows.
 
     Args:
-        folder: what `data_tools/build_amber.py` wrote (data_tools/format.py).
+        folder: what `data_tools/build_amber.py` wrote (data_tools/dataset/format.py).
         row_length: ids a row that the model wants: sequence length + 1.
         vocab_size: the model's vocabulary.
         read_ahead: read each segment through, front to back, before its rows are asked for (ahead.py).
@@ -149,7 +149,7 @@ class Segments:
         return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
-        """Source codes (positions in `data_tools.format.SOURCES`) of rows of a segment: uint8 [n]."""
+        """Source codes (positions in `data_tools.dataset.format.SOURCES`) of rows of a segment: uint8 [n]."""
         path = self.folder / f"{segment_name(segment)}.src"
         return np.memmap(path, dtype=np.uint8, mode="r", shape=(self.rows_per_segment,))[rows]
 

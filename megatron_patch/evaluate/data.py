@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, hf_hub_download
 from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 
-from data_tools.durable import folder_lock, write_beside, write_whole
-from data_tools.format import canonical_json, sha256_file
+from data_tools.files.digest import sha256_file
+from data_tools.files.durable import folder_lock, write_beside, write_whole
+from data_tools.files.json_file import canonical_json
 from megatron_patch.evaluate.suite import BENCHMARKS, Benchmark, HubData
 
 MANIFEST_NAME = "manifest.json"

@@ -17,9 +17,9 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from data_tools.format import tokenizer_in
-from data_tools.text_encoder import EOS_TEXT, read_tokenizer_json
-from megatron_patch import device, launch
+from data_tools.dataset.format import tokenizer_in
+from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
+from megatron_patch import launch
 from megatron_patch.convert.export import BOS_TEXT, tokenizer_of
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.imported import ImportedModel, recipe_of
@@ -27,6 +27,7 @@ from megatron_patch.convert.source import WeightsSource
 from megatron_patch.evaluate.data import EvaluationError
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.generate import load_model
+from megatron_patch.parallel import device
 from megatron_patch.train.checkpoint.format import MARKER_NAME
 from megatron_patch.train.checkpoint.reader import open_checkpoint
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from data_tools.durable import write_beside
+from data_tools.files.durable import write_beside
 from megatron_patch.evaluate.suite import BENCHMARKS
 from megatron_patch.results import axis_unit, read_scores
 

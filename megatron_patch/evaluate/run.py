@@ -24,8 +24,10 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from data_tools.durable import FolderBusy, folder_lock, write_whole
-from data_tools.format import DataError, canonical_json, new_digest, read_sealed, sealed, sha256_file
+from data_tools.files.digest import new_digest, sha256_file
+from data_tools.files.durable import FolderBusy, folder_lock, write_whole
+from data_tools.files.errors import DataError
+from data_tools.files.json_file import canonical_json, read_sealed, sealed
 from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings

@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_patch.attempts import STOP_NAME, read_status
 from megatron_patch.evaluate.data import EvaluationError
 from megatron_patch.evaluate.models import Settings, checkpoint, checkpoints_in
 from megatron_patch.evaluate.plot import plot
 from megatron_patch.evaluate.ranks import is_first_rank, on_first_rank
 from megatron_patch.evaluate.run import Plan, run
 from megatron_patch.results import SCORES_NAME
+from megatron_patch.run.attempts import STOP_NAME, read_status
 from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError
 
 PLOT_NAME = "scores.png"

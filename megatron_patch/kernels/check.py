@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_patch.kernels import attention, choice, loss, norm, rotary, swiglu
-from megatron_patch.kernels.choice import Implementation, Kernel
+from megatron_patch.kernels import attention, loss, norm, registry, rotary, swiglu
+from megatron_patch.kernels.registry import Implementation, Kernel
 from megatron_patch.kernels.weight_gradient import Accumulate
 
 # Relative to the norm of the reference's answer, both rounded to bf16 (2^-9 each).
@@ -21,15 +21,12 @@ _TOLERANCE = 1e-2
 def difference(kernel: Kernel, wish: Implementation, device: torch.device) -> str | None:
     """None where `wish` runs and agrees with the reference, else what is wrong."""
     answers: dict[Implementation, list[torch.Tensor]] = {}
-    before = choice.chosen(kernel)
     try:
         for implementation in ("reference", wish):
-            choice._chosen[kernel] = implementation
-            answers[implementation] = list(_CASES[kernel](device))
+            with registry.forced({kernel: implementation}):
+                answers[implementation] = list(CASES[kernel](device))
     except Exception as error:  # whatever a compiler may raise: its first line is the reason
         return _first_line(error)
-    finally:
-        choice._chosen[kernel] = before
     return _off(answers["reference"], answers[wish])
 
 
@@ -107,7 +104,7 @@ def _rotary(device: torch.device) -> Iterator[torch.Tensor]:
     )
 
 
-_CASES: dict[Kernel, Callable[[torch.device], Iterator[torch.Tensor]]] = {
+CASES: dict[Kernel, Callable[[torch.device], Iterator[torch.Tensor]]] = {
     "loss": _loss,
     "swiglu": _swiglu,
     "norm": _norm,

@@ -3,40 +3,30 @@
 Every kernel has a plain-torch reference, the same reference compiled by torch.compile, and a Triton version. A recipe
 says `kernels: auto` (the table below on a GPU, the reference on a CPU) or names one implementation for all of them.
 The choice is made once, before the model is built, and checked by numbers (kernels/check.py): a kernel that does not
-compile or does not agree with its reference on this device is never used silently.
+compile or does not agree with its reference on this device is never used silently. The kernels ask
+`registry.py`, which holds the decision.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from megatron_patch.kernels import attention, weight_gradient
-
-Implementation = Literal["reference", "compiled", "triton"]
-Kernel = Literal["loss", "swiglu", "norm", "rotary"]
+from megatron_patch.kernels import attention, check, registry, weight_gradient
+from megatron_patch.kernels.registry import Implementation, Kernel
 
 ON_GPU: dict[Kernel, Implementation] = {"loss": "triton", "swiglu": "triton", "norm": "triton", "rotary": "triton"}
 
 HOPPER = 9  # the generation on which cuDNN's attention was measured to be faster than flash attention
 MIXED_HEAD_SIZES = (64, 80)  # of the 0.5B, of the 0.8B: those it was measured for
 
-_chosen: dict[Kernel, Implementation] = dict.fromkeys(ON_GPU, "reference")
-
 
 class KernelError(RuntimeError):
     """An implementation that was asked for cannot run here: names the kernel, the reason and the remedy."""
-
-
-def chosen(kernel: Kernel) -> Implementation:
-    return _chosen[kernel]
 
 
 def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> dict[Kernel, Implementation]:
@@ -48,17 +38,14 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
     KernelError where an implementation that was named cannot run, or where no way to accumulate weight gradients is
     right.
     """
-    from megatron_patch.kernels import check
-
     if device.type == "cuda":
         choose_weight_gradient(device)
         if torch.are_deterministic_algorithms_enabled():
             choose_attention(device)
     wishes = dict.fromkeys(ON_GPU, wanted) if wanted != "auto" else ON_GPU
-    for kernel in ON_GPU:
-        _chosen[kernel] = "reference"
+    registry.use(dict.fromkeys(ON_GPU, "reference"))
     if wanted == "reference" or (wanted == "auto" and device.type != "cuda"):
-        return dict(_chosen)
+        return registry.in_use()
     accepted: dict[Kernel, Implementation] = {}
     for kernel, wish in wishes.items():
         faults: list[str] = []
@@ -74,14 +61,12 @@ def choose(wanted: Literal["auto"] | Implementation, device: torch.device) -> di
         if faults:
             taken = accepted.get(kernel, "reference")
             warnings.warn(f"kernel {kernel} runs as {taken}, which is slower: {'; '.join(faults)}", stacklevel=2)
-    _chosen.update(accepted)
-    return dict(_chosen)
+    registry.use(accepted)
+    return registry.in_use()
 
 
 def choose_weight_gradient(device: torch.device) -> str:
     """Take the fastest way to accumulate weight gradients that is right on this device; its name."""
-    from megatron_patch.kernels import check
-
     faults: list[str] = []
     for way, accumulate in weight_gradient.ON_GPU.items():
         fault = check.weight_gradient_difference(accumulate, device)
@@ -96,8 +81,6 @@ def choose_weight_gradient(device: torch.device) -> str:
 
 def choose_attention(device: torch.device) -> list[int]:
     """Let deterministic attention take cuDNN's forward on Hopper, for the head sizes at which that is right; those."""
-    from megatron_patch.kernels import check
-
     right: list[int] = []
     if torch.cuda.get_device_capability(device)[0] == HOPPER:
         for head_size in MIXED_HEAD_SIZES:
@@ -109,25 +92,6 @@ def choose_attention(device: torch.device) -> list[int]:
                 warnings.warn(said, stacklevel=3)
     attention.mix_for(frozenset(right))
     return right
-
-
-def implementation(kernel: Kernel, reference: Callable[..., Any], triton: str) -> Callable[..., Any]:
-    """The chosen one of a kernel's three: the reference, the same compiled, or `module:name` of this package.
-
-    Triton modules are imported when first called for: Triton is absent from installations for the CPU.
-    """
-    if _chosen[kernel] == "triton":
-        return _named(triton)
-    return _compiled(reference) if _chosen[kernel] == "compiled" else reference
-
-
-@functools.cache
-def _named(place: str) -> Callable[..., Any]:
-    module, name = place.split(":")
-    return getattr(importlib.import_module(f"megatron_patch.kernels.{module}"), name)
-
-
-_compiled = functools.cache(torch.compile)
 
 
 def _unavailable(wish: Implementation, device: torch.device) -> str | None:

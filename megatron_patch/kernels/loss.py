@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_patch.kernels import choice
+from megatron_patch.kernels import registry
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.kernels.weight_gradient import wgrad_gemm_accum_fp32
 
@@ -115,7 +115,7 @@ def row_statistics(
 
     Three fp32 tensors [n].
     """
-    run = choice.implementation("loss", reference_row_statistics, "triton_loss:row_statistics")
+    run = registry.implementation("loss", reference_row_statistics, "triton_loss:row_statistics")
     return run(logits, labels, first_label)
 
 
@@ -123,7 +123,7 @@ def to_logits_gradient_(
     logits: torch.Tensor, labels: torch.Tensor, first_label: int, log_sum: torch.Tensor, coefficients: torch.Tensor
 ) -> None:
     """Replace logits [n, V] by coefficient x (exp(x - log_sum) - [column is the label]), computed in fp32."""
-    run = choice.implementation("loss", reference_to_logits_gradient_, "triton_loss:to_logits_gradient_")
+    run = registry.implementation("loss", reference_to_logits_gradient_, "triton_loss:to_logits_gradient_")
     run(logits, labels, first_label, log_sum, coefficients)
 
 

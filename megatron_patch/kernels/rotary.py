@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.kernels import choice
+from megatron_patch.kernels import registry
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -18,7 +18,7 @@ def split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> H
 
     table [2, s, d/2]: cosines and sines in fp32; the turn is computed in fp32 and rounded once.
     """
-    run = choice.implementation("rotary", reference_split_and_rotate, "triton_rotary:split_and_rotate")
+    run = registry.implementation("rotary", reference_split_and_rotate, "triton_rotary:split_and_rotate")
     return run(packed, table, heads)
 
 

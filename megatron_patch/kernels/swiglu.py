@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.kernels import choice
+from megatron_patch.kernels import registry
 
 
 def swiglu(packed: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for packed [..., 2f], gate before up; output [..., f], arithmetic in fp32."""
-    return choice.implementation("swiglu", reference_swiglu, "triton_swiglu:swiglu")(packed)
+    return registry.implementation("swiglu", reference_swiglu, "triton_swiglu:swiglu")(packed)
 
 
 def reference_swiglu(packed: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_patch import device
 from megatron_patch.kernels.loss import linear_cross_entropy
+from megatron_patch.parallel import device
 
 
 class MobiLlama(GPTModel):

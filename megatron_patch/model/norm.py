@@ -12,7 +12,7 @@ class RMSNorm(torch.nn.Module):
     """weight * x / sqrt(mean(x^2) + eps), statistics in fp32 (Zhang and Sennrich 2019).
 
     Input and output [..., hidden]. Under sequence parallelism each tensor-parallel rank norms its own part of the
-    rows, so the weight's gradient is partial and `megatron_patch.gradients` sums it over the tensor group. (mcore's
+    rows, so the weight's gradient is partial and `optim/gradients.py` sums it over the tensor group. (mcore's
     wrapper of torch's norm refuses sequence parallelism, which is why this class exists.)
     """
 

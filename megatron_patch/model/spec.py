@@ -37,7 +37,7 @@ class SharedFFN:
     """Holds the one FFN of a rank; the first layer that asks builds it.
 
     Pass one holder to the specs of all model chunks of a rank, and virtual pipeline stages share it too. Stages on
-    other ranks hold replicas, which `megatron_patch.gradients` keeps bit-identical.
+    other ranks hold replicas, which `megatron_patch.optim.gradients` keeps bit-identical.
     """
 
     def __init__(self) -> None:

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from data_tools.durable import write_whole
-from megatron_patch.plan import add_cluster
+from data_tools.files.durable import write_whole
+from megatron_patch.plan.command import add_cluster
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from data_tools.durable import write_beside
-from megatron_patch import counts
-from megatron_patch.gpus import GPUS
+from data_tools.files.durable import write_beside
+from megatron_patch.model import counts
 from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
-from megatron_patch.plan import Plan
+from megatron_patch.parallel.gpus import GPUS
+from megatron_patch.plan.command import Plan
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.report.read import ReportError, read_run
 

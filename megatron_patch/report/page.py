@@ -10,9 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from data_tools.format import TABLE_2_BILLION_TOKENS
-from megatron_patch import counts
+from data_tools.dataset.format import TABLE_2_BILLION_TOKENS
 from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.model import counts
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, curve
 from megatron_patch.results import amount, axis_unit

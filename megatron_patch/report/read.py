@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.format import MANIFEST_NAME, DatasetManifest
-from megatron_patch import launch, milestone_table
-from megatron_patch.attempts import attempts, read_status
-from megatron_patch.log_file import is_step, records
+from data_tools.dataset.format import MANIFEST_NAME, DatasetManifest
+from megatron_patch import launch
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.results import read_scores
+from megatron_patch.run import milestones
+from megatron_patch.run.attempts import attempts, read_status
+from megatron_patch.run.log import is_step, records
 
 _LONGEST_SAVE = 10.0
 """Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""
@@ -76,7 +77,7 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     started = attempts(folder)
     starts = [a["started"] for a in started]
     run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(logged, starts)])
-    run.milestones, _ = milestone_table.read(folder / "checkpoints" / milestone_table.TABLE_NAME)
+    run.milestones, _ = milestones.read(folder / "checkpoints" / milestones.TABLE_NAME)
     digests = {m["digest"] for m in run.milestones}
     run.scores = [s for s in read_scores(evaluations) if s["digest"] in digests]
     run.mix = _mix(run.recipe)

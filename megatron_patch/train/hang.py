@@ -14,8 +14,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_patch import device
-from megatron_patch.train.status_file import StatusFile
+from megatron_patch.parallel import device
+from megatron_patch.run.status_file import StatusFile
 
 EXIT_CODE = 70
 _GRACE = 10.0  # seconds the first ranks wait for the others to dump theirs

@@ -10,15 +10,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.durable import write_whole
-from megatron_patch import device, launch, recipe, topology
-from megatron_patch.attempts import REFUSED
+from data_tools.files.durable import write_whole
+from megatron_patch import launch, recipe
 from megatron_patch.data.deal import micro_batches
 from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.kernels.choice import KernelError
+from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe, RecipeError
+from megatron_patch.run.attempts import REFUSED
+from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train.alike import check_alike
 from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import Keeper
@@ -27,7 +29,6 @@ from megatron_patch.train.hang import HangWatch
 from megatron_patch.train.metrics import Log, note
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.signals import Requests
-from megatron_patch.train.status_file import StatusFile
 from megatron_patch.train.step import Step, Trainer
 from megatron_patch.train.watchdog import LossWatch, SlowWatch
 

@@ -14,10 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from data_tools.durable import full_disk_named, write_whole
-from megatron_patch import counts, device
-from megatron_patch.log_file import records
+from data_tools.files.durable import full_disk_named, write_whole
+from megatron_patch.model import counts
+from megatron_patch.parallel import device
 from megatron_patch.recipe import Recipe
+from megatron_patch.run.log import records
 
 
 class Log:

@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_patch import device
 from megatron_patch.data.loader import BatchShare
 from megatron_patch.model.build import build
 from megatron_patch.model.gpt import MobiLlama
 from megatron_patch.model.initialise import initialise
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel import device
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
-from megatron_patch.topology import Topology
 from megatron_patch.train.watchdog import Ceiling
-from megatron_patch.zero import ShardedOptimizer
 
 
 class StepResult(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from data_tools.durable import LOCK_NAME, FolderBusy, folder_lock
+from data_tools.files.durable import LOCK_NAME, FolderBusy, folder_lock
 from megatron_patch.convert import export as export_module
 from megatron_patch.convert.export import export, tokenizer_of
 from megatron_patch.convert.names import hf_tensors

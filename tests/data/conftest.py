@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.format import SOURCES, TokenizerRecord, new_digest, segment_name, sha256_file
-from data_tools.segment_files import DatasetPlan, write_companions, write_dataset_manifest
+from data_tools.dataset.format import SOURCES, TokenizerRecord, segment_name
+from data_tools.dataset.segment_files import DatasetPlan, write_companions, write_dataset_manifest
+from data_tools.files.digest import new_digest, sha256_file
 
 NUM_SEGMENTS, ROWS, ROW_LENGTH, VOCAB, HELD_OUT = 3, 25, 9, 64, 7
 

@@ -7,7 +7,8 @@ import threading
 import numpy as np
 import pytest
 
-from data_tools.format import SEED, DataError
+from data_tools.dataset.format import SEED
+from data_tools.files.errors import DataError
 from megatron_patch.data.deal import deal, share_of
 from megatron_patch.data.loader import HELD_OUT_SEGMENT, Loader, held_out_shares
 from megatron_patch.data.order import SampleOrder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_tools.format import DataError
+from data_tools.files.errors import DataError
 from megatron_patch.data.order import SampleOrder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.format import DataError
+from data_tools.files.errors import DataError
 from megatron_patch.data.segments import open_segments
 from tests.data.conftest import NUM_SEGMENTS, ROW_LENGTH, ROWS, VOCAB
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data_tools.format import SOURCES
+from data_tools.dataset.format import SOURCES
 
 
 def reference_rows(

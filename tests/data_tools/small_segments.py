@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_tools.format import SOURCES
+from data_tools.dataset.format import SOURCES
 from tests.data_tools.conftest import build_amber
 
 ROW_LENGTH, ROWS = 9, 50

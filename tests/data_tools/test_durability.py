@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import mix as mix_module
-from data_tools.durable import LOCK_NAME, folder_lock, reserve, write_beside
-from data_tools.format import DataError
-from data_tools.index_segments import index, plan_dataset
-from data_tools.mix import MixOptions, mix
-from data_tools.segment_reader import ErrorPolicy
-from data_tools.tokenize_source import tokenize_source
+from data_tools.files.durable import LOCK_NAME, folder_lock, reserve, write_beside
+from data_tools.files.errors import DataError
+from data_tools.index.index_segments import index, plan_dataset
+from data_tools.index.segment_reader import ErrorPolicy
+from data_tools.pack import mix as mix_module
+from data_tools.pack.mix import MixOptions, mix
+from data_tools.pack.tokenize_source import tokenize_source
 from tests.data_tools.conftest import build_amber
 
 ROW_LENGTH, NUM_SEGMENTS = 65, 3
@@ -215,7 +215,7 @@ def test_a_file_system_without_locks_is_refused_by_name(tmp_path: Path, monkeypa
     def no_locks(*_: object) -> None:  # what Lustre answers that is mounted without them
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("data_tools.durable.fcntl.flock", no_locks)
+    monkeypatch.setattr("data_tools.files.durable.fcntl.flock", no_locks)
     with pytest.raises(DataError, match=r"has no locks .*(?s:.)*-o flock"), folder_lock(tmp_path):
         pass
 

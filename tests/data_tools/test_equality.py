@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.mix import jsonl_name
+from data_tools.pack.mix import jsonl_name
 from tests.data_tools.conftest import build_amber
 from tests.data_tools.reference import reference_files, reference_jsonl, reference_rows, reference_segments
 

@@ -14,9 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools import segment_reader
-from data_tools.format import SOURCES, DataError
-from data_tools.segment_reader import ErrorPolicy, SegmentReader
+from data_tools.dataset.format import SOURCES
+from data_tools.files.errors import DataError
+from data_tools.index import segment_reader
+from data_tools.index.segment_reader import ErrorPolicy, SegmentReader
 from tests.data_tools.slow_row import slow_row
 
 ROW_LENGTH, VOCAB = 6, 1000

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from data_tools.build_config import BuildConfig, read_config
-from data_tools.format import SOURCES, TABLE_2_BILLION_TOKENS, DataError, DatasetManifest
+from data_tools.dataset.format import SOURCES, TABLE_2_BILLION_TOKENS, DatasetManifest
+from data_tools.files.errors import DataError
 from data_tools.run_all import run_all
 from tests.data_tools.conftest import ROOT, build_amber
 

@@ -23,8 +23,8 @@ from PIL import Image
 
 from megatron_patch.__main__ import main
 from megatron_patch.results import read_scores
+from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train.checkpoint.write import write_weights
-from megatron_patch.train.status_file import StatusFile
 from tests.convert.samples import MemoryWeights, small_recipe
 from tests.ranks import run_ranks
 

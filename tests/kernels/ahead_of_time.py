@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from megatron_patch.kernels import check, choice, triton_loss, triton_norm, triton_rotary, triton_swiglu
+from megatron_patch.kernels import check, registry, triton_loss, triton_norm, triton_rotary, triton_swiglu
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.recipe import Recipe, load
 
@@ -100,10 +100,10 @@ def launches(recipe: Recipe, precision: torch.dtype) -> Iterator[str]:
 
 def checks() -> Iterator[str]:
     """Call every kernel as the check at start does (kernels/check.py)."""
-    for kernel, case in check._CASES.items():
-        choice._chosen[kernel] = "triton"
-        for _ in case(META):
-            pass
+    for kernel, case in check.CASES.items():
+        with registry.forced({kernel: "triton"}):
+            for _ in case(META):
+                pass
         yield kernel
 
 

@@ -138,14 +138,14 @@ def test_swiglu_saves_its_input_alone(where):
 
 @pytest.mark.parametrize("wrong", ["nan", "scale"])
 def test_a_kernel_that_is_wrong_is_refused(monkeypatch, where, wrong):
-    from megatron_patch.kernels import choice, triton_swiglu
+    from megatron_patch.kernels import choice, registry, triton_swiglu
 
     def broken(packed):
         return packed.chunk(2, -1)[0] * (float("nan") if wrong == "nan" else 1.0)
 
     monkeypatch.setattr(triton_swiglu, "swiglu", broken)
-    choice._named.cache_clear()
+    registry.named.cache_clear()
     with pytest.raises(choice.KernelError, match="kernel swiglu cannot run here as triton: answer 0 is off by"):
         choice.choose("triton", where)
-    choice._named.cache_clear()
+    registry.named.cache_clear()
     assert set(choice.choose("reference", where).values()) == {"reference"}

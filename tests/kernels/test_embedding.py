@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_patch import device
+from megatron_patch.parallel import device
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_trainer
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_patch import topology
 from megatron_patch.kernels import loss
 from megatron_patch.kernels.loss import linear_cross_entropy
+from megatron_patch.parallel import topology
 from tests.kernels.test_elementwise import SHAPES, TOLERANCE
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe

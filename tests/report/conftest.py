@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch import attempts, recipe
+from megatron_patch import recipe
 from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.run import attempts
 from tests.toy import TOY
 from tests.train.job import Job, write_data_set
 

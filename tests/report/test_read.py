@@ -13,7 +13,7 @@ from PIL import Image
 from megatron_patch.__main__ import main
 from megatron_patch.report.read import read_run, restarts, unrecorded_starts
 from megatron_patch.report.series import Axes, thin
-from megatron_patch.summary import History
+from megatron_patch.report.summary import History
 
 
 def steps(*ends: float) -> list[dict[str, float]]:

@@ -22,11 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_tools.format import segment_name
-from data_tools.segment_files import DatasetPlan, write_dataset_manifest
+from data_tools.dataset.format import segment_name
+from data_tools.dataset.segment_files import DatasetPlan, write_dataset_manifest
 from megatron_patch.train import loop, signals
 from tests.data.conftest import write_rows
 from tests.toy import TOY
+
+STEPS = 60
+LAYOUT = ["parallel.tensor=2", "parallel.pipeline=2", "batch.micro_batch_size=4"]
+RANKS = 4
 
 _CONTEXT = multiprocessing.get_context("fork")
 ROW_LENGTH, VOCAB = 17, 64  # of the toy model
@@ -134,3 +138,9 @@ def _rank(
         timeout=timedelta(minutes=2),
     )
     sys.exit(loop.main(args))
+
+
+def run_settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
+    """The demo recipe's layout at toy size, 60 steps, two milestones, no clock."""
+    settings = ["checkpoint.interval_minutes=0", "checkpoint.interval_steps=3", "data.held_out_interval=20"]
+    return [*LAYOUT, f"data.folder={data_folder}", f"run.folder={run}", f"run.steps={STEPS}", *settings, *overrides]

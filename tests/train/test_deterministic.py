@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from megatron_patch.train.step import Trainer
-from tests.checkpoint.compare import assert_bit_equal, history, newest
-from tests.train.conftest import run_settings
-from tests.train.job import Job
+from tests.train.checkpoint.compare import assert_bit_equal, history, newest
+from tests.train.job import Job, run_settings
 
 
 def test_two_runs_give_the_same_bits(data_folder: Path, tmp_path: Path) -> None:

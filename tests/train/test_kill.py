@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint.compare import assert_bit_equal, history, newest
 from tests.toy import TOY
-from tests.train.conftest import RANKS, STEPS, run_settings
-from tests.train.job import Job
+from tests.train.checkpoint.compare import assert_bit_equal, history, newest
+from tests.train.job import RANKS, STEPS, Job, run_settings
 
 
 def last_step(run: Path, since: float = 0.0) -> int:

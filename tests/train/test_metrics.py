@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.format import DataError
-from megatron_patch import counts, device
+from data_tools.files.errors import DataError
+from megatron_patch.model import counts
+from megatron_patch.parallel import device
 from megatron_patch.train.metrics import Log
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe

@@ -18,9 +18,8 @@ from megatron_patch.train import loop, signals
 from megatron_patch.train.checkpoint import save
 from megatron_patch.train.signals import Requests
 from megatron_patch.train.step import Trainer
-from tests.checkpoint.compare import assert_bit_equal, history, newest
-from tests.train.conftest import RANKS, run_settings
-from tests.train.job import Job
+from tests.train.checkpoint.compare import assert_bit_equal, history, newest
+from tests.train.job import RANKS, Job, run_settings
 
 Plant = Callable[[Callable[[], None]], None]
 

@@ -17,8 +17,7 @@ from megatron_patch.train.step import Step, Trainer
 from megatron_patch.train.watchdog import Ceiling
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_share, toy_trainer
-from tests.train.conftest import run_settings
-from tests.train.job import Job
+from tests.train.job import Job, run_settings
 
 aten = torch.ops.aten
 # On a GPU each of these waits for the device: to give the host a value, to learn the size of the answer, or to copy

@@ -17,10 +17,9 @@ from megatron_patch.recipe import load
 from megatron_patch.train.hang import EXIT_CODE
 from megatron_patch.train.step import Trainer
 from megatron_patch.train.watchdog import LossWatch, SlowWatch
-from tests.checkpoint.compare import history, newest
 from tests.toy import TOY
-from tests.train.conftest import run_settings
-from tests.train.job import Job
+from tests.train.checkpoint.compare import history, newest
+from tests.train.job import Job, run_settings
 
 
 def policy(**changes: object):

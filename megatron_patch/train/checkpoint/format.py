@@ -26,8 +26,9 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_tools.format import canonical_json, digest_file, new_digest
-from data_tools.plain_file import read_plain
+from data_tools.files.digest import digest_file, new_digest
+from data_tools.files.json_file import canonical_json
+from data_tools.files.plain_file import read_plain
 from megatron_patch.recipe import Recipe
 
 INDEX_NAME = "index.json"

@@ -6,9 +6,11 @@ import time
 from datetime import UTC, datetime, timedelta
 
 from megatron_patch.data.order import SampleOrder
-from megatron_patch.milestone_table import Milestone
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
-from megatron_patch.topology import Topology
+from megatron_patch.run.milestones import Milestone
+from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train.cadence import Cadence
 from megatron_patch.train.checkpoint.format import MARKER_NAME, State
 from megatron_patch.train.checkpoint.resume import resume
@@ -16,8 +18,6 @@ from megatron_patch.train.checkpoint.run_folder import RunFolder
 from megatron_patch.train.checkpoint.save import Saved, Saver
 from megatron_patch.train.metrics import note
 from megatron_patch.train.side_channel import SideChannel
-from megatron_patch.train.status_file import StatusFile
-from megatron_patch.zero import ShardedOptimizer
 
 _SLOWEST_VERIFY = timedelta(hours=1)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_patch.groups import ParameterGroup
 from megatron_patch.model.parameters import Whole
-from megatron_patch.topology import Topology
+from megatron_patch.optim.groups import ParameterGroup
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.train.checkpoint.format import Fragment
-from megatron_patch.zero import ShardedOptimizer
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megatron_patch.topology import Topology
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.train.checkpoint.format import What
 from megatron_patch.train.checkpoint.plan import local_ranges
 from megatron_patch.train.checkpoint.reader import Checkpoint
-from megatron_patch.zero import ShardedOptimizer
 
 
 @torch.no_grad()

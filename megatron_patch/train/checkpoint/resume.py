@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_patch.model.parameters import whole_tensors
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
-from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import CheckpointError, State, StoredFile, check_file, read_marker
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
 from megatron_patch.train.checkpoint.restore import restore
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from megatron_patch.train.side_channel import SideChannel
-from megatron_patch.zero import ShardedOptimizer
 
 # Settings that change neither the rows nor what is computed from them, beyond the order of sums.
 _FREE = re.compile(

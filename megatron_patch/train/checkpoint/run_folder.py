@@ -15,10 +15,10 @@ import re
 import shutil
 from pathlib import Path
 
-from data_tools.durable import write_whole
-from megatron_patch import milestone_table
-from megatron_patch.milestone_table import TABLE_NAME, Milestone
+from data_tools.files.durable import write_whole
 from megatron_patch.recipe import Recipe
+from megatron_patch.run import milestones
+from megatron_patch.run.milestones import TABLE_NAME, Milestone
 from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, read_index
 from megatron_patch.train.checkpoint.write import remove
 
@@ -62,7 +62,7 @@ class RunFolder:
 
         Call it only while nothing is being written.
         """
-        recorded = {row["name"] for row in milestone_table.read(self.path / TABLE_NAME)[0]}
+        recorded = {row["name"] for row in milestones.read(self.path / TABLE_NAME)[0]}
         done = []
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             name, is_folder, named = path.name, path.is_dir(), _CHECKPOINT.fullmatch(path.name)
@@ -110,10 +110,10 @@ class RunFolder:
         A table that someone damaged is set aside, its whole lines are kept: no training ends for it.
         """
         table = self.path / TABLE_NAME
-        rows, whole = milestone_table.read(table)
+        rows, whole = milestones.read(table)
         if not whole:
             self.set_aside(table)
-        write_whole(table, milestone_table.with_line(rows, milestone))
+        write_whole(table, milestones.with_line(rows, milestone))
 
     def _folders(self) -> list[Path]:
         return [p for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []

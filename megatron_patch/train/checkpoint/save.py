@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from megatron_patch import device
+from megatron_patch.optim.zero import ShardedOptimizer
+from megatron_patch.parallel import device
+from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
-from megatron_patch.topology import Topology
 from megatron_patch.train.checkpoint.format import (
     CheckpointError,
     Contents,
@@ -37,7 +38,6 @@ from megatron_patch.train.checkpoint.format import (
 from megatron_patch.train.checkpoint.plan import ShardRange, fragment, is_writer, local_ranges
 from megatron_patch.train.checkpoint.write import finish, index_tensors, partial_folder, write_file
 from megatron_patch.train.side_channel import SideChannel
-from megatron_patch.zero import ShardedOptimizer
 
 _SLOWEST_WRITE = timedelta(hours=1)
 

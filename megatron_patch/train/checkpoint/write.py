@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_tools.durable import fsync_folder, share_like_folder, write_whole
-from data_tools.format import digest_file, new_digest
+from data_tools.files.digest import digest_file, new_digest
+from data_tools.files.durable import fsync_folder, share_like_folder, write_whole
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import (

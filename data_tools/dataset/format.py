@@ -1,0 +1,263 @@
+"""The on-disk form of a data set of fixed-length rows: what every stage writes and what training reads.
+
+A data set is one folder:
+
+    segment_000.bin       rows of `row_length` token ids, uint16 little-endian, nothing between them
+    segment_000.idx       index that Megatron-Core's `IndexedDataset` reads: one row = one sequence = one document
+    segment_000.src       one byte a row: the position of its source in `SOURCES`
+    segment_000.json      the segment's manifest; written last, so its presence says that the three files are whole
+    ...
+    held_out.*            optional: rows kept away from training, in the same four files
+    tokenizer.model|json  the tokenizer that made the ids
+    manifest.json         the data set's manifest; written when every segment is there
+
+Beside the files it is made of (`data_tools/files`) this module imports nothing else of the repository.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.files.errors import DataError
+from data_tools.files.json_file import fields_named, read_json, read_sealed, sealed
+from data_tools.files.plain_file import open_plain
+
+TOOL_VERSION = "1"
+"""Raised whenever the same input would give other bytes; part of every manifest."""
+
+SOURCES = ("arxiv", "book", "c4", "refinedweb", "starcoderdata", "stackexchange", "wikipedia")
+"""Amber's sources in the order of the paper's Table 2; a row's source byte is a position in this tuple."""
+
+TABLE_2_BILLION_TOKENS = {
+    "arxiv": 30.00,
+    "book": 28.86,
+    "c4": 197.67,
+    "refinedweb": 665.01,
+    "starcoderdata": 291.92,
+    "stackexchange": 21.75,
+    "wikipedia": 23.90,
+}
+"""Tokens a source gives to Amber, in billions (paper, Table 2)."""
+
+ROW_LENGTH = 2049  # 2,048 inputs and one more label (paper, section 3.3)
+VOCAB_SIZE = 32_000
+NUM_SEGMENTS = 360
+SEED = 11111  # the authors'
+TOKEN_DTYPE = np.dtype("<u2")
+MAX_VOCAB_SIZE = 1 << 16
+MANIFEST_NAME = "manifest.json"
+HELD_OUT_NAME = "held_out"
+TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
+
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_VERSION = 1
+_IDX_UINT16 = 8  # Megatron-Core's code for uint16
+_IDX_HEADER = struct.Struct("<9sQBQQ")
+_IDX_BLOCK_ROWS = 1 << 18
+
+
+def segment_name(segment: int) -> str:
+    """Name of a segment's files without suffix: `segment_007`."""
+    return f"segment_{segment:03d}"
+
+
+def bin_size(rows: int, row_length: int) -> int:
+    """Bytes of a `.bin` of `rows` rows."""
+    return rows * row_length * TOKEN_DTYPE.itemsize
+
+
+def idx_size(rows: int) -> int:
+    """Bytes of an `.idx` of `rows` rows: header, int32 length, int64 offset and int64 document bound a row."""
+    return _IDX_HEADER.size + rows * (4 + 8) + (rows + 1) * 8
+
+
+def index_blocks(rows: int, row_length: int) -> Iterator[bytes]:
+    """The bytes of an `.idx` for `rows` rows of `row_length` ids each, in blocks of bounded size."""
+    yield _IDX_HEADER.pack(_IDX_MAGIC, _IDX_VERSION, _IDX_UINT16, rows, rows + 1)
+
+    def blocks(count: int) -> Iterator[np.ndarray]:
+        for start in range(0, count, _IDX_BLOCK_ROWS):
+            yield np.arange(start, min(start + _IDX_BLOCK_ROWS, count), dtype="<i8")
+
+    for block in blocks(rows):
+        yield np.full(len(block), row_length, dtype="<i4").tobytes()
+    for block in blocks(rows):
+        yield (block * (row_length * TOKEN_DTYPE.itemsize)).tobytes()
+    for block in blocks(rows + 1):
+        yield block.tobytes()
+
+
+def read_index_rows(path: Path, row_length: int) -> int:
+    """Number of rows that an `.idx` speaks of, from its header and its size alone.
+
+    Raises:
+        DataError: not an index of uint16 rows, or its size does not fit its row count.
+    """
+    with open_plain(path) as stream:
+        header = stream.read(_IDX_HEADER.size)
+    if len(header) < _IDX_HEADER.size:
+        raise DataError("too short for an index", file=path, place="header", remedy="build the segment again")
+    magic, version, code, rows, bounds = _IDX_HEADER.unpack(header)
+    if (magic, version, code, bounds) != (_IDX_MAGIC, _IDX_VERSION, _IDX_UINT16, rows + 1):
+        raise DataError(
+            "not an index of uint16 rows with one document a row",
+            file=path,
+            place="header",
+            remedy="build the segment again with data_tools/build_amber.py index",
+        )
+    if path.stat().st_size != idx_size(rows):
+        raise DataError(
+            f"{path.stat().st_size} bytes, but {rows} rows need {idx_size(rows)}",
+            file=path,
+            place="size",
+            remedy="the file is cut short or damaged: build the segment again",
+        )
+    return int(rows)
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """Which tokenizer made the ids."""
+
+    file: str
+    sha256: str
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class SegmentManifest:
+    """What one segment (or the held-out rows) holds; `segment_000.json`."""
+
+    name: str
+    rows: int
+    row_length: int
+    vocab_size: int
+    rows_per_source: dict[str, int]
+    rejected: int
+    input: dict[str, Any]
+    """What it was made from: file name, bytes and XXH3-128 of a JSONL segment, or the digest of the mixed rows."""
+    digests: dict[str, str]
+    """XXH3-128 by suffix: bin, idx, src."""
+    tool_version: str = TOOL_VERSION
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.row_length
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], file: Path) -> SegmentManifest:
+        """Raises DataError where a field is missing or has the wrong type."""
+        known = {field.name for field in fields(cls)}
+        try:
+            manifest = cls(**{name: value[name] for name in known})
+        except KeyError as error:
+            raise DataError(
+                f"field {error} is missing", file=file, remedy="not a segment's manifest: build it again"
+            ) from None
+        numbers = (manifest.rows, manifest.row_length, manifest.vocab_size, manifest.rejected)
+        counts = manifest.rows_per_source
+        sound = isinstance(counts, dict) and isinstance(manifest.input, dict) and isinstance(manifest.digests, dict)
+        if not sound or not all(type(n) is int and n >= 0 for n in (*numbers, *counts.values())):
+            raise DataError("a field has the wrong type", file=file, remedy="build the segment again")
+        if set(counts) - set(SOURCES) or sum(counts.values()) != manifest.rows:
+            raise DataError(
+                f"rows per source {counts} do not add up to {manifest.rows} rows of known sources",
+                file=file,
+                remedy="build the segment again",
+            )
+        if set(manifest.digests) not in ({"bin", "idx", "src"}, {"jsonl"}):
+            raise DataError(f"digests of {sorted(manifest.digests)}", file=file, remedy="build the segment again")
+        return manifest
+
+    @classmethod
+    def read(cls, path: Path) -> SegmentManifest:
+        """Raises DataError where the file is missing or is not a segment's manifest."""
+        return cls.from_json(read_json(path, "build the segment with data_tools/build_amber.py"), path)
+
+
+@dataclass(frozen=True)
+class DatasetManifest:
+    """What the whole data set holds; `manifest.json`. Written when every segment is there."""
+
+    num_segments: int
+    rows_per_segment: int
+    row_length: int
+    vocab_size: int
+    rows_per_source: dict[str, int]
+    dropped_rows: int
+    """Rows beyond the last full round of segments, in no segment."""
+    rejected: int
+    tokenizer: TokenizerRecord | None
+    segments: list[SegmentManifest]
+    held_out: SegmentManifest | None
+    tool_version: str = TOOL_VERSION
+
+    @property
+    def rows(self) -> int:
+        return self.num_segments * self.rows_per_segment
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's content: names the data set."""
+        return str(self.to_json()["digest"])
+
+    def to_json(self) -> dict[str, Any]:
+        value = asdict(self)
+        value["segments"] = [segment.to_json() for segment in self.segments]
+        value["held_out"] = self.held_out.to_json() if self.held_out else None
+        value["rows"] = self.rows
+        value["tokens"] = self.rows * self.row_length
+        value["sources"] = list(SOURCES)
+        return sealed(value)
+
+    @classmethod
+    def read(cls, path: Path) -> DatasetManifest:
+        """Raises DataError where the file is missing, damaged or of another form."""
+        remedy = "finish the data set with data_tools/build_amber.py (index or mix --direct, then merge)"
+        value = read_sealed(path, remedy)
+        if value.get("sources") != list(SOURCES):
+            raise DataError(f"sources are not {SOURCES}", file=path, place="sources", remedy=remedy)
+        with fields_named(path, remedy):
+            dataset = cls(
+                num_segments=value["num_segments"],
+                rows_per_segment=value["rows_per_segment"],
+                row_length=value["row_length"],
+                vocab_size=value["vocab_size"],
+                rows_per_source=value["rows_per_source"],
+                dropped_rows=value["dropped_rows"],
+                rejected=value["rejected"],
+                tokenizer=TokenizerRecord(**value["tokenizer"]) if value["tokenizer"] else None,
+                segments=[SegmentManifest.from_json(segment, path) for segment in value["segments"]],
+                held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
+                tool_version=value["tool_version"],
+            )
+        segments = dataset.segments
+        found = len(segments), {segment.rows for segment in segments}, total_per_source(segments)
+        if found != (dataset.num_segments, {dataset.rows_per_segment}, dataset.rows_per_source):
+            raise DataError("its numbers are not those of its segments", file=path, remedy=remedy)
+        return dataset
+
+
+def total_per_source(segments: Sequence[SegmentManifest]) -> dict[str, int]:
+    """Rows of all segments by source; sources without rows are left out."""
+    totals = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES}
+    return {name: total for name, total in totals.items() if total}
+
+
+def tokenizer_name(path: Path) -> str:
+    """The name that a tokenizer file has in a data set, whatever it is called where it comes from."""
+    return "tokenizer.model" if path.suffix == ".model" else "tokenizer.json"
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The tokenizer file of a folder, if it has one; `tokenizer.json` before `tokenizer.model`."""
+    return next((folder / name for name in TOKENIZER_NAMES if (folder / name).is_file()), None)

@@ -1,0 +1,22 @@
+"""What every data tool raises where data cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+class DataError(ValueError):
+    """Data that cannot be used: says which file, which place in it, and what to do."""
+
+    def __init__(self, message: str, *, file: Path | str, place: str = "", remedy: str = "") -> None:
+        self.message, self.file, self.place, self.remedy = message, str(file), place, remedy
+        where = f"{file}: {place}" if place else str(file)
+        super().__init__(f"{where}: {message}" + (f"\n  remedy: {remedy}" if remedy else ""))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword-only arguments do not survive pickling between processes
+        return _rebuild_data_error, (self.message, self.file, self.place, self.remedy)
+
+
+def _rebuild_data_error(message: str, file: str, place: str, remedy: str) -> DataError:
+    return DataError(message, file=file, place=place, remedy=remedy)

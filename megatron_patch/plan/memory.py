@@ -1,0 +1,251 @@
+"""Bytes that one rank holds and sends, from a recipe's shapes; tests/plan/ compares them with real ranks.
+
+What is counted follows the code: flat parameter groups padded for ZeRO (zero.py), fp32 gradients beside them
+(gradients.py), what autograd keeps of each layer under the fused kernels (model/, kernels/), and the collectives of one
+step. Micro-batches are counted in rows, hidden states as [tokens, hidden].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_patch.data.deal import micro_batches
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
+from megatron_patch.model.counts import stage_layers
+from megatron_patch.model.parameters import Whole, whole_tensors
+from megatron_patch.optim import groups
+from megatron_patch.recipe import Recipe
+
+# DeepSpeed aligns a flat group to this many elements for each data-parallel rank (nccl_start_alignment_factor).
+ZERO_ALIGNMENT = 2
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place in a layout: sizes of its groups and its pipeline stage."""
+
+    recipe: Recipe
+    data_size: int
+    stage: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.recipe.parallel.pipeline - 1
+
+    @property
+    def layers(self) -> int:
+        return stage_layers(self.recipe)[self.stage]
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.recipe.precision == "bf16" else FP32
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that a rank runs a step."""
+        return micro_batches(self.recipe, self.data_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.recipe.batch.micro_batch_size * self.recipe.model.sequence_length
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of a micro-batch, whole."""
+        return self.tokens * self.recipe.model.hidden_size * self.element
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens of a micro-batch whose norms and residuals this rank holds."""
+        p = self.recipe.parallel
+        return self.tokens // (p.tensor if p.sequence else 1)
+
+    @property
+    def own_hidden_bytes(self) -> int:
+        """Their hidden states."""
+        return self.own_tokens * self.recipe.model.hidden_size * self.element
+
+
+@dataclass(frozen=True)
+class Group:
+    """A flat parameter group of a rank, as the optimizer holds it."""
+
+    replication: str
+    size: int  # scalars, padded for ZeRO
+    during_backward: bool  # its gradients can be reduced while lower layers still compute
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor-parallel part of a parameter."""
+
+    shape: tuple[int, ...]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def parameter_groups(place: Place) -> list[Group]:
+    """The groups that training forms (groups.py), from shapes alone."""
+    r = place.recipe
+    multiple = ZERO_ALIGNMENT * place.data_size
+    local = [
+        (whole, _Part(whole.part_shape(r.parallel.tensor)))
+        for whole in whole_tensors(r.model).values()
+        if _is_local(whole, place)
+    ]
+    return [
+        Group(group.replication, -(-group.size // multiple) * multiple, bool(group.layers) and min(group.layers) > 0)
+        for group in groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+    ]
+
+
+def _is_local(whole: Whole, place: Place) -> bool:
+    """Whether a stage holds a tensor. Layers are alike: the first ones stand for those of any stage."""
+    if whole.layer is not None:
+        return whole.layer < place.layers
+    return {"embedding": place.is_first, "ffn": True}.get(whole.kind, place.is_last)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the peak of a step, by part."""
+
+    weights: int
+    gradients: int  # fp32, whole, and this rank's reduced shard
+    optimizer: int  # ZeRO's shard: fp32 master and both moments
+    activations: int  # what backward needs of all micro-batches in flight
+    working: int  # beside them at the peak: in the loss, or in the backward pass of a layer
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+def memory(place: Place) -> Memory:
+    flat = sum(group.size for group in parameter_groups(place))
+    shard = flat // place.data_size
+    return Memory(
+        weights=flat * place.element,
+        gradients=FP32 * (flat + (shard if place.data_size > 1 else 0)),
+        optimizer=3 * FP32 * shard,
+        activations=_activations(place),
+        working=max(_in_backward(place), _in_loss(place) if place.is_last else 0),
+    )
+
+
+def saved_by_layer(place: Place, recompute: str) -> int:
+    """Bytes that autograd keeps of one layer and one micro-batch."""
+    m, p = place.recipe.model, place.recipe.parallel
+    hidden = place.own_hidden_bytes
+    if recompute == "full":
+        return hidden  # the layer's input
+    statistic = FP32 * place.own_tokens  # 1 / root mean square of each token
+    norms = 2 * (hidden + statistic)  # their inputs
+    inputs = 2 * hidden  # of the QKV projection and of the FFN
+    attention = 4 * place.hidden_bytes // p.tensor  # query, key, value; the output, which the projection reads as it is
+    log_sums = FP32 * place.tokens * m.num_attention_heads // p.tensor
+    ffn = 0 if recompute == "selective" else 3 * place.tokens * m.ffn_hidden_size * place.element // p.tensor
+    return norms + inputs + attention + log_sums + ffn
+
+
+def chunks_in_flight(place: Place) -> int:
+    """Forward passes of a model chunk whose backward has not run, at most (1F1B; interleaved where virtual)."""
+    p = place.recipe.parallel
+    later_stages = p.pipeline - 1 - place.stage
+    if p.virtual_pipeline == 1:
+        return min(later_stages + 1, place.micro_batches)
+    return min(2 * later_stages + (p.virtual_pipeline - 1) * p.pipeline + 1, place.micro_batches * p.virtual_pipeline)
+
+
+def _activations(place: Place) -> int:
+    r = place.recipe
+    per_chunk = saved_by_layer(place, r.recompute) * place.layers // r.parallel.virtual_pipeline
+    ends = 0
+    if place.is_last:  # the final norm's input and statistics, and the gradient that the loss already holds
+        ends = 2 * place.own_hidden_bytes + FP32 * place.own_tokens
+    return per_chunk * chunks_in_flight(place) + ends
+
+
+def _in_backward(place: Place) -> int:
+    """The last layer's backward pass at the gradient of gate and up: what is recomputed of it, and that gradient."""
+    m, p, recompute = place.recipe.model, place.recipe.parallel, place.recipe.recompute
+    again = saved_by_layer(place, "none") - saved_by_layer(place, recompute)
+    output = place.own_hidden_bytes if recompute != "none" else 0
+    freed = place.own_hidden_bytes if place.is_last else 0  # the final norm's input is not needed any more
+    return again + output + 2 * place.tokens * m.ffn_hidden_size * place.element // p.tensor - freed
+
+
+def _in_loss(place: Place) -> int:
+    """A chunk of logits and the rows they come of; under sequence parallelism all ranks' rows and their gradient."""
+    m, p = place.recipe.model, place.recipe.parallel
+    chunk = min(CHUNK_TOKENS, place.tokens) * m.vocab_size // p.tensor * place.element
+    return chunk + place.own_hidden_bytes + (2 * place.hidden_bytes if p.sequence else 0)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A kind of collective of one step, as one rank sees it."""
+
+    group: Literal["data", "tensor", "pipeline"]
+    what: str
+    operation: Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+    size: int  # ranks of the group
+    payload: int  # bytes a step, of the whole tensors
+    hidden: bool = False  # runs beside computation
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank puts on the wire: ring algorithms; a send goes once."""
+        factor = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}.get(self.operation)
+        return self.payload if factor is None else factor * self.payload * (self.size - 1) / self.size
+
+
+def traffic(place: Place) -> list[Traffic]:
+    """What one rank exchanges in a step, the sum of loss and norm apart (12 bytes)."""
+    return [item for item in _traffic(place) if item.payload and item.size > 1]
+
+
+def _traffic(place: Place) -> Iterator[Traffic]:
+    p = place.recipe.parallel
+    held = parameter_groups(place)
+    flat, dp = sum(group.size for group in held), place.data_size
+    early = sum(group.size for group in held if group.during_backward)
+    ffn, norms = (sum(group.size for group in held if group.replication == kind) for kind in ("ffn", "norm"))
+    yield Traffic("data", "gradients, in backward", "reduce-scatter", dp, FP32 * early, hidden=True)
+    yield Traffic("data", "gradients, after it", "reduce-scatter", dp, FP32 * (flat - early))
+    # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
+    yield Traffic("data", "weights, for layer 0", "all-gather", dp, place.element * (flat - early))
+    yield Traffic("data", "weights, in forward", "all-gather", dp, place.element * early, hidden=True)
+    yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * ffn // dp)
+    hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
+    yield Traffic("pipeline", "activations", "send", p.pipeline, hops * place.own_hidden_bytes * place.micro_batches)
+    yield from _tensor_traffic(place, norms)
+
+
+def _tensor_traffic(place: Place, norms: int) -> Iterator[Traffic]:
+    r, tensor = place.recipe, place.recipe.parallel.tensor
+    n, hidden = place.micro_batches, place.hidden_bytes
+    # Attention and FFN each begin and end with one exchange; what is recomputed is exchanged again.
+    again = {"none": 0, "selective": 1, "full": 2}[r.recompute]
+    yield Traffic("tensor", "loss statistics", "all-reduce", tensor, 3 * FP32 * place.tokens * n * place.is_last)
+    if not r.parallel.sequence:
+        ends = place.is_first + place.is_last  # embedding forward, loss backward
+        yield Traffic("tensor", "activations", "all-reduce", tensor, ((4 + again) * place.layers + ends) * hidden * n)
+        return
+    # Under sequence parallelism a block's input is gathered again for its weight gradient.
+    gathers = (6 + again) * place.layers + place.is_first + place.is_last
+    scatters = (4 + again) * place.layers + place.is_first + place.is_last
+    yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden * n)
+    yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden * n)
+    yield Traffic("tensor", "norms' gradient", "all-reduce", tensor, FP32 * norms // place.data_size)

@@ -1,0 +1,35 @@
+"""The typed recipe, the one place where a setting of a run is written.
+
+`load` reads `recipes/NAME.yaml`, follows `extends`, applies named alternatives (`use=NAME`) and `key.path=value`
+overrides, and returns a validated, frozen `Recipe`.
+"""
+
+from megatron_patch.recipe.reader import RECIPES, RecipeError, load
+from megatron_patch.recipe.settings import (
+    Batch,
+    Checkpoint,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Recipe,
+    Run,
+    Section,
+    Watchdog,
+)
+
+__all__ = [
+    "RECIPES",
+    "Batch",
+    "Checkpoint",
+    "Data",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Recipe",
+    "RecipeError",
+    "Run",
+    "Section",
+    "Watchdog",
+    "load",
+]

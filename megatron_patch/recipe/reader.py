@@ -1,0 +1,125 @@
+"""Reading a recipe file: `extends`, named alternatives, overrides, validation, and what is refused in words."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from data_tools.files.plain_file import read_plain
+from megatron_patch.recipe.settings import Recipe
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"  # where this repository's recipes are
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: names the file or key, what was expected and what to do."""
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    `overrides` are `key.path=value` strings, the value read as YAML; `use=NAME[,NAME]` applies named alternatives
+    of the file (`alternatives:` in it or in a base) before the other overrides.
+    Raises RecipeError naming the file, the key and the remedy.
+    """
+    path = Path(path)
+    tree, alternatives = _read(path, seen=())
+    names, settings = [], []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{text!r} is not an override; write key.path=value, e.g. batch.micro_batch_size=4")
+        if key == "use":
+            names += [n for n in value.split(",") if n]
+        else:
+            try:
+                settings.append((key, yaml.load(value, Loader=_Loader)))
+            except _NOT_YAML as e:
+                raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
+    for name in names:
+        if name not in alternatives:
+            raise RecipeError(
+                f"{path}: no alternative {name!r}; the file names {', '.join(sorted(alternatives)) or 'none'}"
+            )
+        tree = _merge(tree, alternatives[name])
+    for key, value in settings:
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        tree = _merge(tree, nested)
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as e:
+        raise RecipeError("\n".join([f"{path} is refused:", *(f"  {_explain(d)}" for d in e.errors())])) from e
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        tree = yaml.load(read_plain(path).decode(), Loader=_Loader)
+    except OSError as e:
+        raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
+    except _NOT_YAML as e:
+        raise RecipeError(f"{path}: not valid YAML: {e}") from e
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    alternatives = tree.pop("alternatives", None) or {}
+    if not (
+        isinstance(alternatives, dict)
+        and all(isinstance(name, str) and isinstance(a, dict) for name, a in alternatives.items())
+    ):
+        raise RecipeError(f"{path}: alternatives: expected settings under each name, as in recipes/base.yaml")
+    base = tree.pop("extends", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise RecipeError(f"{path}: extends: expected the name of a file beside it, found {base!r}")
+        base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
+        tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
+    return tree, alternatives
+
+
+# PyYAML lets a date in month 99 or a nesting without end through as what Python says of them.
+_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+
+
+class _Loader(yaml.SafeLoader):
+    """A key written twice is an error, not a silent last-one-wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
+        if twice := {k for k in keys if keys.count(k) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"written twice: {sorted(twice, key=str)}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if not (isinstance(base, Mapping) and isinstance(over, Mapping)):
+        return over
+    return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
+
+
+def _explain(error: Any) -> str:
+    where = [str(part) for part in error["loc"]]
+    place = ".".join(where)
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in where[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{place}: missing; write it, or inherit it with `extends: base.yaml` where base.yaml has it"
+    if error["type"] == "model_type":
+        return f"{place}: expected a section of settings (given: {error['input']!r})"
+    given = f" (given: {error['input']!r})" if place and not isinstance(error["input"], Mapping) else ""
+    return f"{place + ': ' if place else ''}{message}{given}"

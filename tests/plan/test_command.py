@@ -1,0 +1,243 @@
+"""What `plan` says of memory and bytes on the wire, against real ranks: allocations, saved tensors, collectives."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_patch.parallel import device
+from megatron_patch.plan import command as plan
+from megatron_patch.plan.command import memory
+from tests import toy
+from tests.ranks import run_ranks
+
+os.environ["TORCH_FR_BUFFER_SIZE"] = "20000"  # the flight recorder keeps every collective of a toy step
+
+LAYOUTS = {
+    "DP2": (2, []),
+    "DP3": (3, ["batch.micro_batch_size=2"]),
+    "DP2 ZeRO-2": (2, ["parallel.zero_stage=2", "optimizer.decay_everything=false"]),
+    "TP2": (2, ["parallel.tensor=2", "model.shared_ffn=false"]),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "TP2+SP x DP2": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "PP2 x DP2": (4, ["parallel.pipeline=2"]),
+    "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "PP4, 22 layers": (4, ["parallel.pipeline=4", "model.num_layers=22"]),
+    "selective, TP2": (2, ["parallel.tensor=2", "recompute=selective"]),
+    "full, TP2": (2, ["parallel.tensor=2", "recompute=full"]),
+    "full, TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true", "recompute=full"]),
+    "bf16, DP2": (2, ["precision=bf16"]),
+}
+# gloo has no reduce-scatter of its own and records the all-reduce that it runs instead.
+OPERATIONS = {"all_reduce": "reduced", "all_gather": "gathered", "all-reduce": "reduced"}
+OPERATIONS |= {"reduce-scatter": "reduced", "all-gather": "gathered", "send": "sent"}
+WIDTHS = {"Float": 4, "BFloat16": 2}
+
+
+def numel(sizes: list[list[int]]) -> int:
+    return sum(torch.Size(size).numel() for size in sizes)
+
+
+def measure(overrides: list[str]) -> dict[str, Any]:
+    """On a rank: what one step allocates for good and exchanges."""
+    trainer = toy.toy_trainer(toy.toy_recipe(*overrides))
+    share = toy.toy_share(trainer, 0)
+    trainer.step(share, 1e-4)  # the optimizer makes its moments in the first step
+    exchanged: Counter[tuple[str, str]] = Counter()
+    send = dist.ProcessGroup.send
+
+    def counted_send(group: dist.ProcessGroup, tensors: list[torch.Tensor], *args: Any) -> dist.Work:
+        exchanged["pipeline", "sent"] += sum(t.nbytes for t in tensors)  # the flight recorder leaves gloo's sends out
+        return send(group, tensors, *args)
+
+    before = len(json.loads(device.flight_record())["entries"])
+    with mock.patch.object(dist.ProcessGroup, "send", counted_send):
+        trainer.step(share, 1e-4)
+    for entry in json.loads(device.flight_record())["entries"][before:]:
+        group = entry["process_group"][1].split("_")[0].lower()
+        operation = OPERATIONS[entry["profiling_name"].removeprefix("gloo:")]
+        whole = max(numel(entry["input_sizes"]), numel(entry["output_sizes"]))
+        exchanged[group, operation] += whole * WIDTHS[entry["input_dtypes"][0]]
+    zero = trainer.optimizer
+    moments = [zero.moments(i)[what] for i in range(len(zero.groups)) for what in ("exp_avg", "exp_avg_sq")]
+    return {
+        "stage": trainer.topology.pipeline_rank,
+        "data_size": trainer.topology.data_size,
+        "weights": sum(flat.nbytes for flat in zero.zero.bit16_groups_flat),
+        "gradients": sum(b._bytes + (b.shard.nbytes if b.shard is not b.flat else 0) for b in zero.buffers),
+        "optimizer": sum(t.nbytes for t in [*zero.master_shards, *moments]),
+        "exchanged": exchanged,
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_and_traffic_of_real_ranks(layout: str) -> None:
+    world_size, overrides = LAYOUTS[layout]
+    recipe = toy.toy_recipe(*overrides)
+    for real in run_ranks(world_size, measure, overrides):
+        place = memory.Place(recipe, real["data_size"], real["stage"])
+        planned = memory.memory(place)
+        assert planned.weights == real["weights"]
+        assert planned.gradients == real["gradients"]
+        assert planned.optimizer == real["optimizer"]
+        traffic = Counter({("default", "reduced"): 12})  # loss, norm and requests, over the world
+        for item in memory.traffic(place):
+            traffic[item.group, OPERATIONS[item.operation]] += item.payload
+        assert traffic == real["exchanged"]
+
+
+SAVED = [
+    "kernels=triton",
+    "batch.micro_batch_size=2",
+    "batch.global_batch_size=2",
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.vocab_size=128",
+    "model.sequence_length=32",
+]
+
+
+def saved_bytes(overrides: list[str]) -> tuple[int, int]:
+    """On a rank: its pipeline stage, and the bytes that autograd holds when one micro-batch has run forward."""
+    trainer = toy.toy_trainer(toy.toy_recipe(*overrides))
+    parameters = {p.untyped_storage().data_ptr() for chunk in trainer.chunks for p in chunk.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors stay alive, so no address comes twice
+    backward = torch.autograd.graph._engine_run_backward
+    in_backward = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and not in_backward:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        in_backward.append(True)  # what is kept from here on is recomputed
+        return backward(*args, **kwargs)
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        mock.patch("torch.autograd.graph._engine_run_backward", marked),
+        mock.patch("torch.autograd._engine_run_backward", marked),
+    ):
+        trainer.step(toy.toy_share(trainer, 0), 1e-4)
+    m = trainer.recipe.model
+    table = 2 * m.sequence_length * m.head_dim // 2 * 4  # rotary angles: once a model, not once a layer
+    sizes = [t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters]
+    return trainer.topology.pipeline_rank, sum(sizes) - table
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "",
+        "parallel.tensor=2",
+        "parallel.tensor=2 parallel.sequence=true",
+        "parallel.pipeline=2",
+        "recompute=selective",
+        "recompute=full",
+        "recompute=full parallel.tensor=2 parallel.sequence=true",
+    ],
+)
+def test_activations_are_what_autograd_keeps(layout: str) -> None:
+    overrides = [*SAVED, *layout.split()]
+    recipe = toy.toy_recipe(*overrides)
+    p = recipe.parallel
+    for stage, real in run_ranks(p.tensor * p.pipeline, saved_bytes, overrides):
+        place = memory.Place(recipe, 1, stage)
+        planned = memory.memory(place).activations
+        assert planned == real
+
+
+def plan_of(*arguments: str) -> tuple[int, str, str]:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = plan.main(parser.parse_intermixed_args(arguments))
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_plan_of_the_published_run() -> None:
+    code, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "20", "--gpus", "a100-80g")
+    assert code == 0
+    for part in (
+        "534,865,920 unique (memory, checkpoints), 1,261,529,088 applied (compute)",
+        "7.73 GFLOP a token",
+        "767,880 steps, 1,258.1B tokens",
+        "18,165 tokens/s a GPU",
+        "5.0 days, 19.2K GPU hours",
+        "2.4 expected",  # 160 GPUs x 5.0 days / 8,090 GPU hours
+        "7.5 GB each, 3 kept",  # 534,865,920 x 14 bytes
+        "360, 1.1 GB each; 10 of them with the optimizer",
+        "reduce-scatter of gradients, in backward over 160",
+        "all-gather of weights, in forward over 160",
+        "0.092 s of it beside computation (72%)",
+    ):
+        assert part in text, part
+
+
+def test_nineteen_nodes_take_padding_into_account() -> None:
+    _, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "19")
+    # 800 rows on 152 ranks: two micro-batches of 5 where 5.26 rows are the share.
+    assert "2 micro-batches of 5 a rank, 47.4% of them padding" in text
+    _, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "19", "batch.micro_batch_size=3")
+    assert "2 micro-batches of 3 a rank, 12.3% of them padding" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpus", "a100-40g", "batch.micro_batch_size=20"], "refused: stage 0 needs 6.*lower batch.micro_batch_size"),
+        (["--nodes", "3", "parallel.pipeline=5"], r"chunks"),
+        (["--nodes", "5", "parallel.pipeline=11"], r"40 GPUs / .* = 3.63636: use a number of nodes that divides"),
+        (["batch.global_batch_size=1706977"], "1706977 is more than the 1706976 rows of a segment"),
+        (["batch.global_batch_size=4000000000000000000"], "there is no whole batch; lower it"),
+        (["parallel.tensor=16"], r"a tensor group would span two nodes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_arithmetic(arguments: list[str], reason: str) -> None:
+    code, _, error = plan_of("recipes/mobillama_05b.yaml", *arguments)
+    assert code == 2
+    assert re.search(reason, error, re.DOTALL), error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--nodes", "0"],
+        ["--nodes", "-3"],
+        ["--nodes", str(2**63)],
+        ["--mfu", "1e-320"],
+        ["--mfu", "0"],
+        ["--mfu", "45"],
+        ["--mfu", "nan"],
+        ["--restart-minutes", "-1"],
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_intermixed_args(["recipes/mobillama_05b.yaml", *arguments])
+    assert ended.value.code == 2
+    assert f"argument {arguments[0]}: {arguments[1]} is given" in capsys.readouterr().err
+
+
+def test_the_papers_models_side_by_side() -> None:
+    code, text, _ = plan_of()
+    assert code == 0
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()[2:7]}
+    assert rows["baseline2"][1:3] == ["542,148,608", "0.52B"]
+    assert rows["large_base"][4] == rows["mobillama_05b"][4] == "7.73"

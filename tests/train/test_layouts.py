@@ -1,0 +1,88 @@
+"""The same model in every layout: same seed, same rows, same losses, norms and weights as on one rank."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.toy import gather, toy_recipe, train_toy
+
+STEPS = 10
+
+# name: (ranks, overrides); micro-batches outnumber stages everywhere.
+LAYOUTS = {
+    "TP2": (2, ["parallel.tensor=2"]),
+    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "PP2": (2, ["parallel.pipeline=2"]),
+    "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "DP2": (2, []),
+    "DP3, batch 8": (3, []),
+    "PP2xDP3": (6, ["parallel.pipeline=2"]),
+    "PP2xVPP2xDP3": (6, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "TP2xPP2xDP2+SP": (8, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "ZeRO-2 on DP2, 2 micro-batches": (2, ["parallel.zero_stage=2", "batch.micro_batch_size=2"]),
+    "ZeRO-2 on DP2, full recompute": (2, ["parallel.zero_stage=2", "recompute=full"]),
+    "PP2, selective recompute": (2, ["parallel.pipeline=2", "recompute=selective"]),
+}
+FFNS = {"shared": ["model.shared_ffn=true"], "dedicated": ["model.shared_ffn=false"]}
+
+
+@functools.cache
+def on_one_rank(*overrides: str):
+    """(losses, norms, whole weights) of the reference layout."""
+    answer = run_ranks(1, train_toy, list(overrides), STEPS)
+    return answer[0]["losses"], answer[0]["norms"], gather(answer, toy_recipe(*overrides))
+
+
+def relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+def check(answers, overrides, reference, tolerance):
+    losses, norms, weights = reference
+    for answer in answers:
+        assert answer["replicas_equal"], "the shared FFN differs between ranks"
+        assert (answer["losses"], answer["norms"]) == (answers[0]["losses"], answers[0]["norms"])
+    assert max(map(relative, answers[0]["losses"], losses)) < tolerance
+    assert max(map(relative, answers[0]["norms"], norms)) < tolerance
+    for name, tensor in gather(answers, toy_recipe(*overrides)).items():
+        assert (tensor - weights[name]).norm() < tolerance * weights[name].norm(), name
+
+
+@pytest.mark.parametrize("ffn", FFNS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_trains_as_one_rank(layout, ffn):
+    ranks, overrides = LAYOUTS[layout]
+    overrides = [*FFNS[ffn], *overrides]
+    check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*FFNS[ffn]), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(4, ["parallel.pipeline=4"]), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])],
+    ids=["PP4", "PP2xVPP2"],
+)
+def test_22_layers_split_unevenly(ranks, overrides):
+    deep = ["model.num_layers=22", "model.shared_ffn=true"]
+    check(run_ranks(ranks, train_toy, [*deep, *overrides], STEPS), [*deep, *overrides], on_one_rank(*deep), 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["DP2", "PP2xDP3", "TP2xPP2xDP2+SP", "PP2xVPP2", "ZeRO-2 on DP2, 2 micro-batches"])
+def test_bf16_trains_as_fp32(layout):
+    ranks, overrides = LAYOUTS[layout]
+    losses, norms, _ = on_one_rank("model.shared_ffn=true")
+    answers = run_ranks(ranks, train_toy, ["precision=bf16", "model.shared_ffn=true", *overrides], STEPS)
+    for answer in answers:
+        assert answer["replicas_equal"]
+        assert all(p.dtype == torch.bfloat16 for p in answer["parts"].values())
+    assert max(map(relative, answers[0]["losses"], losses)) < 1e-3
+    assert max(map(relative, answers[0]["norms"], norms)) < 1e-2
+
+
+def test_rank_count_that_the_layout_does_not_divide_is_refused():
+    from megatron_patch.parallel.topology import data_parallel_size
+    from megatron_patch.recipe import RecipeError
+
+    with pytest.raises(RecipeError, match=r"6 ranks / \(parallel.tensor 2 x parallel.pipeline 2\) = 1.5"):
+        data_parallel_size(toy_recipe("parallel.tensor=2", "parallel.pipeline=2").parallel, 6)
