@@ -1,7 +1,7 @@
 """What a run needs, before it is submitted: `python -m megatron_patch plan RECIPE --nodes 20 --gpus a100-80g`.
 
-Every number is computed from the recipe's shapes (counts.py, memory.py) and from assumptions that are printed beside
-it; what does not fit is refused. Without a recipe, the paper's five models stand side by side.
+Every number is computed from the recipe's shapes (counts.py, memory.py, network.py) and from assumptions that are
+printed beside it; what does not fit is refused. Without a recipe, the paper's five models stand side by side.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from megatron_patch.launch import check_rank_map
 from megatron_patch.model import counts
 from megatron_patch.paper import TABLE_1
 from megatron_patch.parallel.gpus import GIB, GPUS, Gpu
-from megatron_patch.plan.memory import Memory, Place, Traffic, memory, traffic
+from megatron_patch.plan.memory import Memory, Place, memory
+from megatron_patch.plan.network import Traffic, traffic
 from megatron_patch.recipe import Recipe, RecipeError
 
 # Of Amber's released segments.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_patch.parallel import device
 from megatron_patch.plan import command as plan
-from megatron_patch.plan.command import memory
+from megatron_patch.plan import memory, network
 from tests import toy
 from tests.ranks import run_ranks
 
@@ -93,7 +93,7 @@ def test_memory_and_traffic_of_real_ranks(layout: str) -> None:
         assert planned.gradients == real["gradients"]
         assert planned.optimizer == real["optimizer"]
         traffic = Counter({("default", "reduced"): 12})  # loss, norm and requests, over the world
-        for item in memory.traffic(place):
+        for item in network.traffic(place):
             traffic[item.group, OPERATIONS[item.operation]] += item.payload
         assert traffic == real["exchanged"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_patch.parallel import topology
-from megatron_patch.plan.command import memory
+from megatron_patch.plan import memory
 from megatron_patch.recipe import load
 from megatron_patch.train.step import Trainer
 from tests.parallel.test_gpu_paths import empty_share
