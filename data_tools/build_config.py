@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_tools.dataset.format import NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES
 from data_tools.files.errors import DataError
+from data_tools.files.strict_yaml import NotYaml, read_yaml
 
 
 class Published(BaseModel):
@@ -42,16 +41,6 @@ class BuildConfig(BaseModel):
         return sources
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice: YAML's reader takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_config(path: Path) -> BuildConfig:
     """Reads and checks a configuration.
 
@@ -60,12 +49,12 @@ def read_config(path: Path) -> BuildConfig:
     """
     remedy = "compare it with data_tools/amber.yaml"
     try:
-        return BuildConfig.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
+        return BuildConfig.model_validate(read_yaml(path))
     except FileNotFoundError:
         raise DataError("no such file", file=path, remedy="name a YAML file with --config") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise DataError(first["msg"], file=path, place=place, remedy=remedy) from None
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # a date in month 99 is a ValueError
+    except NotYaml as error:
         raise DataError(f"not YAML: {error}", file=path, remedy=remedy) from None

@@ -12,8 +12,11 @@ from data_tools.files.errors import DataError
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A file to read from; OSError, at once, also where it is no plain file."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    """A file to read from; OSError, at once, also where it is no plain file or no name of one."""
+    try:
+        stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except ValueError as error:  # "embedded null byte"
+        raise OSError(errno.EINVAL, str(error), str(path)) from None
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return stream
     stream.close()

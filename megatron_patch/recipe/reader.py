@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from data_tools.files.plain_file import read_plain
+from data_tools.files.strict_yaml import NotYaml, parse_yaml, read_yaml
 from megatron_patch.recipe.settings import Recipe
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"  # where this repository's recipes are
@@ -38,8 +37,8 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             names += [n for n in value.split(",") if n]
         else:
             try:
-                settings.append((key, yaml.load(value, Loader=_Loader)))
-            except _NOT_YAML as e:
+                settings.append((key, parse_yaml(value)))
+            except NotYaml as e:
                 raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
     for name in names:
         if name not in alternatives:
@@ -60,10 +59,10 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        tree = yaml.load(read_plain(path).decode(), Loader=_Loader)
+        tree = read_yaml(path)
     except OSError as e:
         raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
-    except _NOT_YAML as e:
+    except NotYaml as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if path.resolve() in seen:
         raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
@@ -82,22 +81,6 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
         tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
     return tree, alternatives
-
-
-# PyYAML lets a date in month 99 or a nesting without end through as what Python says of them.
-_NOT_YAML = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
-
-
-class _Loader(yaml.SafeLoader):
-    """A key written twice is an error, not a silent last-one-wins."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value if k.tag != "tag:yaml.org,2002:merge"]
-        if twice := {k for k in keys if keys.count(k) > 1}:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"written twice: {sorted(twice, key=str)}", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
 
 
 def _merge(base: Any, over: Any) -> Any:

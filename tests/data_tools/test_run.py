@@ -73,8 +73,8 @@ def test_what_does_not_fit_is_refused(small_corpus: Path, tmp_path: Path, change
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"tokenizer: a\nsources: {c4: x, c4: y}\n", "c4 stands twice"),
-        (b"[" * 5000, "not YAML: maximum recursion depth"),
+        (b"tokenizer: a\nsources: {c4: x, c4: y}\n", "written twice: ['c4']"),
+        (b"[" * 5000, "not YAML: nested deeper than 50"),
         (b"\xff\xfe", "not YAML: 'utf-8' codec can't decode"),
         (b"seed: 2024-99-99", "not YAML: month must be in 1..12"),
         (b"", "Input should be a valid dictionary"),
