@@ -34,7 +34,7 @@ PEER = "orjson + add_document"
 
 def make_segment(path: Path, rows: int) -> None:
     """Writes a segment of `rows` rows."""
-    from data_tools.dataset.format import SOURCES, VOCAB_SIZE
+    from data_tools.dataset.format import AMBER_SOURCES, VOCAB_SIZE
     from data_tools.index.jsonl_segments import jsonl_lines
 
     random = np.random.RandomState(0)
@@ -44,7 +44,7 @@ def make_segment(path: Path, rows: int) -> None:
             digits = random.choice(DIGITS, p=SHARES, size=(count, ROW_LENGTH))
             low, high = 10 ** (digits - 1), np.minimum(10**digits, VOCAB_SIZE)
             ids = (low + random.random_sample(digits.shape) * (high - low)).astype("<u2")
-            stream.write(jsonl_lines(ids, random.randint(0, len(SOURCES), count).astype(np.uint8)))
+            stream.write(jsonl_lines(ids, random.randint(0, len(AMBER_SOURCES), count).astype(np.uint8), AMBER_SOURCES))
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -66,8 +66,8 @@ def drop_from_cache(path: Path) -> None:
 def index_ours(path: Path, output: Path, kernel: str, threads: int) -> dict[str, float]:
     """Our index of one segment, digests, sources and `.idx` included."""
     from data_tools.dataset.segment_files import DatasetPlan
+    from data_tools.files.errors import ErrorPolicy
     from data_tools.index import index_segments
-    from data_tools.index.segment_reader import ErrorPolicy
 
     index_segments.SegmentReader = functools.partial(index_segments.SegmentReader, kernel=kernel)  # type: ignore[misc,assignment]
     spent = {"fsync": 0.0, "fsync_cpu": 0.0}

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from data_tools.dataset.format import (
+    AMBER_SOURCES,
     SEED,
-    SOURCES,
     DatasetManifest,
     SegmentManifest,
     bin_size,
@@ -58,10 +58,10 @@ def make_data_set(folder: Path, num_segments: int, rows: int, sparse: bool) -> N
                     for _ in range(0, rows, 1000):
                         stream.write(random.randint(0, 32000, (1000, ROW_LENGTH)).astype("<u2").tobytes())
         digests = {"bin": "", "src": "", "idx": digest.hexdigest()}
-        manifest = SegmentManifest(base.name, rows, ROW_LENGTH, 32000, {SOURCES[0]: rows}, 0, {}, digests)
+        manifest = SegmentManifest(base.name, rows, ROW_LENGTH, 32000, {AMBER_SOURCES[0]: rows}, 0, {}, digests)
         base.with_suffix(".json").write_bytes(canonical_json(manifest.to_json()))
         manifests.append(manifest)
-    counts = {SOURCES[0]: rows * num_segments}
+    counts = {AMBER_SOURCES[0]: rows * num_segments}
     whole = DatasetManifest(num_segments, rows, ROW_LENGTH, 32000, counts, 0, 0, None, manifests, None)
     (folder / "manifest.json").write_bytes(canonical_json(whole.to_json()))
 

@@ -8,12 +8,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.dataset.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES, DatasetManifest
-from data_tools.files.errors import DataError
+from data_tools.dataset.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, DatasetManifest
+from data_tools.files.errors import DataError, ErrorPolicy
+
+if TYPE_CHECKING:
+    from data_tools.build_config import BuildConfig
 
 AMBER = Path(__file__).with_name("amber.yaml")
 
@@ -80,6 +84,10 @@ def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def _add_sources(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--config", type=Path, metavar="YAML", help=f"{what} its `sources` list (amber.yaml)")
+
+
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--row-length", type=_count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
     parser.add_argument(
@@ -109,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output(tokenize)
     tokenize.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.model or .json")
-    tokenize.add_argument("--source", choices=SOURCES, help="--input holds this source alone (default: INPUT/<source>)")
+    tokenize.add_argument("--source", metavar="NAME", help="--input holds this source alone")
+    _add_sources(tokenize, "every source of it, where")
     tokenize.add_argument("--row-length", type=_count(1), default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
     tokenize.add_argument(
         "--workers", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
@@ -129,6 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--held-out-per-source", type=_count(0), default=0, metavar="N", help="rows kept from training (0)"
     )
     mix.add_argument("--seed", type=_count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
+    _add_sources(mix, "the order of the sources is that of")
     _add_segment(mix, "once without it")
 
     index = _command(
@@ -139,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output(index)
     _add_plan(index)
+    _add_sources(index, "without mix.json, the sources are")
     index.add_argument(
         "--threads", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
     )
@@ -153,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_output(merge)
     _add_plan(merge)
+    _add_sources(merge, "without mix.json, the sources are")
 
     verify = _command(commands, "verify", "recompute a data set's digests, ids and counts", "--input indexed")
     verify.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments")
@@ -202,7 +214,14 @@ def run(arguments: argparse.Namespace) -> int:
         from data_tools.pack.mix import MixOptions, mix
 
         options = MixOptions(arguments.num_segments, arguments.direct, arguments.held_out_per_source, arguments.seed)
-        result = mix(arguments.input, arguments.output, options, arguments.segment)
+        config = _config(arguments)
+        if arguments.config and (missing := [n for n in config.sources if not (arguments.input / n).is_dir()]):
+            raise DataError(
+                f"{arguments.config} lists {', '.join(missing)}, which has no rows here",
+                file=arguments.input,
+                remedy="run tokenize for it first",
+            )
+        result = mix(arguments.input, arguments.output, options, arguments.segment, config.source_names)
         if isinstance(result, DatasetManifest):
             _say_dataset(arguments.output, result)
         elif result is not None:
@@ -225,20 +244,53 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def _tokenize(arguments: argparse.Namespace) -> int:
-    from data_tools.pack.tokenize_source import tokenize_source
+def _config(arguments: argparse.Namespace) -> BuildConfig:
+    """The build that --config names, Amber's where it names none."""
+    from data_tools.build_config import read_config
 
+    return read_config(arguments.config or AMBER)
+
+
+def _policy(arguments: argparse.Namespace) -> ErrorPolicy:
+    return ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
+
+
+def _source_folders(arguments: argparse.Namespace) -> dict[str, Path]:
+    """By source, the folder of its raw text: --input itself, INPUT/NAME, or where --config says."""
+    listed = _config(arguments).sources
     if arguments.source:
-        folders = {arguments.source: arguments.input}
-    else:
-        folders = {name: arguments.input / name for name in SOURCES if (arguments.input / name).is_dir()}
+        if arguments.source not in listed:
+            raise DataError(
+                f"lists no source {arguments.source!r}, but {', '.join(listed)}",
+                file=arguments.config or AMBER,
+                place="sources",
+                remedy="add it there, or to a copy that --config names",
+            )
+        return {arguments.source: arguments.input}
+    if arguments.config:
+        for name, place in listed.items():
+            if not (arguments.input / place).is_dir():
+                raise DataError(
+                    "no such folder", file=arguments.input / place, place=name, remedy=f"set it in {arguments.config}"
+                )
+        return {name: arguments.input / place for name, place in listed.items()}
+    folders = {name: arguments.input / name for name in listed if (arguments.input / name).is_dir()}
     if not folders:
         raise DataError(
             "no folder named after a source",
             file=arguments.input,
-            remedy=f"name them {', '.join(SOURCES)}, or use --source",
+            remedy=f"name them {', '.join(listed)}, or use --source, or list yours in a YAML file (--config)",
         )
-    for name, folder in folders.items():
+    visible = (path for path in arguments.input.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if others := sorted(path.name for path in visible if path.name not in listed):
+        print(f"{arguments.input}: not named after a source and left out: {', '.join(others)}", file=sys.stderr)
+    return folders
+
+
+def _tokenize(arguments: argparse.Namespace) -> int:
+    from data_tools.pack.tokenize_source import tokenize_source
+
+    for name, folder in _source_folders(arguments).items():
         manifest = tokenize_source(
             name,
             folder,
@@ -246,8 +298,7 @@ def _tokenize(arguments: argparse.Namespace) -> int:
             arguments.tokenizer,
             row_length=arguments.row_length,
             workers=arguments.workers,
-            on_error=arguments.on_error,
-            max_rejected=arguments.max_rejected,
+            policy=_policy(arguments),
         )
         print(
             f"{name}: {manifest['documents']:,} documents, {manifest['rows']:,} rows,"
@@ -258,24 +309,25 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 def _index(arguments: argparse.Namespace) -> int:
     from data_tools.index.index_segments import index, merge, plan_dataset
-    from data_tools.index.segment_reader import ErrorPolicy
+    from data_tools.index.jsonl_segments import MIX_MANIFEST
 
     segments = arguments.segment if arguments.command == "index" else None
-    plan = plan_dataset(arguments.input, arguments.row_length, arguments.vocab_size, segments, arguments.num_segments)
+    of_mix = arguments.config is None and (arguments.input / MIX_MANIFEST).is_file()  # says its sources itself
+    names = None if of_mix else _config(arguments).source_names
+    plan = plan_dataset(
+        arguments.input, arguments.row_length, arguments.vocab_size, segments, arguments.num_segments, names
+    )
     if arguments.command == "merge":
         _say_dataset(arguments.output, merge(arguments.input, arguments.output, plan))
         return 0
-    policy = ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected)
-    manifest = index(arguments.input, arguments.output, plan, policy, segments, arguments.threads)
+    manifest = index(arguments.input, arguments.output, plan, _policy(arguments), segments, arguments.threads)
     if manifest is not None:
         _say_dataset(arguments.output, manifest)
     return 0
 
 
 def _fetch_or_run(arguments: argparse.Namespace) -> int:
-    from data_tools.build_config import read_config
-
-    config = read_config(arguments.config)
+    config = _config(arguments)
     if arguments.command == "run":
         from data_tools.run_all import run_all
 
@@ -284,8 +336,7 @@ def _fetch_or_run(arguments: argparse.Namespace) -> int:
             arguments.input,
             arguments.output,
             workers=arguments.workers,
-            on_error=arguments.on_error,
-            max_rejected=arguments.max_rejected,
+            policy=_policy(arguments),
         )
         _say_dataset(arguments.output / "indexed", manifest)
         return 0

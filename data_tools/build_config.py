@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_tools.dataset.format import NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCES
+from data_tools.dataset.format import AMBER_SOURCES, MAX_SOURCES, NUM_SEGMENTS, ROW_LENGTH, SEED, SOURCE_NAME
 from data_tools.files.errors import DataError
 from data_tools.files.strict_yaml import NotYaml, read_yaml
 
@@ -34,11 +34,21 @@ class BuildConfig(BaseModel):
 
     @field_validator("sources")
     @classmethod
-    def _known_sources(cls, sources: dict[str, Path]) -> dict[str, Path]:
-        unknown = sorted(set(sources) - set(SOURCES))
-        if unknown or not sources:
-            raise ValueError(f"{', '.join(unknown) or 'nothing'} is no source of Amber; they are {', '.join(SOURCES)}")
+    def _named_sources(cls, sources: dict[str, Path]) -> dict[str, Path]:
+        if bad := [name for name in sources if not SOURCE_NAME.fullmatch(name)]:
+            raise ValueError(f"{bad[0]!r} is no source's name: 1 to 64 letters, digits, _ . + -")
+        if not 1 <= len(sources) <= MAX_SOURCES:
+            raise ValueError(f"{len(sources)} sources; a data set has 1 to {MAX_SOURCES}")
         return sources
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The data set's list of sources: the names under `sources` in the order in which they stand there.
+
+        A selection of Amber's keeps Amber's whole list and order, so that a source has one code in all of them.
+        """
+        names = tuple(self.sources)
+        return AMBER_SOURCES if set(names) <= set(AMBER_SOURCES) else names
 
 
 def read_config(path: Path) -> BuildConfig:

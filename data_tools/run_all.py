@@ -6,18 +6,15 @@ import itertools
 from pathlib import Path
 
 from data_tools.build_config import BuildConfig
-from data_tools.dataset.format import SOURCES, DatasetManifest
-from data_tools.files.errors import DataError
+from data_tools.dataset.format import DatasetManifest
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index.index_segments import index, plan_dataset
-from data_tools.index.segment_reader import ErrorPolicy
 from data_tools.index.verify import verify
 from data_tools.pack.mix import MixOptions, mix
 from data_tools.pack.tokenize_source import tokenize_source
 
 
-def run_all(
-    config: BuildConfig, folder: Path, output: Path, *, workers: int, on_error: str, max_rejected: int
-) -> DatasetManifest:
+def run_all(config: BuildConfig, folder: Path, output: Path, *, workers: int, policy: ErrorPolicy) -> DatasetManifest:
     """Builds `output/indexed` from the raw text of `folder`, through `output/rows` (and `output/segments`).
 
     Raises:
@@ -33,8 +30,9 @@ def run_all(
             raise DataError(
                 f"lies in {path}, which is {name}", file=inside, place=other, remedy="each source has its own"
             )
-    for name in SOURCES:  # mix takes every source that it finds
-        if name not in config.sources and (rows := output / "rows" / name).exists():
+    there = sorted(path for path in (output / "rows").glob("*") if path.is_dir())
+    for rows in there:  # mix takes every source that it finds
+        if rows.name not in config.sources:
             raise DataError("no source of this configuration", file=rows, remedy="remove it, or use another --output")
     for name, path in config.sources.items():
         tokenize_source(
@@ -44,15 +42,13 @@ def run_all(
             folder / config.tokenizer,
             row_length=config.row_length,
             workers=workers,
-            on_error=on_error,
-            max_rejected=max_rejected,
+            policy=policy,
         )
-    indexed = output / "indexed"
+    indexed, names = output / "indexed", config.source_names
     options = MixOptions(config.num_segments, config.direct, config.held_out_per_source, config.seed)
-    mixed = mix(output / "rows", indexed if config.direct else output / "segments", options)
+    mixed = mix(output / "rows", indexed if config.direct else output / "segments", options, None, names)
     if not isinstance(mixed, DatasetManifest):
-        plan = plan_dataset(output / "segments", None, None)
-        policy = ErrorPolicy(on_error == "quarantine", max_rejected)
+        plan = plan_dataset(output / "segments", None, None, sources=names)
         mixed = index(output / "segments", indexed, plan, policy, threads=workers)
     assert isinstance(mixed, DatasetManifest)  # no part of the segments was asked for
     if faults := verify(indexed):

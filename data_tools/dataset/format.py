@@ -4,7 +4,7 @@ A data set is one folder:
 
     segment_000.bin       rows of `row_length` token ids, uint16 little-endian, nothing between them
     segment_000.idx       index that Megatron-Core's `IndexedDataset` reads: one row = one sequence = one document
-    segment_000.src       one byte a row: the position of its source in `SOURCES`
+    segment_000.src       one byte a row: the position of its source in the manifest's `sources`
     segment_000.json      the segment's manifest; written last, so its presence says that the three files are whole
     ...
     held_out.*            optional: rows kept away from training, in the same four files
@@ -16,6 +16,7 @@ Beside the files it is made of (`data_tools/files`) this module imports nothing 
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,8 +32,11 @@ from data_tools.files.plain_file import open_plain
 TOOL_VERSION = "1"
 """Raised whenever the same input would give other bytes; part of every manifest."""
 
-SOURCES = ("arxiv", "book", "c4", "refinedweb", "starcoderdata", "stackexchange", "wikipedia")
-"""Amber's sources in the order of the paper's Table 2; a row's source byte is a position in this tuple."""
+AMBER_SOURCES = ("arxiv", "book", "c4", "refinedweb", "starcoderdata", "stackexchange", "wikipedia")
+"""Amber's sources in the order of the paper's Table 2: those of a manifest that lists none of its own."""
+MAX_SOURCES = 256  # a row's source is one byte
+SOURCE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
+"""A source's name is a folder's, stands in JSON as it is, and is typed at a shell."""
 
 TABLE_2_BILLION_TOKENS = {
     "arxiv": 30.00,
@@ -144,6 +148,8 @@ class SegmentManifest:
     """What it was made from: file name, bytes and XXH3-128 of a JSONL segment, or the digest of the mixed rows."""
     digests: dict[str, str]
     """XXH3-128 by suffix: bin, idx, src."""
+    sources: tuple[str, ...] = AMBER_SOURCES
+    """What the bytes of `.src` are positions in; in the file only where it is not Amber's list."""
     tool_version: str = TOOL_VERSION
 
     @property
@@ -151,14 +157,18 @@ class SegmentManifest:
         return self.rows * self.row_length
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens": self.tokens}
+        value = {**asdict(self), "tokens": self.tokens}
+        if self.sources == AMBER_SOURCES:
+            del value["sources"]
+        return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any], file: Path) -> SegmentManifest:
         """Raises DataError where a field is missing or has the wrong type."""
-        known = {field.name for field in fields(cls)}
+        sources = checked_sources(value.get("sources", AMBER_SOURCES), file)
+        names = [field.name for field in fields(cls) if field.name != "sources"]
         try:
-            manifest = cls(**{name: value[name] for name in known})
+            manifest = cls(**{name: value[name] for name in names}, sources=sources)
         except KeyError as error:
             raise DataError(
                 f"field {error} is missing", file=file, remedy="not a segment's manifest: build it again"
@@ -168,9 +178,9 @@ class SegmentManifest:
         sound = isinstance(counts, dict) and isinstance(manifest.input, dict) and isinstance(manifest.digests, dict)
         if not sound or not all(type(n) is int and n >= 0 for n in (*numbers, *counts.values())):
             raise DataError("a field has the wrong type", file=file, remedy="build the segment again")
-        if set(counts) - set(SOURCES) or sum(counts.values()) != manifest.rows:
+        if set(counts) - set(sources) or sum(counts.values()) != manifest.rows:
             raise DataError(
-                f"rows per source {counts} do not add up to {manifest.rows} rows of known sources",
+                f"rows per source {counts} do not add up to {manifest.rows} rows of {', '.join(sources)}",
                 file=file,
                 remedy="build the segment again",
             )
@@ -199,6 +209,8 @@ class DatasetManifest:
     tokenizer: TokenizerRecord | None
     segments: list[SegmentManifest]
     held_out: SegmentManifest | None
+    sources: tuple[str, ...] = AMBER_SOURCES
+    """The sources in their order: a byte of a segment's `.src` is a position in it."""
     tool_version: str = TOOL_VERSION
 
     @property
@@ -216,7 +228,7 @@ class DatasetManifest:
         value["held_out"] = self.held_out.to_json() if self.held_out else None
         value["rows"] = self.rows
         value["tokens"] = self.rows * self.row_length
-        value["sources"] = list(SOURCES)
+        value["sources"] = list(self.sources)
         return sealed(value)
 
     @classmethod
@@ -224,8 +236,6 @@ class DatasetManifest:
         """Raises DataError where the file is missing, damaged or of another form."""
         remedy = "finish the data set with data_tools/build_amber.py (index or mix --direct, then merge)"
         value = read_sealed(path, remedy)
-        if value.get("sources") != list(SOURCES):
-            raise DataError(f"sources are not {SOURCES}", file=path, place="sources", remedy=remedy)
         with fields_named(path, remedy):
             dataset = cls(
                 num_segments=value["num_segments"],
@@ -238,18 +248,48 @@ class DatasetManifest:
                 tokenizer=TokenizerRecord(**value["tokenizer"]) if value["tokenizer"] else None,
                 segments=[SegmentManifest.from_json(segment, path) for segment in value["segments"]],
                 held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
+                sources=checked_sources(value["sources"], path),
                 tool_version=value["tool_version"],
             )
         segments = dataset.segments
-        found = len(segments), {segment.rows for segment in segments}, total_per_source(segments)
+        for segment in (*segments, *filter(None, [dataset.held_out])):
+            check_same_sources(segment, dataset.sources, path)
+        found = len(segments), {segment.rows for segment in segments}, total_per_source(segments, dataset.sources)
         if found != (dataset.num_segments, {dataset.rows_per_segment}, dataset.rows_per_source):
             raise DataError("its numbers are not those of its segments", file=path, remedy=remedy)
         return dataset
 
 
-def total_per_source(segments: Sequence[SegmentManifest]) -> dict[str, int]:
-    """Rows of all segments by source; sources without rows are left out."""
-    totals = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in SOURCES}
+def checked_sources(names: Any, file: Path) -> tuple[str, ...]:
+    """A list of sources as read from `file`, in its order.
+
+    Raises:
+        DataError: not a list of 1 to 256 different names that `SOURCE_NAME` allows.
+    """
+    listed = list(names) if isinstance(names, (list, tuple)) else []
+    remedy = "a source's name is 1 to 64 letters, digits, _ . + -, and each stands once"
+    if not 1 <= len(listed) <= MAX_SOURCES:
+        raise DataError(f"not a list of 1 to {MAX_SOURCES} sources", file=file, place="sources", remedy=remedy)
+    for position, name in enumerate(listed):
+        if not isinstance(name, str) or not SOURCE_NAME.fullmatch(name) or name in listed[:position]:
+            raise DataError(f"{name!r} is no source's name, or stands twice", file=file, place="sources", remedy=remedy)
+    return tuple(listed)
+
+
+def check_same_sources(segment: SegmentManifest, sources: tuple[str, ...], file: Path) -> None:
+    """Raises DataError where a segment's source bytes are positions in another list than `sources`."""
+    if segment.sources != sources:
+        raise DataError(
+            f"{segment.name} was built with the sources {', '.join(segment.sources)}, not {', '.join(sources)}",
+            file=file,
+            place="sources",
+            remedy="build every segment with the same --config",
+        )
+
+
+def total_per_source(segments: Sequence[SegmentManifest], sources: tuple[str, ...]) -> dict[str, int]:
+    """Rows of all segments by source, in the order of `sources`; sources without rows are left out."""
+    totals = {name: sum(segment.rows_per_source.get(name, 0) for segment in segments) for name in sources}
     return {name: total for name, total in totals.items() if total}
 
 

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from data_tools.dataset.format import (
+    AMBER_SOURCES,
     HELD_OUT_NAME,
     MANIFEST_NAME,
-    SOURCES,
     DatasetManifest,
     SegmentManifest,
     TokenizerRecord,
     bin_size,
+    check_same_sources,
     idx_size,
     index_blocks,
     segment_name,
@@ -44,6 +45,8 @@ class DatasetPlan:
     rejected: int = 0
     """Bad documents and rows set aside before the segments."""
     has_held_out: bool = False
+    sources: tuple[str, ...] = AMBER_SOURCES
+    """In their order: a byte of a segment's `.src` is a position in it."""
 
 
 def chosen_segments(segments: range | None, num_segments: int, folder: Path) -> range:
@@ -90,7 +93,7 @@ def write_companions(
         source: what the segment was made from, for the manifest.
         bin_digest: XXH3-128 of the `.bin`.
     """
-    counts = np.zeros(len(SOURCES), dtype=np.int64)
+    counts = np.zeros(len(plan.sources), dtype=np.int64)
     digests = {"bin": bin_digest}
     for suffix, blocks in (("src", codes), ("idx", index_blocks(rows, plan.row_length))):
         digest = new_digest()
@@ -99,25 +102,26 @@ def write_companions(
                 stream.write(block)
                 digest.update(block)
                 if suffix == "src":
-                    counts += np.bincount(np.frombuffer(block, dtype=np.uint8), minlength=len(SOURCES))
+                    counts += np.bincount(np.frombuffer(block, dtype=np.uint8), minlength=len(plan.sources))
         digests[suffix] = digest.hexdigest()
     manifest = SegmentManifest(
         name=base.name,
         rows=rows,
         row_length=plan.row_length,
         vocab_size=plan.vocab_size,
-        rows_per_source=source_counts(counts),
+        rows_per_source=source_counts(counts, plan.sources),
         rejected=rejected,
         input=source,
         digests=digests,
+        sources=plan.sources,
     )
     write_whole(base.with_suffix(".json"), canonical_json(manifest.to_json()))
     return manifest
 
 
-def source_counts(counts: Sequence[int] | np.ndarray) -> dict[str, int]:
+def source_counts(counts: Sequence[int] | np.ndarray, sources: tuple[str, ...]) -> dict[str, int]:
     """Counts by source code as counts by name; sources without rows are left out."""
-    return {name: int(count) for name, count in zip(SOURCES, counts, strict=True) if count}
+    return {name: int(count) for name, count in zip(sources, counts, strict=True) if count}
 
 
 def finished_segment(base: Path, plan: DatasetPlan, source: dict[str, Any]) -> SegmentManifest | None:
@@ -137,6 +141,7 @@ def finished_segment(base: Path, plan: DatasetPlan, source: dict[str, Any]) -> S
             file=path,
             remedy=f"use another --output, or remove {base.name}.* to build it again",
         )
+    check_same_sources(manifest, plan.sources, path)
     check_sizes(base, manifest)
     return manifest
 
@@ -195,6 +200,7 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
                 file=base.with_suffix(".json"),
                 remedy="build the segment again with the data set's settings",
             )
+        check_same_sources(manifest, plan.sources, base.with_suffix(".json"))
         manifests.append(manifest)
     segments, held_out = manifests[: plan.num_segments], manifests[plan.num_segments :]
     rows = segments[0].rows
@@ -210,12 +216,13 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
         rows_per_segment=rows,
         row_length=plan.row_length,
         vocab_size=plan.vocab_size,
-        rows_per_source=total_per_source(segments),
+        rows_per_source=total_per_source(segments, plan.sources),
         dropped_rows=plan.dropped_rows,
         rejected=plan.rejected + sum(segment.rejected for segment in segments),
         tokenizer=plan.tokenizer,
         segments=segments,
         held_out=held_out[0] if held_out else None,
+        sources=plan.sources,
     )
     with folder_lock(folder, f"{LOCK_NAME}.manifest", wait=True):  # two merges at once write the same
         write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))

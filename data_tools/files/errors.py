@@ -1,7 +1,8 @@
-"""What every data tool raises where data cannot be used."""
+"""What every data tool raises where data cannot be used, and what it does about a bad document or row."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +21,11 @@ class DataError(ValueError):
 
 def _rebuild_data_error(message: str, file: str, place: str, remedy: str) -> DataError:
     return DataError(message, file=file, place=place, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class ErrorPolicy:
+    """What to do about a bad document or row: stop at the first, or set up to `max_rejected` of a file aside."""
+
+    quarantine: bool = False
+    max_rejected: int = 100

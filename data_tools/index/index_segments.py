@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.dataset.format import (
+    AMBER_SOURCES,
     HELD_OUT_NAME,
     ROW_LENGTH,
     VOCAB_SIZE,
     DatasetManifest,
     TokenizerRecord,
+    checked_sources,
     segment_name,
     tokenizer_in,
 )
@@ -27,12 +29,12 @@ from data_tools.dataset.segment_files import (
 )
 from data_tools.files.digest import digest_stream, new_digest, sha256_file
 from data_tools.files.durable import errors_named, reserve, touched_since, unchanged, write_beside, write_whole
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import fields_named, read_json
 from data_tools.files.plain_file import file_size
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import MIX_MANIFEST, list_segments
-from data_tools.index.segment_reader import ErrorPolicy, SegmentReader
+from data_tools.index.segment_reader import SegmentReader
 from data_tools.sources.documents import DECOMPRESSION_ERRORS, open_decompressed
 
 
@@ -42,12 +44,14 @@ def plan_dataset(
     vocab_size: int | None,
     segments: range | None = None,
     num_segments: int | None = None,
+    sources: tuple[str, ...] | None = None,
 ) -> DatasetPlan:
     """What `mix.json` says of a folder of JSONL segments, or, without one, what its files and the arguments say.
 
     Args:
         segments: the only ones that must be there; without `mix.json`, the plan then knows of none beyond them.
         num_segments: how many there must be.
+        sources: their list; without `mix.json` and without this, Amber's.
 
     Raises:
         DataError: segments are missing or too many, or arguments contradict `mix.json` or the tokenizer in the folder.
@@ -65,6 +69,7 @@ def plan_dataset(
                 dropped_rows=operator.index(value["dropped_rows"]),
                 rejected=operator.index(value["rejected"]),
                 has_held_out=value["has_held_out"],
+                sources=checked_sources(value.get("sources", AMBER_SOURCES), path),
             )
         if segments is None and count != plan.num_segments:
             raise DataError(
@@ -77,6 +82,12 @@ def plan_dataset(
             if given is not None and given != getattr(plan, name):
                 option = f"--{name.replace('_', '-')}"
                 raise DataError(f"{name} is {getattr(plan, name)}, not {given}", file=path, remedy=f"omit {option}")
+        if sources is not None and sources != plan.sources:
+            raise DataError(
+                f"the sources are {', '.join(plan.sources)}, not {', '.join(sources)}",
+                file=path,
+                remedy="omit --config",
+            )
         return plan
     if segments is None and num_segments not in (None, count):
         raise DataError(f"{count} segments, not {num_segments}", file=folder, remedy="remove those that are too many")
@@ -97,6 +108,7 @@ def plan_dataset(
         row_length=row_length or ROW_LENGTH,
         vocab_size=vocab_size or VOCAB_SIZE,
         tokenizer=record,
+        sources=sources or AMBER_SOURCES,
     )
 
 
@@ -159,7 +171,7 @@ def index_segment(path: Path, base: Path, plan: DatasetPlan, policy: ErrorPolicy
     if _is_finished(path, base, plan):
         return
     source = _source(path)
-    reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, threads)
+    reader = SegmentReader(path, plan.row_length, plan.vocab_size, policy, plan.sources, threads)
     digest = new_digest()
     with write_beside(base.with_suffix(".bin")) as stream, unchanged(path, source["bytes"]):
         reserved = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.dataset.format import MAX_VOCAB_SIZE, SOURCES
+from data_tools.dataset.format import MAX_VOCAB_SIZE
 from data_tools.files.errors import DataError
 from data_tools.index._core import RowParser
 
@@ -23,9 +23,9 @@ def jsonl_name(segment: int) -> str:
     return f"train_{segment:03d}.jsonl"
 
 
-def jsonl_lines(rows: np.ndarray, codes: np.ndarray) -> bytes:
-    """Amber's JSONL for uint16 [n, row_length] rows and uint8 [n] source codes."""
-    writer = RowParser(rows.shape[1], MAX_VOCAB_SIZE, list(SOURCES))
+def jsonl_lines(rows: np.ndarray, codes: np.ndarray, sources: tuple[str, ...]) -> bytes:
+    """Amber's JSONL for uint16 [n, row_length] rows and uint8 [n] source codes, positions in `sources`."""
+    writer = RowParser(rows.shape[1], MAX_VOCAB_SIZE, list(sources))
     return writer.format(np.ascontiguousarray(rows), np.ascontiguousarray(codes))
 
 

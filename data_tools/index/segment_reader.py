@@ -14,24 +14,16 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from data_tools.dataset.format import SOURCES, TOKEN_DTYPE
+from data_tools.dataset.format import TOKEN_DTYPE
 from data_tools.files.digest import new_digest
 from data_tools.files.durable import errors_named
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index._core import SLACK_BYTES, SLACK_IDS, RowParser
 from data_tools.sources.documents import DECOMPRESSION_ERRORS, open_decompressed
 
 BLOCK_BYTES = 1 << 22  # fewer, larger writes: small ones cost the page cache twice as much a byte
 READ_BYTES = 1 << 19  # the digest finds what was read in the second-level cache
 LONGEST_LINE = 1 << 26
-
-
-@dataclass(frozen=True)
-class ErrorPolicy:
-    """What to do about a bad row: stop at the first, or set up to `max_rejected` of a segment aside."""
-
-    quarantine: bool = False
-    max_rejected: int = 100
 
 
 @dataclass
@@ -59,15 +51,24 @@ class SegmentReader:
     """
 
     def __init__(
-        self, path: Path, row_length: int, vocab_size: int, policy: ErrorPolicy, threads: int = 1, kernel: str = ""
+        self,
+        path: Path,
+        row_length: int,
+        vocab_size: int,
+        policy: ErrorPolicy,
+        sources: tuple[str, ...],
+        threads: int = 1,
+        kernel: str = "",
     ) -> None:
-        """`kernel` names the parser to use (`data_tools.index._core.kernels()`); by default the processor's fastest."""
+        """`sources` in their order: a row's code is a position in it. `kernel` names the parser to use
+        (`data_tools.index._core.kernels()`); by default the processor's fastest.
+        """
         self.path, self.row_length, self.policy, self.threads = path, row_length, policy, threads
         self.rows = self.lines = 0
         self.codes: list[bytes] = []
         self.rejected: list[bytes] = []
         self.digest = new_digest()
-        self._parser = RowParser(row_length, vocab_size, list(SOURCES), kernel)
+        self._parser = RowParser(row_length, vocab_size, list(sources), kernel)
         self._free: list[_Block] = []
 
     def blocks(self) -> Iterator[np.ndarray]:

@@ -11,7 +11,6 @@ import numpy as np
 from data_tools.dataset.format import (
     HELD_OUT_NAME,
     MANIFEST_NAME,
-    SOURCES,
     TABLE_2_BILLION_TOKENS,
     TOKEN_DTYPE,
     DatasetManifest,
@@ -21,12 +20,12 @@ from data_tools.dataset.format import (
 )
 from data_tools.dataset.segment_files import check_sizes, chosen_segments, source_counts
 from data_tools.files.digest import digest_file, new_digest, sha256_file
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json
 from data_tools.files.plain_file import read_exactly
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import list_segments
-from data_tools.index.segment_reader import ErrorPolicy, SegmentReader
+from data_tools.index.segment_reader import SegmentReader
 
 BLOCK_ROWS = 1024
 REMEDY = "remove the segment's .json and build the segment again"
@@ -116,7 +115,8 @@ def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
 
 def _row_faults(base: Path, source: Path, record: SegmentManifest) -> Iterator[str]:
     """The first row whose ids, and the first whose source, is not what the JSONL segment says."""
-    reader = SegmentReader(source, record.row_length, record.vocab_size, ErrorPolicy(True, record.rejected))
+    policy = ErrorPolicy(quarantine=True, max_rejected=record.rejected)
+    reader = SegmentReader(source, record.row_length, record.vocab_size, policy, record.sources)
     bin_path, src_path = base.with_suffix(".bin"), base.with_suffix(".src")
     row, faults = 0, {}
     with bin_path.open("rb") as ids, src_path.open("rb") as codes:
@@ -145,10 +145,11 @@ def _first_difference(stream: BinaryIO, expected: np.ndarray) -> tuple[int, int]
 
 def _source_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
     codes = np.fromfile(path, dtype=np.uint8)
-    if codes.max() >= len(SOURCES):
-        row = int(np.argmax(codes >= len(SOURCES)))
+    known = len(record.sources)
+    if codes.max() >= known:
+        row = int(np.argmax(codes >= known))
         yield f"{path}: row {row} byte {row}: {codes[row]} is no source\n  remedy: {REMEDY}"
-    elif (counts := source_counts(np.bincount(codes, minlength=len(SOURCES)))) != record.rows_per_source:
+    elif (counts := source_counts(np.bincount(codes, minlength=known), record.sources)) != record.rows_per_source:
         yield f"{path}: rows per source {counts}, the manifest says {record.rows_per_source}\n  remedy: {REMEDY}"
     digest = new_digest()
     digest.update(codes.data)
@@ -176,15 +177,15 @@ def _digest_faults(path: Path, record: SegmentManifest, digest: Any) -> Iterator
 
 
 def stats_table(folder: Path) -> str:
-    """Totals per source against the paper's Table 2."""
+    """Totals per source, those of Amber against the paper's Table 2."""
     manifest = DatasetManifest.read(folder / MANIFEST_NAME)
     total = manifest.rows
     amber = sum(TABLE_2_BILLION_TOKENS.values())
     lines = [f"{'source':<14}{'rows':>14}{'tokens':>20}{'share %':>10}{'Table 2 %':>11}"]
-    for name in SOURCES:
+    for name in manifest.sources:
         rows = manifest.rows_per_source.get(name, 0)
-        paper = 100 * TABLE_2_BILLION_TOKENS[name] / amber
-        lines.append(f"{name:<14}{rows:>14,}{rows * manifest.row_length:>20,}{100 * rows / total:>10.2f}{paper:>11.2f}")
+        paper = f"{100 * TABLE_2_BILLION_TOKENS[name] / amber:.2f}" if name in TABLE_2_BILLION_TOKENS else "-"
+        lines.append(f"{name:<14}{rows:>14,}{rows * manifest.row_length:>20,}{100 * rows / total:>10.2f}{paper:>11}")
     lines.append(f"{'total':<14}{total:>14,}{total * manifest.row_length:>20,}{100:>10.2f}{100:>11.2f}")
     lines.append(
         f"{manifest.num_segments} segments of {manifest.rows_per_segment:,} rows of {manifest.row_length} ids;"

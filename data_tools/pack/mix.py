@@ -1,4 +1,4 @@
-"""`mix`: rows of all sources -> segments of equal row counts, dealt round-robin in the paper's order of sources.
+"""`mix`: rows of all sources -> segments of equal row counts, dealt round-robin in the order of the sources' list.
 
 Row i of the mix goes to segment i mod `num_segments`; the rows after the last full round are dropped and counted. The
 output is Amber's JSONL (`train_000.jsonl` ...) or, with `direct`, the indexed binaries themselves.
@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import resource
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_tools.dataset.format import (
+    AMBER_SOURCES,
     HELD_OUT_NAME,
-    SOURCES,
     DatasetManifest,
     SegmentManifest,
     TokenizerRecord,
@@ -63,9 +64,16 @@ class MixOptions:
 
 
 def mix(
-    folder: Path, output: Path, options: MixOptions, segments: range | None = None
+    folder: Path,
+    output: Path,
+    options: MixOptions,
+    segments: range | None = None,
+    names: tuple[str, ...] = AMBER_SOURCES,
 ) -> DatasetManifest | dict[str, Any] | None:
     """Mixes the sources under `folder` into `output`; with `segments`, only those.
+
+    Args:
+        names: the list of sources, in the order in which their rows are dealt.
 
     Returns:
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
@@ -74,8 +82,10 @@ def mix(
         DataError: sources unfinished, damaged or unlike each other, fewer rows than segments, or a folder begun
             otherwise.
     """
-    sources = open_sources(folder)
-    mixed = MixedRows(sources, options.held_out_per_source, options.seed)
+    sources = open_sources(folder, names)
+    if absent := [name for name in names if name not in {source.name for source in sources}]:
+        print(f"mix: no rows of {', '.join(absent)}", file=sys.stderr)
+    mixed = MixedRows(sources, names, options.held_out_per_source, options.seed)
     rounds = mixed.rows // options.num_segments
     if not rounds:
         raise DataError(
@@ -92,8 +102,11 @@ def mix(
         dropped_rows=mixed.rows - rounds * options.num_segments,
         rejected=sum(source.manifest["rejected"] for source in sources),
         has_held_out=options.held_out_per_source > 0,
+        sources=names,
     )
     made_of = {"options": asdict(options), "sources": [source.manifest for source in sources]}
+    if names != AMBER_SOURCES:
+        made_of["names"] = names
     identity = {"mix": hashlib.sha256(canonical_json(made_of)).hexdigest()}
     wanted = chosen_segments(segments, options.num_segments, folder)
     part = "" if segments is None else f"-{wanted.start:03d}-{wanted.stop - 1:03d}"
@@ -212,7 +225,9 @@ class _Mixer:
                 rows, codes = self._read_rounds(done, count, first, last)
                 for out in outputs:
                     chunk, chunk_codes = rows[:, out.segment - first], codes[:, out.segment - first]
-                    content = chunk.tobytes() if self.options.direct else jsonl_lines(chunk, chunk_codes)
+                    content = (
+                        chunk.tobytes() if self.options.direct else jsonl_lines(chunk, chunk_codes, self.plan.sources)
+                    )
                     with full_disk_named(out.path):
                         out.stream.write(content)
                     out.digest.update(content)
@@ -248,7 +263,8 @@ class _Mixer:
         if self.options.direct:
             write_companions(base, codes, self.rounds, self.plan, 0, source, out.digest.hexdigest())
             return
-        counts = sum(np.bincount(np.frombuffer(c, np.uint8), minlength=len(SOURCES)) for c in codes)
+        known = len(self.plan.sources)
+        counts = sum(np.bincount(np.frombuffer(c, np.uint8), minlength=known) for c in codes)
         _write_jsonl_manifest(base, self.rounds, counts, self.plan, source, out.digest.hexdigest(), out.size)
 
 
@@ -291,10 +307,11 @@ def _write_jsonl_manifest(
         rows=rows,
         row_length=plan.row_length,
         vocab_size=plan.vocab_size,
-        rows_per_source=source_counts(counts),
+        rows_per_source=source_counts(counts, plan.sources),
         rejected=0,
         input=source,
         digests={"jsonl": digest},
+        sources=plan.sources,
     )
     write_whole(base.with_suffix(".json"), canonical_json({**manifest.to_json(), "bytes": size}))
 
@@ -308,7 +325,7 @@ def _write_held_out(
     if marker.is_file() and SegmentManifest.read(marker).input == source:
         return
     rows, codes = mixed.read_held_out()
-    content = rows.tobytes() if options.direct else jsonl_lines(rows, codes)
+    content = rows.tobytes() if options.direct else jsonl_lines(rows, codes, plan.sources)
     digest = new_digest()
     digest.update(content)
     with write_beside(base.with_suffix(".bin" if options.direct else ".jsonl")) as stream:
@@ -316,7 +333,7 @@ def _write_held_out(
     if options.direct:
         write_companions(base, [codes.tobytes()], len(rows), plan, 0, source, digest.hexdigest())
     else:
-        counts = np.bincount(codes, minlength=len(SOURCES))
+        counts = np.bincount(codes, minlength=len(plan.sources))
         _write_jsonl_manifest(base, len(rows), counts, plan, source, digest.hexdigest(), len(content))
 
 

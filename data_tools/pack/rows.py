@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from data_tools.dataset.format import SOURCES, TOKEN_DTYPE
+from data_tools.dataset.format import TOKEN_DTYPE
 from data_tools.files.digest import digest_file
 from data_tools.files.durable import errors_named
 from data_tools.files.errors import DataError
@@ -116,20 +116,24 @@ class SourceRows:
 
 
 class MixedRows:
-    """All rows of all sources in the paper's order, without those held out.
+    """All rows of all sources in the order of their list, without those held out.
 
     Attributes:
+        names: the list; a row's source code is a position in it.
         rows: number of rows.
         held_out: by source, the sorted row numbers kept away.
     """
 
-    def __init__(self, sources: Sequence[SourceRows], held_out_per_source: int, seed: int) -> None:
+    def __init__(
+        self, sources: Sequence[SourceRows], names: tuple[str, ...], held_out_per_source: int, seed: int
+    ) -> None:
         """Chooses `held_out_per_source` rows of each source by `seed`.
 
         Raises:
             DataError: a source has no rows to spare.
         """
-        self.sources = sorted(sources, key=lambda source: SOURCES.index(source.name))
+        self.names = names
+        self.sources = sorted(sources, key=lambda source: names.index(source.name))
         self.held_out: list[np.ndarray] = []
         for source in self.sources:
             if held_out_per_source and source.rows <= held_out_per_source:
@@ -139,7 +143,7 @@ class MixedRows:
                     remedy="hold out fewer rows with --held-out-per-source",
                 )
             # A generator of its own for each source, so that one source more or less does not change the others.
-            random = np.random.RandomState((seed + SOURCES.index(source.name)) % (1 << 32))
+            random = np.random.RandomState((seed + names.index(source.name)) % (1 << 32))
             chosen = random.permutation(source.rows)[:held_out_per_source] if held_out_per_source else np.empty(0)
             self.held_out.append(np.sort(chosen).astype(np.int64))
         self._bounds = np.concatenate(
@@ -164,7 +168,7 @@ class MixedRows:
             first = start + done - int(self._bounds[at])
             take = min(int(self._bounds[at + 1]) - int(self._bounds[at]) - first, count - done)
             pieces.append(_read_kept(self.sources[at], self.held_out[at], first, take))
-            codes[done : done + take] = SOURCES.index(self.sources[at].name)
+            codes[done : done + take] = self.names.index(self.sources[at].name)
             done += take
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)), codes
 
@@ -175,7 +179,7 @@ class MixedRows:
             for source, held in zip(self.sources, self.held_out, strict=True)
         ]
         codes = [
-            np.full(len(held), SOURCES.index(source.name), dtype=np.uint8)
+            np.full(len(held), self.names.index(source.name), dtype=np.uint8)
             for source, held in zip(self.sources, self.held_out, strict=True)
         ]
         return np.concatenate(rows), np.concatenate(codes)
@@ -188,7 +192,7 @@ class MixedRows:
             first, last = (
                 min(rounds, max(0, -((segment - int(bound)) // num_segments))) for bound in self._bounds[i : i + 2]
             )
-            blocks.append(bytes([SOURCES.index(source.name)]) * (last - first))
+            blocks.append(bytes([self.names.index(source.name)]) * (last - first))
         return blocks
 
 
@@ -203,13 +207,20 @@ def _read_kept(source: SourceRows, held: np.ndarray, first: int, count: int) -> 
     return np.delete(rows, inside, axis=0) if len(inside) else rows
 
 
-def open_sources(folder: Path) -> list[SourceRows]:
-    """Every source under `folder` that `tokenize` has finished.
+def open_sources(folder: Path, names: tuple[str, ...]) -> list[SourceRows]:
+    """Every source of `names` under `folder` that `tokenize` has finished, in that order.
 
     Raises:
-        DataError: none is there, or they differ in row length or tokenizer.
+        DataError: none is there, there is one that `names` does not list, or they differ in row length or tokenizer.
     """
-    sources = [SourceRows(folder / name) for name in SOURCES if (folder / name).is_dir()]
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_dir() and path.name not in names and not path.name.startswith("."):
+            raise DataError(
+                f"no source of this mix; its sources are {', '.join(names)}",
+                file=path,
+                remedy="list it under `sources` of the --config file, move it away, or use another --output",
+            )
+    sources = [SourceRows(folder / name) for name in names if (folder / name).is_dir()]
     if not sources:
         raise DataError("no tokenised source", file=folder, remedy="run data_tools/build_amber.py tokenize first")
     first = sources[0].manifest

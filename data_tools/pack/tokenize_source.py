@@ -28,11 +28,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_tools.dataset.format import SOURCES, TOKEN_DTYPE, TOOL_VERSION
+from data_tools.dataset.format import SOURCE_NAME, TOKEN_DTYPE, TOOL_VERSION
 from data_tools.dataset.segment_files import keep_tokenizer
 from data_tools.files.digest import new_digest
 from data_tools.files.durable import PARTIAL_SUFFIX, folder_lock, touched_since, unchanged, write_beside, write_whole
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json, read_sealed, sealed
 from data_tools.files.plain_file import file_size
 from data_tools.files.progress import Progress
@@ -80,18 +80,17 @@ def tokenize_source(
     *,
     row_length: int,
     workers: int = 1,
-    on_error: str = "stop",
-    max_rejected: int = 100,
+    policy: ErrorPolicy = ErrorPolicy(),  # noqa: B008
     task_bytes: int = TASK_BYTES,
 ) -> dict[str, Any]:
     """Tokenises one source into `output / source` and returns its manifest. Finished parts are kept.
 
     Raises:
-        DataError: unknown source, no files, a bad document with `on_error="stop"`, more bad ones than `max_rejected`,
-            a folder begun with other options, or gigatoken differing from the Hugging Face tokenizer on the sample.
+        DataError: no source's name, no files, a bad document that `policy` does not set aside, a folder begun with
+            other options, or gigatoken differing from the Hugging Face tokenizer on the sample.
     """
-    if source not in SOURCES:
-        raise DataError(f"unknown source {source!r}", file=folder, remedy=f"use one of {', '.join(SOURCES)}")
+    if not SOURCE_NAME.fullmatch(source):
+        raise DataError(f"{source!r} is no source's name", file=folder, remedy="use 1 to 64 letters, digits, _ . + -")
     target = output / source
     if target.resolve().is_relative_to(folder.resolve()):
         raise DataError("lies in the folder of the source's files", file=target, remedy="use another --output")
@@ -108,14 +107,14 @@ def tokenize_source(
         if waiting:
             encoder.check([text for _, text in _sample(folder)], folder)
             keep_tokenizer(tokenizer, output)
-        jobs = [_Job(folder, tasks[i], target, i, tokenizer, identities[i], on_error, max_rejected) for i in waiting]
+        jobs = [_Job(folder, tasks[i], target, i, tokenizer, identities[i], policy) for i in waiting]
         total = sum(_task_size(folder, task) for task in tasks)
         progress = Progress(f"tokenize {source}", total, unit="B")
         progress.advance(total - sum(_task_size(folder, tasks[i]) for i in waiting))
         with progress, contextlib.closing(_run(jobs, workers)) as finished:
             for job in finished:
                 progress.advance(_task_size(folder, job.task))
-        return _finish_source(source, folder, target, options, asdict(record), len(tasks), max_rejected)
+        return _finish_source(source, folder, target, options, asdict(record), len(tasks), policy)
 
 
 def _sample(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -166,8 +165,7 @@ class _Job:
     number: int
     tokenizer: Path
     identity: dict[str, Any]
-    on_error: str
-    max_rejected: int
+    policy: ErrorPolicy
 
 
 _encoders: dict[Path, TextEncoder] = {}
@@ -302,7 +300,7 @@ def _batches(job: _Job, rejected: list[Document], input_digest: Any) -> Iterator
 
 
 def _reject(job: _Job, document: Document, rejected: list[Document]) -> None:
-    if job.on_error == "stop":
+    if not job.policy.quarantine:
         raise DataError(
             document.reason,
             file=job.folder / job.task.file,
@@ -310,9 +308,9 @@ def _reject(job: _Job, document: Document, rejected: list[Document]) -> None:
             remedy="mend the document, or set bad ones aside with --on-error quarantine",
         )
     rejected.append(document)
-    if len(rejected) > job.max_rejected:
+    if len(rejected) > job.policy.max_rejected:
         raise DataError(
-            f"more than {job.max_rejected} bad documents, the last: {document.reason}",
+            f"more than {job.policy.max_rejected} bad documents, the last: {document.reason}",
             file=job.folder / job.task.file,
             place=document.place,
             remedy="look at the source, or raise --max-rejected",
@@ -326,16 +324,16 @@ def _finish_source(
     options: TokenizeOptions,
     tokenizer: dict[str, Any],
     parts: int,
-    max_rejected: int,
+    policy: ErrorPolicy,
 ) -> dict[str, Any]:
     manifests = [read_sealed(target / f"{part_name(i)}.json", "run tokenize again") for i in range(parts)]
     tokens = sum(manifest["tokens"] for manifest in manifests)
     rejected = sum(manifest["rejected"] for manifest in manifests)
     if not any(manifest["documents"] for manifest in manifests):
         raise DataError("no documents", file=folder, remedy="fetch or copy the source again")
-    if rejected > max_rejected:
+    if rejected > policy.max_rejected:
         raise DataError(
-            f"{rejected} bad documents, more than {max_rejected}",
+            f"{rejected} bad documents, more than {policy.max_rejected}",
             file=target,
             remedy="look at the .rejected.jsonl files, or raise --max-rejected",
         )

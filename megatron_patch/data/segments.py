@@ -149,7 +149,7 @@ class Segments:
         return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
-        """Source codes (positions in `data_tools.dataset.format.SOURCES`) of rows of a segment: uint8 [n]."""
+        """Source codes (positions in the manifest's `sources`) of rows of a segment: uint8 [n]."""
         path = self.folder / f"{segment_name(segment)}.src"
         return np.memmap(path, dtype=np.uint8, mode="r", shape=(self.rows_per_segment,))[rows]
 

@@ -227,13 +227,14 @@ def _mix(run: Run) -> str:
         return f"<p>The data set {escape(str(run.recipe.data.folder))} is not within reach of this report.</p>"
     ours, paper = sum(run.mix.values()), sum(TABLE_2_BILLION_TOKENS.values())
     rows = []
-    for source, billion in TABLE_2_BILLION_TOKENS.items():
-        share, theirs = 100 * run.mix.get(source, 0) / ours, 100 * billion / paper
+    for source in TABLE_2_BILLION_TOKENS if set(run.mix) <= set(TABLE_2_BILLION_TOKENS) else run.mix:
+        share, theirs = 100 * run.mix.get(source, 0) / ours, 100 * TABLE_2_BILLION_TOKENS.get(source, 0) / paper
         bars = (
             f'<div class="bars"><span><i class="bar" style="width:{share:.2f}%;background:var(--one)"></i></span>'
             f'<span><i class="bar" style="width:{theirs:.2f}%;background:var(--two)"></i></span></div>'
         )
-        rows.append((escape(source), bars, f"{share:.2f} %", f"{theirs:.2f} %", f"{run.mix.get(source, 0):,}"))
+        in_paper = f"{theirs:.2f} %" if theirs else "-"
+        rows.append((escape(source), bars, f"{share:.2f} %", in_paper, f"{run.mix.get(source, 0):,}"))
     return _table(
         ("Source", "", '<i class="key" style="background:var(--one)"></i>Here',
          '<i class="key" style="background:var(--two)"></i>Table 2', "Rows"),

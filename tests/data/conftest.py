@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.dataset.format import SOURCES, TokenizerRecord, segment_name
+from data_tools.dataset.format import AMBER_SOURCES, TokenizerRecord, segment_name
 from data_tools.dataset.segment_files import DatasetPlan, write_companions, write_dataset_manifest
 from data_tools.files.digest import new_digest, sha256_file
 
@@ -32,7 +32,7 @@ def data_set(tmp_path: Path) -> tuple[Path, list[np.ndarray], np.ndarray]:
     segments = [random.randint(0, VOCAB, (ROWS, ROW_LENGTH)).astype("<u2") for _ in range(NUM_SEGMENTS)]
     held_out = random.randint(0, VOCAB, (HELD_OUT, ROW_LENGTH)).astype("<u2")
     for name, rows in [*((segment_name(k), rows) for k, rows in enumerate(segments)), ("held_out", held_out)]:
-        codes = (np.arange(len(rows)) % len(SOURCES)).astype(np.uint8)
+        codes = (np.arange(len(rows)) % len(AMBER_SOURCES)).astype(np.uint8)
         write_rows(tmp_path / name, rows, codes, plan)
     write_dataset_manifest(tmp_path, plan)
     return tmp_path, segments, held_out

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tokenizers
 
-from data_tools.dataset.format import SOURCES
+from data_tools.dataset.format import AMBER_SOURCES
 
 
 def reference_rows(
@@ -18,7 +18,7 @@ def reference_rows(
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
     eos = tokenizer.token_to_id("</s>")
     rows, left_over = [], {}
-    for source in SOURCES:
+    for source in AMBER_SOURCES:
         buffer: list[int] = []
         for path in sorted((raw / source).glob("*.jsonl")) if (raw / source).is_dir() else []:
             for line in path.read_text(encoding="utf-8").split("\n"):
@@ -50,6 +50,6 @@ def reference_files(segment: list[tuple[list[int], str]], row_length: int) -> di
     index += b"".join(struct.pack("<q", i) for i in range(count + 1))
     return {
         "bin": b"".join(struct.pack(f"<{row_length}H", *ids) for ids, _ in segment),
-        "src": bytes(SOURCES.index(source) for _, source in segment),
+        "src": bytes(AMBER_SOURCES.index(source) for _, source in segment),
         "idx": index,
     }

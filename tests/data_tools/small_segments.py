@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from data_tools.dataset.format import SOURCES
+from data_tools.dataset.format import AMBER_SOURCES
 from tests.data_tools.conftest import build_amber
 
 ROW_LENGTH, ROWS = 9, 50
@@ -18,7 +18,9 @@ ROW_LENGTH, ROWS = 9, 50
 def lines_of(seed: int) -> list[bytes]:
     random = np.random.RandomState(seed)
     return [
-        json.dumps({"token_ids": random.randint(0, 32000, ROW_LENGTH).tolist(), "source": SOURCES[i % 7]}).encode()
+        json.dumps(
+            {"token_ids": random.randint(0, 32000, ROW_LENGTH).tolist(), "source": AMBER_SOURCES[i % 7]}
+        ).encode()
         for i in range(ROWS)
     ]
 

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 
 from data_tools.files.durable import LOCK_NAME, folder_lock, reserve, write_beside
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index.index_segments import index, plan_dataset
-from data_tools.index.segment_reader import ErrorPolicy
 from data_tools.pack import mix as mix_module
 from data_tools.pack.mix import MixOptions, mix
 from data_tools.pack.tokenize_source import tokenize_source

@@ -14,10 +14,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.dataset.format import SOURCES
-from data_tools.files.errors import DataError
+from data_tools.dataset.format import AMBER_SOURCES
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index import segment_reader
-from data_tools.index.segment_reader import ErrorPolicy, SegmentReader
+from data_tools.index.segment_reader import SegmentReader
 from tests.data_tools.slow_row import slow_row
 
 ROW_LENGTH, VOCAB = 6, 1000
@@ -39,7 +39,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def damaged_files(draw: st.DrawFn) -> bytes:
     """A few rows with bytes flipped, cut out, inserted or moved, newlines among them."""
     rows = draw(st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=ROW_LENGTH, max_size=ROW_LENGTH), max_size=12))
-    lines = [json.dumps({"token_ids": ids, "source": SOURCES[i % 7]}).encode() for i, ids in enumerate(rows)]
+    lines = [json.dumps({"token_ids": ids, "source": AMBER_SOURCES[i % 7]}).encode() for i, ids in enumerate(rows)]
     content = draw(st.sampled_from([b"\n", b"\r\n", b"\n\n"])).join(lines) + draw(st.sampled_from([b"", b"\n"]))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(content)))
@@ -53,7 +53,7 @@ def damaged_files(draw: st.DrawFn) -> bytes:
 
 def read(path: Path, threads: int = 1) -> tuple[list[list[int]], list[int], list[bytes], list[int]]:
     """Ids, codes, rejected lines and their numbers."""
-    reader = SegmentReader(path, ROW_LENGTH, VOCAB, ErrorPolicy(True, 10**9), threads)
+    reader = SegmentReader(path, ROW_LENGTH, VOCAB, ErrorPolicy(True, 10**9), AMBER_SOURCES, threads)
     ids = [block.copy() for block in reader.blocks()]
     rejected = [json.loads(line) for line in reader.rejected]
     lines = [entry["row"].encode() if "row" in entry else base64.b64decode(entry["row_base64"]) for entry in rejected]
@@ -71,13 +71,13 @@ def test_every_line_is_taken_or_set_aside_untouched(tmp_path: Path, content: byt
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip(b" \t\r"):
             continue
-        row = slow_row(line, ROW_LENGTH, VOCAB, SOURCES)
+        row = slow_row(line, ROW_LENGTH, VOCAB, AMBER_SOURCES)
         if row is None:
             expected[2].append(line)
             expected[3].append(number)
         else:
             expected[0].append(row[0])
-            expected[1].append(SOURCES.index(row[1]))
+            expected[1].append(AMBER_SOURCES.index(row[1]))
     assert read(path, threads) == expected
 
 

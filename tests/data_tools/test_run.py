@@ -10,15 +10,15 @@ import pytest
 import yaml
 
 from data_tools.build_config import BuildConfig, read_config
-from data_tools.dataset.format import SOURCES, TABLE_2_BILLION_TOKENS, DatasetManifest
-from data_tools.files.errors import DataError
+from data_tools.dataset.format import AMBER_SOURCES, TABLE_2_BILLION_TOKENS, DatasetManifest
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.run_all import run_all
 from tests.data_tools.conftest import ROOT, build_amber
 
 
 def test_amber_yaml_is_the_papers_mix() -> None:
     config = read_config(ROOT / "data_tools" / "amber.yaml")
-    assert tuple(config.sources) == SOURCES
+    assert tuple(config.sources) == AMBER_SOURCES
     assert (config.row_length, config.num_segments, config.held_out_per_source) == (2049, 360, 0)
     assert round(sum(TABLE_2_BILLION_TOKENS.values()), 1) == 1259.1
 
@@ -95,9 +95,9 @@ def test_rows_of_a_source_that_the_configuration_does_not_name_are_not_mixed_in(
     sources = {"wikipedia": Path("wikipedia")}
     config = BuildConfig(tokenizer=Path("tokenizer.model"), sources=sources, row_length=65, num_segments=2)
     with pytest.raises(DataError, match="rows/book: no source of this configuration"):
-        run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0)
+        run_all(config, small_corpus, tmp_path, workers=1, policy=ErrorPolicy())
     (tmp_path / "rows" / "book").rmdir()
-    assert run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0).num_segments == 2
+    assert run_all(config, small_corpus, tmp_path, workers=1, policy=ErrorPolicy()).num_segments == 2
 
 
 def test_rows_damaged_since_they_were_tokenised_are_not_mixed_in(small_corpus: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_rows_damaged_since_they_were_tokenised_are_not_mixed_in(small_corpus: P
     )
 
     def run() -> DatasetManifest:
-        return run_all(config, small_corpus, tmp_path, workers=1, on_error="stop", max_rejected=0)
+        return run_all(config, small_corpus, tmp_path, workers=1, policy=ErrorPolicy())
 
     undisturbed = run()
     shutil.rmtree(tmp_path / "indexed")

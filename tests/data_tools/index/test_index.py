@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.dataset.format import SOURCES
+from data_tools.dataset.format import AMBER_SOURCES
 from data_tools.dataset.segment_files import segments_lock
 from data_tools.files.durable import FolderBusy
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index.index_segments import index as index_in_process
 from data_tools.index.index_segments import merge, plan_dataset
-from data_tools.index.segment_reader import ErrorPolicy, SegmentReader
+from data_tools.index.segment_reader import SegmentReader
 from data_tools.index.verify import verify
 from tests.data_tools.conftest import build_amber
 from tests.data_tools.small_segments import ROW_LENGTH, ROWS, ids_of, index, lines_of, stored_ids, write_segments
@@ -39,7 +39,7 @@ def test_plain_gz_and_zst_and_both_names(amber: Path) -> None:
         assert base.with_suffix(".src").read_bytes() == bytes(i % 7 for i in range(ROWS))
     manifest = json.loads((amber.parent / "out" / "manifest.json").read_text())
     assert (manifest["rows"], manifest["rows_per_segment"], manifest["vocab_size"]) == (150, 50, 32000)
-    assert manifest["rows_per_source"] == {name: 24 if i == 0 else 21 for i, name in enumerate(SOURCES)}
+    assert manifest["rows_per_source"] == {name: 24 if i == 0 else 21 for i, name in enumerate(AMBER_SOURCES)}
     build_amber("verify", "--input", amber.parent / "out")
 
 
@@ -279,7 +279,7 @@ def test_lines_longer_than_a_block_and_threads_change_nothing(
     path = tmp_path / "train_000.jsonl"
     lines = [line.replace(b", ", b" " * (i * 7) + b", ") for i, line in enumerate(lines_of(1))]
     path.write_bytes(b"\n".join(lines))
-    reader = SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy(), threads)
+    reader = SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy(), AMBER_SOURCES, threads)
     ids = np.concatenate([block.copy() for block in reader.blocks()]).reshape(-1, ROW_LENGTH)
     assert ids.tolist() == ids_of(lines)
     assert (reader.rows, reader.lines, b"".join(reader.codes)) == (ROWS, ROWS, bytes(i % 7 for i in range(ROWS)))
@@ -292,7 +292,7 @@ def test_an_endless_line_is_refused_where_it_begins(tmp_path: Path, monkeypatch:
     line = lines_of(1)[0]
     path.write_bytes(line + b"\n" + b"[" * 5000)
     with pytest.raises(DataError, match=f"line that starts at byte {len(line) + 1}: longer than 1024 bytes"):
-        list(SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy()).blocks())
+        list(SegmentReader(path, ROW_LENGTH, 32000, ErrorPolicy(), AMBER_SOURCES).blocks())
 
 
 def test_the_tasks_of_an_array_may_run_at_once(amber: Path, small_corpus: Path) -> None:

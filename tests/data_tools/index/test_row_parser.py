@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.dataset.format import SOURCES
+from data_tools.dataset.format import AMBER_SOURCES
 from data_tools.index._core import SLACK_BYTES, SLACK_IDS, RowParser, kernels
 from tests.data_tools.slow_row import slow_row
 
@@ -31,7 +31,7 @@ def parse(text: bytes, kernel: str, row_length: int = ROW_LENGTH, vocab_size: in
     ids = np.full(capacity * row_length + SLACK_IDS, 77, dtype="<u2")
     codes = np.full(capacity, 77, dtype=np.uint8)
     # The slack holds digits, as it would in a buffer that is used again.
-    parser = RowParser(row_length, vocab_size, list(SOURCES), kernel)
+    parser = RowParser(row_length, vocab_size, list(AMBER_SOURCES), kernel)
     rows, consumed, lines, column, reason = parser.parse(bytearray(text + b"1" * SLACK_BYTES), 0, len(text), ids, codes)
     assert bool(column) == bool(reason) == (consumed < len(text))
     return (ids[: rows * row_length].reshape(rows, row_length).tolist(), codes[:rows].tolist()), (lines, column, reason)
@@ -51,7 +51,7 @@ def some_ids(seed: int = 0, count: int = ROW_LENGTH) -> list[int]:
 def test_rows_of_the_true_length_come_back(kernel: str) -> None:
     rows = [some_ids(seed, 2049) for seed in range(8)]
     rows += [[0] * 2049, [9] * 2049, [10] * 2049, [31999] * 2049]
-    text = b"".join(line_of(ids, SOURCES[i % 7]) + b"\n" for i, ids in enumerate(rows))
+    text = b"".join(line_of(ids, AMBER_SOURCES[i % 7]) + b"\n" for i, ids in enumerate(rows))
     (ids, codes), fault = parse(text, kernel, 2049)
     assert fault == (len(rows), 0, "")
     assert ids == rows
@@ -127,7 +127,7 @@ def test_a_fault_is_named_with_its_column(kernel: str, line: bytes, column: int,
 
 @pytest.mark.parametrize("kernel", kernels())
 def test_buffers_that_do_not_fit_are_refused(kernel: str) -> None:
-    parser = RowParser(3, 10, list(SOURCES), kernel)
+    parser = RowParser(3, 10, list(AMBER_SOURCES), kernel)
     ids, codes = np.zeros(3 + SLACK_IDS, "<u2"), np.zeros(1, np.uint8)
     line = b'{"token_ids": [1, 2, 3], "source": "book"}\n'
     with pytest.raises(ValueError, match="slack"):
@@ -141,8 +141,8 @@ def test_buffers_that_do_not_fit_are_refused(kernel: str) -> None:
 @pytest.mark.parametrize("codes", [[0, 1, 2], [6, 6, 0]])
 def test_lines_are_those_of_json_dumps(codes: list[int]) -> None:
     rows = [some_ids(seed) for seed in range(2)] + [[0, 65535, 10000] + [7] * (ROW_LENGTH - 3)]
-    text = RowParser(ROW_LENGTH, 65536, list(SOURCES)).format(np.array(rows, "<u2"), np.array(codes, np.uint8))
-    assert text == b"".join(line_of(ids, SOURCES[code]) + b"\n" for ids, code in zip(rows, codes, strict=True))
+    text = RowParser(ROW_LENGTH, 65536, list(AMBER_SOURCES)).format(np.array(rows, "<u2"), np.array(codes, np.uint8))
+    assert text == b"".join(line_of(ids, AMBER_SOURCES[code]) + b"\n" for ids, code in zip(rows, codes, strict=True))
 
 
 MUTATIONS = [
@@ -158,7 +158,7 @@ def mutated_lines(draw: st.DrawFn) -> bytes:
     ids = draw(st.lists(st.integers(0, VOCAB - 1), min_size=ROW_LENGTH - 1, max_size=ROW_LENGTH + 1))
     if draw(st.integers(0, 3)):
         ids = (ids * 2)[:ROW_LENGTH]
-    source = draw(st.sampled_from(SOURCES))
+    source = draw(st.sampled_from(AMBER_SOURCES))
     separators = draw(st.sampled_from([(", ", ": "), (", ", ": "), (", ", ": "), (",", ":")]))
     line = json.dumps({"token_ids": ids, "source": source}, separators=separators).encode()
     for _ in range(draw(st.integers(0, 3))):
@@ -172,7 +172,7 @@ def mutated_lines(draw: st.DrawFn) -> bytes:
 @FUZZ
 @given(mutated_lines())
 def test_mutated_lines_are_judged_as_python_judges_them(line: bytes) -> None:
-    expected = slow_row(line, ROW_LENGTH, VOCAB, SOURCES)
+    expected = slow_row(line, ROW_LENGTH, VOCAB, AMBER_SOURCES)
     results = {}
     for kernel in kernels():
         rows, (_, column, reason) = parse(line + b"\n", kernel)
@@ -184,7 +184,7 @@ def test_mutated_lines_are_judged_as_python_judges_them(line: bytes) -> None:
             assert column <= len(line) + 1
         else:
             assert not column, (kernel, line, reason)
-            assert (rows[0][0], SOURCES[rows[1][0]]) == expected, kernel
+            assert (rows[0][0], AMBER_SOURCES[rows[1][0]]) == expected, kernel
     assert len({str(result) for result in results.values()}) == 1
 
 
@@ -199,7 +199,7 @@ def test_any_byte_of_an_array_may_be_wrong() -> None:
     }
     good = line + b"\n"
     for bad in sorted(changed):
-        expected = slow_row(bad, ROW_LENGTH, VOCAB, SOURCES)
+        expected = slow_row(bad, ROW_LENGTH, VOCAB, AMBER_SOURCES)
         for kernel in kernels():
             (ids, _), (_, column, _) = parse(good + bad + b"\n" + good, kernel)
             assert (column == 0) == (expected is not None), (kernel, bad)
@@ -211,7 +211,7 @@ def test_any_byte_of_an_array_may_be_wrong() -> None:
 def test_arrays_of_separators_and_digits_are_judged_alike(pieces: list[bytes]) -> None:
     line = b'{"token_ids": [' + b"".join(pieces) + b'], "source": "c4"}'
     for row_length in (1, 4, ROW_LENGTH):
-        expected = slow_row(line, row_length, VOCAB, SOURCES)
+        expected = slow_row(line, row_length, VOCAB, AMBER_SOURCES)
         for kernel in kernels():
             rows, (_, column, _) = parse(line + b"\n", kernel, row_length)
             assert (column == 0) == (expected is not None), (kernel, line)

@@ -17,7 +17,7 @@ import sentencepiece
 import xxhash
 import zstandard
 
-from data_tools.files.errors import DataError
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.pack.tokenize_source import tokenize_source
 from data_tools.sources.documents import Task, plan_tasks, read_documents
 from data_tools.sources.text_encoder import TextEncoder
@@ -142,16 +142,14 @@ def test_a_bad_document_stops_the_run_or_is_set_aside(
     with pytest.raises(DataError) as error:
         tokenize_source("book", raw, tmp_path / "out", encoder.path, row_length=2)
     assert f"{raw / 'x.jsonl'}: {says}" in str(error.value)
-    manifest = tokenize_source("book", raw, tmp_path / "out", encoder.path, row_length=2, on_error="quarantine")
+    manifest = tokenize_source("book", raw, tmp_path / "out", encoder.path, row_length=2, policy=ErrorPolicy(True))
     assert (manifest["rejected"], manifest["documents"]) == (1, 2)
     rejected = json.loads((tmp_path / "out" / "book" / "part_00000.rejected.jsonl").read_bytes())
     assert (rejected["place"] + ": " + rejected["reason"]).startswith(says.removesuffix(": "))
     if "row" in rejected:
         assert rejected["row"].encode() == line
     with pytest.raises(DataError, match="1 bad documents, more than 0"):
-        tokenize_source(
-            "book", raw, tmp_path / "out", encoder.path, row_length=2, on_error="quarantine", max_rejected=0
-        )
+        tokenize_source("book", raw, tmp_path / "out", encoder.path, row_length=2, policy=ErrorPolicy(True, 0))
 
 
 def test_a_document_of_50_mb_is_no_special_case(corpus: Path, encoder: TextEncoder, tmp_path: Path) -> None:
