@@ -56,7 +56,7 @@ VERBS = {
         arguments.export,
     ),
     "import": Verb(
-        "megatron_patch.convert.imported",
+        "megatron_patch.convert.import_command",
         "a Hugging Face folder as a checkpoint",
         "python -m megatron_patch import MobiLlama-05B imported/mobillama_05b --recipe recipes/mobillama_05b.yaml",
         arguments.import_,

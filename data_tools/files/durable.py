@@ -7,7 +7,9 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
+from io import TextIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -174,4 +176,41 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False, wa
                 file=folder,
                 remedy="mount it with locks (Lustre: -o flock), or choose an --output elsewhere",
             ) from None
+        if not _is_at(stream, path):  # who held it has renamed or removed the folder
+            raise FolderBusy(
+                "another run has just finished with this folder", file=folder, place=name, remedy="look what it left"
+            )
         yield
+
+
+def _is_at(stream: TextIOBase, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def new_folder(final: Path, partial: Path) -> Iterator[None]:
+    """Holds `partial`, empty, for a block that fills it and renames it to `final`; after a failure it is gone.
+
+    The lock goes last, in its new place: in between, a second process would find a folder that is free.
+
+    Raises:
+        FolderBusy: another process writes it.
+        DataError: `final` is there, or the file system has no locks.
+    """
+    with folder_lock(partial):
+        try:
+            if os.path.lexists(final):
+                raise DataError("exists", file=final, remedy="choose a new folder or remove this one")
+            for left in partial.iterdir():  # by a process that was killed
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left)
+                elif left.name != LOCK_NAME:
+                    left.unlink()
+            yield
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (final / LOCK_NAME).unlink()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data_tools.dataset.format import tokenizer_in
-from data_tools.files.durable import LOCK_NAME, folder_lock, fsync_file, fsync_folder, share_like_folder
+from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share_like_folder
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
 from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, hf_tensors
@@ -53,7 +53,7 @@ def export(
     wrote of this checkpoint, for the model card. Weights keep the source's dtype.
 
     Raises:
-        ConvertError: `folder` exists, the form does not exist for this model, or the disk is full.
+        ConvertError: `folder` exists, the form does not exist for this model, weights are not finite, the disk is full.
         DataError: the tokenizer cannot be read, or another process exports to `folder`.
     """
     if folder.exists():
@@ -63,22 +63,15 @@ def export(
     except ValueError as error:
         raise ConvertError(f"--form {form}: {error}") from None
     partial = folder.with_name(folder.name + ".partial")
-    with folder_lock(partial):
-        for file in partial.iterdir():  # of an export that was killed
-            if file.name != LOCK_NAME:
-                file.unlink()
-        try:
+    try:
+        with new_folder(folder, partial):
             _write(source, partial, form, tensors, tokenizer, scores)
             for file in partial.iterdir():
                 fsync_file(file)
-            (partial / LOCK_NAME).unlink()
             fsync_folder(partial)
             partial.rename(folder)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, (OSError, SafetensorError)):  # which names no file where the disk is full
-                raise ConvertError(f"{folder}: cannot be written ({error}); free space, or name another") from None
-            raise
+    except (OSError, SafetensorError) as error:  # which names no file where the disk is full
+        raise ConvertError(f"{folder}: cannot be written ({error}); free space, or name another") from None
     fsync_folder(folder.parent)
 
 
@@ -206,6 +199,11 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) 
                 wholes[tensor.whole] = source.tensor(tensor.whole)
             # A copy each: safetensors refuses tensors that share memory.
             content[tensor.name] = tensor.cut(wholes[tensor.whole], model).clone()
+            if not content[tensor.name].isfinite().all():
+                raise ConvertError(
+                    f"{tensor.whole}: holds values that are not finite; the training went wrong before step "
+                    f"{source.step:,}: export an earlier checkpoint"
+                )
             weight_map[tensor.name] = name
             total += content[tensor.name].numel() * element
         save_file(content, folder / name, metadata={"format": "pt"})

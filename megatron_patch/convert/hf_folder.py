@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data_tools.files.bounded_json import load_bounded
 from data_tools.files.digest import digest_stream, new_digest
-from data_tools.files.plain_file import read_plain
 from megatron_patch.convert.source import ConvertError
 
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -104,7 +103,7 @@ class HfFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            value = json.loads(read_plain(self.folder / name))
+            value = load_bounded(self.folder / name)
         except FileNotFoundError:
             raise ConvertError(f"{self.folder}: no {name}; not a Hugging Face model's folder") from None
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""`python -m megatron_patch import`: a Hugging Face folder as a checkpoint.
+"""A Hugging Face folder as whole-model weights, every tensor checked.
 
 Reads what `export` writes and the authors' published form: one tensor for each of 22 equal FFN copies, `.bin` files,
 and a configuration that says 4 KV heads although the weights have 32 (docs/errata.md).
@@ -6,14 +6,15 @@ and a configuration that says 4 KV heads although the weights have 32 (docs/erra
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_tools.files.bounded_json import load_bounded
+from megatron_patch.convert import architecture
 from megatron_patch.convert.export import PROVENANCE_NAME
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.names import Form, HfTensor, assemble, hf_tensors
@@ -22,14 +23,7 @@ from megatron_patch.recipe import Recipe, load
 
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 _BUFFER = "rotary_emb.inv_freq"  # saved by older transformers; computed, not trained
-_CONFIG_KEYS = {  # of the configuration -> of the recipe; the shapes of the tensors have the last word on KV heads
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "ffn_hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "rms_norm_eps": "norm_epsilon",
-}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class ImportedModel:
@@ -43,12 +37,11 @@ class ImportedModel:
         """
         self.hf = HfFolder(folder)
         provenance = _provenance(folder)
-        self.step: int = provenance.get("step", 0)
-        self.samples: int = provenance.get("samples", 0)
-        self.tokens: int = provenance.get("tokens", 0)
-        self.data_digest: str | None = provenance.get("data_digest")
+        self.step, self.samples, self.tokens = (provenance[name] for name in _COUNTS)
+        self.data_digest: str | None = provenance["data_digest"]
         self.recipe = recipe.model_copy(update={"precision": self._precision()})
-        self._check_config()
+        architecture.check(self.hf.config, self.recipe, folder / "config.json")
+        self.is_tied: bool = self.hf.config.get("tie_word_embeddings", False)
         self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.hf.files else "expanded"
         self._check_tensors()
         self._check_copies()
@@ -60,35 +53,37 @@ class ImportedModel:
 
     def tensor(self, name: str) -> torch.Tensor:
         """bf16 where every tensor is; else fp32, into which fp16 and bf16 are widened without loss."""
-        tensor = assemble(name, self.recipe.model, self.form, self.hf.tensor)
+        tensor = assemble(name, self.recipe.model, self.form, self._stored)
+        if self.is_tied and name == "output_layer.weight":
+            tensor = tensor.clone()  # a checkpoint holds no two tensors in one memory
         return tensor if self.recipe.precision == "bf16" else tensor.float()
+
+    def hf_state(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the Hugging Face model by its name there, in fp32; copies of one are one in memory."""
+        read: dict[str, torch.Tensor] = {}
+        state = {}
+        for tensor in hf_tensors(self.recipe.model, self.form):
+            stored = self._name_stored(tensor.name)
+            if stored not in read:
+                read[stored] = self.hf.tensor(stored).float()
+            state[tensor.name] = read[stored]
+        return state
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return self.hf.tensor(self._name_stored(name))
+
+    def _name_stored(self, name: str) -> str:
+        """Of what a folder holds once for several names, the name that it has there."""
+        if name not in self.hf.files:
+            if self.is_tied and name in (_HEAD, _EMBEDDING):
+                return _EMBEDDING if name == _HEAD else _HEAD
+            if self._copies() == [0]:
+                return re.sub(r"^model\.layers\.\d+\.mlp\.", "model.layers.0.mlp.", name)
+        return name
 
     def _precision(self) -> str:
         dtypes = {self.hf.tensor(name).dtype for name in self.hf.files if not name.endswith(_BUFFER)}
         return "bf16" if dtypes == {torch.bfloat16} else "fp32"
-
-    def _check_config(self) -> None:
-        for key, ours in _CONFIG_KEYS.items():
-            theirs, expected = self.hf.config.get(key), getattr(self.recipe.model, ours)
-            if theirs != expected:
-                raise ConvertError(
-                    f"{self.hf.folder / 'config.json'}: {key} is {theirs!r}, but the recipe {self.recipe.name} has "
-                    f"model.{ours} {expected}; choose the recipe of this model with --recipe"
-                )
-
-        if (theirs := self.hf.config.get("hidden_act", "silu")) != "silu":
-            raise ConvertError(f"{self.hf.folder / 'config.json'}: hidden_act is {theirs}; MobiLlama's FFN has silu")
-        rope = self.hf.config.get("rope_parameters") or self.hf.config.get("rope_scaling") or {}  # transformers 5 or 4
-        if not isinstance(rope, dict):
-            raise ConvertError(f"{self.hf.folder / 'config.json'}: its rotary embedding is {rope!r}, not an object")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        base = self.hf.config.get("rope_theta") or rope.get("rope_theta") or 10000  # the authors' code knows no other
-        if (kind, base) != ("default", self.recipe.model.rope_base):
-            shown = f"{base:g}" if isinstance(base, int | float) else repr(base)
-            raise ConvertError(
-                f"{self.hf.folder / 'config.json'}: rotary embedding of type {kind}, base {shown}; the recipe "
-                f"{self.recipe.name} has the default type and model.rope_base {self.recipe.model.rope_base:g}"
-            )
 
     def _check_tensors(self) -> None:
         expected = self._tensors_present()
@@ -111,25 +106,36 @@ class ImportedModel:
                     f"{self.hf.files[tensor.name]}: {tensor.name} holds values that are not finite; the weights are "
                     "damaged, fetch them again"
                 )
+        for name in (name for name in self.hf.files if name.endswith(_BUFFER)):
+            if not self._are_our_frequencies(self.hf.tensor(name)):
+                raise ConvertError(
+                    f"{self.hf.files[name]}: {name}: not the frequencies of model.rope_base "
+                    f"{self.recipe.model.rope_base:g}; the model has another rotary embedding"
+                )
         strays = {n for n in self.hf.files if not n.endswith(_BUFFER)} - {
             t.name for t in hf_tensors(self.recipe.model, self.form)
         }
         if strays:
             raise ConvertError(f"{self.hf.folder}: unknown tensors, e.g. {min(strays)}; not a MobiLlama or LLaMA model")
 
+    def _are_our_frequencies(self, found: torch.Tensor) -> bool:
+        """Older transformers turned heads by what the file holds; bf16 keeps 8 bits of it."""
+        model = self.recipe.model
+        ours = model.rope_base ** -(torch.arange(0, model.head_dim, 2) / model.head_dim)
+        return found.shape == ours.shape and torch.allclose(found.float(), ours, rtol=1e-2, atol=0)
+
     def _check_head(self) -> None:
-        if not self.hf.config.get("tie_word_embeddings"):
-            return
-        head, embedding = (self.hf.tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not torch.equal(head, embedding):
+        if self.is_tied and not torch.equal(self._stored(_HEAD), self._stored(_EMBEDDING)):
             raise ConvertError(
                 f"{self.hf.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the "
                 "embedding; set it to false if the head was trained by itself"
             )
 
     def _tensors_present(self) -> list[HfTensor]:
-        """What must be there: of a shared FFN saved by transformers 4, layer 0 alone may be."""
+        """What must be there: of a shared FFN saved by transformers 4, layer 0 alone may be; of a tied pair, one."""
         tensors = hf_tensors(self.recipe.model, self.form)
+        if self.is_tied and (_HEAD in self.hf.files) != (_EMBEDDING in self.hf.files):
+            tensors = [t for t in tensors if t.name not in (_HEAD, _EMBEDDING) or t.name in self.hf.files]
         if self._copies() == [0]:
             first = tuple(f"model.layers.0.mlp.{part}.weight" for part in _FFN_PARTS)
             tensors = [t for t in tensors if ".mlp." not in t.name or t.name in first]
@@ -171,28 +177,25 @@ def recipe_of(folder: Path, recipe_file: Path | None) -> Recipe:
     return load(file)
 
 
+_COUNTS = ("step", "samples", "tokens")
+
+
 def _provenance(folder: Path) -> dict[str, Any]:
+    """What `export` recorded; of a folder without the file zeros."""
     file = folder / PROVENANCE_NAME
-    if not file.is_file():
-        return {}
+    if not os.path.lexists(file):
+        return {**dict.fromkeys(_COUNTS, 0), "data_digest": None}
     try:
-        provenance = json.loads(file.read_bytes())
+        provenance = load_bounded(file, most=1 << 20)
         if not isinstance(provenance, dict):
             raise ValueError("not an object")
-    except ValueError as error:
-        raise ConvertError(f"{file}: damaged ({error}); fetch it again, or remove it to count from step 0") from None
+        for name in _COUNTS:
+            value = provenance.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise ValueError(f"{name} is {str(value)[:40]}, not a whole number of at least 0 in 64 bits")
+        if not isinstance(provenance.setdefault("data_digest", None), str | None):
+            raise ValueError("data_digest is not a text")
+    except (ValueError, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise ConvertError(f"{file}: damaged ({said}); fetch it again, or remove it to count from step 0") from None
     return provenance
-
-
-def main(args: argparse.Namespace) -> int:
-    """Exit code 2: refused, with the remedy."""
-    from megatron_patch.train.checkpoint.write import write_weights
-
-    try:
-        source = ImportedModel(args.folder, recipe_of(args.folder, args.recipe))
-        write_weights(source, args.checkpoint)
-    except ValueError as error:  # ConvertError, CheckpointError, RecipeError
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.checkpoint}: written from {args.folder} ({source.form})", file=sys.stderr)
-    return 0

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hf_modules_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Remote code of one test is not seen by another."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf_modules"))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """`import` runs our model, for which it takes a place among ranks: no other test is to find that place."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_tools.files.durable import LOCK_NAME, FolderBusy, folder_lock, new_folder
+from data_tools.files.errors import DataError
 from megatron_patch.__main__ import main
+from megatron_patch.convert.export import export
+from megatron_patch.convert.source import ConvertError
 from megatron_patch.train.checkpoint.reader import open_checkpoint
-from megatron_patch.train.checkpoint.write import write_weights
+from megatron_patch.train.checkpoint.write import partial_folder, write_weights
 from tests.convert.samples import RECIPES, MemoryWeights
 
 
@@ -76,6 +82,65 @@ def test_what_is_refused_leaves_nothing_and_is_named(
     assert main(["export", str(run), str(hf), *form, str(tokenizer)]) == 2
     assert "a run; name one of the checkpoints in" in capsys.readouterr().err
     assert main(["export", str(run / "checkpoints/ckpt_000"), str(hf), *form, str(tokenizer)]) == 0
-    (hf / "provenance.json").write_text("{")
+    provenance = hf / "provenance.json"
+    whole = json.loads(provenance.read_text())
+    for content, words in (
+        ("{", "damaged"),
+        ("[" * 100_000, "damaged (nested without end)"),
+        (json.dumps({**whole, "data_digest": json.loads("[" * 70 + "]" * 70)}), "damaged (nested more than 64 deep)"),
+        (json.dumps({**whole, "step": 10**400}), "damaged (step is 1000000000"),
+        (json.dumps({**whole, "samples": "3"}), "damaged (samples is 3, not a whole number"),
+        (json.dumps({**whole, "tokens": True}), "damaged (tokens is True"),
+        (json.dumps({**whole, "data_digest": 7}), "damaged (data_digest is not a text"),
+        (" " * (1 << 20) + "{}", "damaged (more than 1,048,576 bytes)"),
+    ):
+        provenance.write_text(content)
+        assert main(["import", str(hf), str(tmp_path / "back")]) == 2
+        assert f"{provenance}: {words}" in capsys.readouterr().err
+    provenance.unlink()
+    os.mkfifo(provenance)
     assert main(["import", str(hf), str(tmp_path / "back")]) == 2
-    assert f"{hf / 'provenance.json'}: damaged" in capsys.readouterr().err
+    assert f"{provenance}: damaged (Is not a plain file)" in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def test_one_import_at_a_time_writes_a_checkpoint(weights: MemoryWeights, tmp_path: Path) -> None:
+    """The second of two finds the first at work, or its checkpoint: never a folder that both write."""
+    partial = partial_folder(tmp_path / "one")
+    with folder_lock(partial):
+        (partial / "rank_00000.safetensors").write_bytes(b"of another")
+        with pytest.raises(FolderBusy, match="wait for it to end"):
+            write_weights(weights, tmp_path / "one")
+    write_weights(weights, tmp_path / "one")  # what one that was killed left is swept
+    with (
+        open_checkpoint(tmp_path / "one"),
+        pytest.raises(DataError, match=r"one: exists\n  remedy: choose a new folder"),
+    ):
+        write_weights(weights, tmp_path / "one")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+    assert not (tmp_path / "one" / LOCK_NAME).exists()
+
+
+def test_a_lock_that_moved_away_with_its_folder_is_nobodys(tmp_path: Path) -> None:
+    """A second process that opened the lock before the first renamed its folder is given it only after."""
+    partial, final = tmp_path / "partial", tmp_path / "final"
+    with new_folder(final, partial), (partial / LOCK_NAME).open("a") as opened_before:
+        partial.rename(final)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(opened_before, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with folder_lock(partial):  # a third finds a folder of its own, and that the final one is there
+            pass
+    with pytest.raises(DataError, match="exists"), new_folder(final, partial):
+        pass
+
+
+@pytest.mark.parametrize("name", ["ffn.linear_fc1.weight", "output_layer.weight"])
+def test_weights_that_are_not_finite_are_not_exported(
+    name: str, weights: MemoryWeights, tokenizer: Path, tmp_path: Path
+) -> None:
+    broken = weights.whole[name].clone()
+    broken.view(-1)[5] = float("inf")
+    weights.changed[name] = broken
+    with pytest.raises(ConvertError, match=f"{name}: holds values that are not finite; .* before step 2,133"):
+        export(weights, tmp_path / "hf", "expanded", tokenizer)
+    assert not list(tmp_path.iterdir())

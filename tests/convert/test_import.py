@@ -14,11 +14,35 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_patch.__main__ import main
 from megatron_patch.convert.export import export
+from megatron_patch.convert.forward import compare
 from megatron_patch.convert.imported import ImportedModel, recipe_of
 from megatron_patch.convert.names import Form
 from megatron_patch.convert.source import ConvertError
+from megatron_patch.train.checkpoint.reader import open_checkpoint
 from tests.convert.samples import MemoryWeights, small_recipe
+
+INV_FREQ = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+LLAMA_4 = json.loads("""{
+  "_name_or_path": "", "add_cross_attention": false, "architectures": ["LlamaForCausalLM"], "attention_bias": false,
+  "attention_dropout": 0.0, "bad_words_ids": null, "begin_suppress_tokens": null, "bos_token_id": 1,
+  "chunk_size_feed_forward": 0, "cross_attention_hidden_size": null, "decoder_start_token_id": null,
+  "diversity_penalty": 0.0, "do_sample": false, "early_stopping": false, "encoder_no_repeat_ngram_size": 0,
+  "eos_token_id": 2, "exponential_decay_length_penalty": null, "finetuning_task": null, "forced_bos_token_id": null,
+  "forced_eos_token_id": null, "head_dim": 8, "hidden_act": "silu", "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+  "initializer_range": 0.02, "is_decoder": false, "is_encoder_decoder": false, "label2id": {"LABEL_0": 0},
+  "length_penalty": 1.0, "max_length": 20, "max_position_embeddings": 2048, "min_length": 0, "mlp_bias": false,
+  "model_type": "llama", "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1, "num_key_value_heads": 4,
+  "num_return_sequences": 1, "output_attentions": false, "output_hidden_states": false, "output_scores": false,
+  "pad_token_id": null, "prefix": null, "pretraining_tp": 1, "problem_type": null, "pruned_heads": {},
+  "remove_invalid_values": false, "repetition_penalty": 1.0, "return_dict": true, "return_dict_in_generate": false,
+  "rope_scaling": null, "rope_theta": 10000.0, "sep_token_id": null, "suppress_tokens": null,
+  "task_specific_params": null, "temperature": 1.0, "tf_legacy_loss": false, "tie_encoder_decoder": false,
+  "tie_word_embeddings": false, "tokenizer_class": null, "top_k": 50, "top_p": 1.0, "torch_dtype": "float32",
+  "torchscript": false, "transformers_version": "4.48.0", "typical_p": 1.0, "use_bfloat16": false, "use_cache": true
+}""")
+"""Every key of `LlamaConfig().to_dict()` of transformers 4.48."""
 
 
 def equal(model: ImportedModel, weights: MemoryWeights) -> bool:
@@ -30,7 +54,7 @@ def published(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> Path:
     """The authors' layout: 22 equal FFN copies in two fp32 `.bin` files, buffers included, KV heads misstated."""
     export(weights, tmp_path / "ours", "expanded", tokenizer)
     state = {k: v.clone() for k, v in load_file(tmp_path / "ours" / "model.safetensors").items()}
-    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": INV_FREQ.clone() for i in range(3)}
     folder = tmp_path / "published"
     folder.mkdir()
     head = {"lm_head.weight": state.pop("lm_head.weight")}
@@ -146,11 +170,43 @@ def test_a_config_of_another_model_is_refused(published: Path) -> None:
     ("change", "words"),
     [
         ({"rope_theta": 500000.0}, r"base 500000; the recipe .* model\.rope_base 10000"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "of type linear"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "with type 'linear'"),
         ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, "base 500000"),
         ({"rope_theta": "large"}, "base 'large'; the recipe"),
         ({"rope_scaling": ["linear"]}, r"its rotary embedding is \['linear'\], not an object"),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+        (
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+            },
+            "with type 'llama3'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "rope_scaling": {"rope_theta": 5e5}},
+            "with base 500000",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "with full_attention"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "with share of a head 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+        ({"rope_interleaved": True}, "rope_interleaved is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"mlp_bias": 1}, "mlp_bias is 1"),
+        ({"head_dim": 16}, "head_dim is 16, but the recipe"),
+        ({"sliding_window": 128}, "sliding_window is 128; MobiLlama attends to the whole row"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is"),
+        ({"model_type": "granite"}, "model_type is 'granite'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"architectures": ["MistralForCausalLM"]}, "architecture 'MistralForCausalLM' of a model of type llama"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architecture 'LlamaForSequenceClassification'"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}, "architecture 'OwnForCausalLM'"),
+        ({"embedding_multiplier": 12.0, "residual_multiplier": 0.22}, "unknown keys 'embedding_multiplier', 'resid"),
+        ({"attention_multiplier": 1.0}, "unknown key 'attention_multiplier'"),
+        ({"final_logit_softcapping": 30.0}, "unknown key 'final_logit_softcapping'"),
+        ({"use_qk_norm": True}, "unknown key 'use_qk_norm'"),
+        ({"scale_depth": 1.4}, "unknown key 'scale_depth'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: fetch the weights that are not quantised"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', not true or false"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true, but lm_head.weight is not the embedding"),
     ],
 )
@@ -160,6 +216,63 @@ def test_a_model_that_computes_otherwise_is_refused(change: dict[str, object], w
     (published / "config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ConvertError, match=words):
         ImportedModel(published, small_recipe())
+
+
+def test_what_is_of_no_consequence_is_read(published: Path, weights: MemoryWeights) -> None:
+    shape = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    shape |= {"num_attention_heads": 4}
+    (published / "config.json").write_text(json.dumps({**LLAMA_4, **shape, "rms_norm_eps": 1e-5}))
+    assert equal(ImportedModel(published, small_recipe()), weights)
+
+
+def test_frequencies_that_are_stored_are_those_of_the_recipe(published: Path) -> None:
+    """Old LLaMA code takes them from the file, not from the configuration."""
+    file = published / "pytorch_model-00001-of-00002.bin"
+    state = torch.load(file, weights_only=True)
+    state["model.layers.1.self_attn.rotary_emb.inv_freq"] /= 2
+    torch.save(state, file)
+    with pytest.raises(ConvertError, match=r"layers\.1\.self_attn\.rotary_emb\.inv_freq: not the frequencies of"):
+        ImportedModel(published, small_recipe())
+
+
+@pytest.mark.parametrize("form", ["expanded", "shared", "published"])
+def test_logits_are_compared_with_those_of_transformers(
+    form: str, published: Path, weights: MemoryWeights, tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = published if form == "published" else tmp_path / form
+    if form in ("expanded", "shared"):
+        export(weights, folder, form, tokenizer)  # type: ignore[arg-type]
+    model = ImportedModel(folder, weights.recipe)
+    assert re.match(r"logits of 64 tokens: \d\.\de-0[5-9] \(relative\) from transformers 5", compare(model))
+    if form != "expanded":
+        return
+    model.recipe = small_recipe("model.rope_base=9000")  # as if the configuration had passed for another's
+    with pytest.raises(ConvertError, match=r"its logits of 64 tokens differ by .* computes otherwise"):
+        compare(model)
+
+
+def test_a_tied_folder_of_transformers_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        rms_norm_eps=1e-5, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
+    assert "lm_head.weight" not in load_file(tmp_path / "hf/model.safetensors")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(small_recipe(name="large_base").to_yaml())
+    assert main(["import", str(tmp_path / "hf"), str(tmp_path / "ours"), "--recipe", str(recipe)]) == 0
+    said = capsys.readouterr().err
+    assert "(relative) from transformers" in said and "(expanded; tied: the head is a copy" in said
+    with open_checkpoint(tmp_path / "ours") as ours:
+        head, embedding = (ours.tensor(f"{name}.weight") for name in ("output_layer", "embedding.word_embeddings"))
+    assert torch.equal(head, load_file(tmp_path / "hf/model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(head, embedding)
+
+    said = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**said, "tie_word_embeddings": False}))
+    with pytest.raises(ConvertError, match=r"no tensor lm_head\.weight"):
+        ImportedModel(tmp_path / "hf", small_recipe(name="large_base"))
 
 
 def test_a_tied_head_that_is_the_embedding_is_read(published: Path, weights: MemoryWeights) -> None:

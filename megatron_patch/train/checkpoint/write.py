@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_tools.files.digest import digest_file, new_digest
-from data_tools.files.durable import fsync_folder, share_like_folder, write_whole
+from data_tools.files.durable import fsync_folder, new_folder, share_like_folder, write_whole
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import (
@@ -57,10 +57,8 @@ class Weights(Protocol):
 def write_weights(source: Weights, folder: Path) -> Marker:
     """Write whole tensors as a weights checkpoint from one process.
 
-    Raises CheckpointError where the folder is already there, OSError where it cannot be written.
+    Raises DataError where the folder is already there or another process writes it, OSError where it cannot be written.
     """
-    if folder.exists():
-        raise CheckpointError(folder, "exists", "choose another folder, or remove it")
     tensors = {
         Fragment(whole.name, 0, 1, 0, 0).key("weight"): source.tensor(whole.name).reshape(-1).contiguous()
         for whole in whole_tensors(source.recipe.model).values()
@@ -73,9 +71,7 @@ def write_weights(source: Weights, folder: Path) -> Marker:
         data_digest=source.data_digest,
     )
     beside = partial_folder(folder)
-    shutil.rmtree(beside, ignore_errors=True)  # of an import that was killed
-    try:
-        beside.mkdir(parents=True)
+    with new_folder(folder, beside):
         files = {rank_file(0): write_file(beside / rank_file(0), tensors)}
         index = Index(
             contents="weights",
@@ -86,9 +82,6 @@ def write_weights(source: Weights, folder: Path) -> Marker:
             tensors=index_tensors(beside, files, source.recipe, "weights"),
         )
         return finish(beside, folder, files, index)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def partial_folder(final: Path) -> Path:
