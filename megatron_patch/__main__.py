@@ -50,8 +50,8 @@ VERBS = {
         arguments.summary,
     ),
     "export": Verb(
-        "megatron_patch.convert.export",
-        "a checkpoint as a Hugging Face folder",
+        "megatron_patch.convert.export_command",
+        "a checkpoint as a Hugging Face folder, or a GGUF file for llama.cpp",
         "python -m megatron_patch export runs/mobillama_05b/checkpoints/ckpt_359 mobillama-05b --form expanded",
         arguments.export,
     ),

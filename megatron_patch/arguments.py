@@ -9,6 +9,11 @@ import argparse
 import math
 from pathlib import Path
 
+QUANTIZATIONS = {
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+}
+"""What `export --quantize` may store the matrices as, by form."""
+
 
 def count(text: str) -> int:
     """A whole number of at least 1, in 64 bits."""
@@ -63,8 +68,13 @@ def summary(parser: argparse.ArgumentParser) -> None:
 
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
-    parser.add_argument("folder", type=Path, help="new Hugging Face folder")
-    parser.add_argument("--form", choices=("expanded", "shared"), required=True)
+    parser.add_argument("output", type=Path, help="new folder; of --form gguf a new file")
+    parser.add_argument("--form", choices=("expanded", "shared", *QUANTIZATIONS), required=True)
+    parser.add_argument(
+        "--quantize",
+        choices=sorted({kind for kinds in QUANTIZATIONS.values() for kind in kinds}),
+        help="; ".join(f"{form}: {', '.join(kinds)}" for form, kinds in QUANTIZATIONS.items()),
+    )
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
     )

@@ -22,7 +22,7 @@ FLOORS = {
         {"optim", "data"},
         {"train", "preflight", "generate"},
         {"convert", "plan"},
-        {"evaluate"},
+        {"evaluate", "devices"},
         {"report"},
         {"__main__"},
     ),

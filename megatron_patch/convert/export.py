@@ -1,17 +1,15 @@
-"""`python -m megatron_patch export`: a checkpoint as a Hugging Face folder.
+"""A checkpoint as a Hugging Face folder.
 
-    CHECKPOINT --form expanded    stock `LlamaForCausalLM`, the shared FFN copied into every layer
-    CHECKPOINT --form shared      one FFN, with the small modelling file that `trust_remote_code=True` loads
+    expanded    stock `LlamaForCausalLM`, the shared FFN copied into every layer
+    shared      one FFN, with the small modelling file that `trust_remote_code=True` loads
 
 Runs on one process without a GPU, whatever layout wrote the checkpoint: one shard is in memory at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +25,6 @@ from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model, Recipe
-from megatron_patch.results import read_scores
 
 SHARD_BYTES = 500_000_000
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
@@ -90,7 +87,7 @@ def _write(
     _write_json(folder / "generation_config.json", generation)
     if form == "shared":
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-    _write_json(folder / PROVENANCE_NAME, _provenance(source, form))
+    _write_json(folder / PROVENANCE_NAME, provenance(source, form))
     (folder / "recipe.yaml").write_text(source.recipe.to_yaml(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(source, form, scores), encoding="utf-8")
 
@@ -228,7 +225,8 @@ def _shards(tensors: list[HfTensor], element_size: int) -> list[list[HfTensor]]:
     return shards
 
 
-def _provenance(source: WeightsSource, form: Form) -> dict[str, Any]:
+def provenance(source: WeightsSource, form: str) -> dict[str, Any]:
+    """What an export records of where its weights come from; `import` reads it back."""
     return {
         "form": form,
         "recipe": source.recipe.name,
@@ -242,23 +240,3 @@ def _provenance(source: WeightsSource, form: Form) -> dict[str, Any]:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Exit code 2: refused, with the remedy."""
-    from megatron_patch.train.checkpoint.reader import open_checkpoint
-
-    try:
-        if (args.checkpoint / "checkpoints").is_dir():
-            raise ConvertError(
-                f"{args.checkpoint}: a run; name one of the checkpoints in {args.checkpoint}/checkpoints"
-            )
-        with open_checkpoint(args.checkpoint) as checkpoint:
-            tokenizer = args.tokenizer or tokenizer_of(checkpoint.recipe)
-            scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
-            export(checkpoint, args.folder, args.form, tokenizer, scores)
-    except ValueError as error:  # ConvertError, CheckpointError, DataError
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.folder}: written ({args.form})", file=sys.stderr)
-    return 0

@@ -23,7 +23,7 @@ from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
 
 def reference_logits(weights: MemoryWeights, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocab] of the shared-FFN model from the whole tensors, in the plainest way."""
-    m, w = weights.recipe.model, {k: v.double() for k, v in weights.whole.items()}
+    m, w = weights.recipe.model, {k: weights.tensor(k).double() for k in weights.whole}
     b, s = tokens.shape
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:

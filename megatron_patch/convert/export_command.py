@@ -1,0 +1,59 @@
+"""`python -m megatron_patch export`: a checkpoint in the form that a runtime reads.
+
+    CHECKPOINT FOLDER --form expanded      a Hugging Face folder for stock `LlamaForCausalLM`, an FFN in every layer
+    CHECKPOINT FOLDER --form shared        the same with one FFN, for `trust_remote_code=True`
+    CHECKPOINT FILE.gguf --form gguf       llama.cpp, Ollama, LM Studio; --quantize q4_0 and others
+
+Runs on one process without a GPU, whatever layout wrote the checkpoint; a few tensors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_patch.arguments import QUANTIZATIONS
+from megatron_patch.convert.export import export, tokenizer_of
+from megatron_patch.convert.source import ConvertError
+from megatron_patch.results import read_scores
+from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 2: refused, with the remedy."""
+    try:
+        if (args.checkpoint / "checkpoints").is_dir():
+            raise ConvertError(
+                f"{args.checkpoint}: a run; name one of the checkpoints in {args.checkpoint}/checkpoints"
+            )
+        kinds = QUANTIZATIONS.get(args.form, ())
+        if args.quantize and args.quantize not in kinds:
+            raise ConvertError(
+                f"--quantize {args.quantize}: --form {args.form} has "
+                + (f"{', '.join(kinds)}" if kinds else f"none; choose --form {' or '.join(QUANTIZATIONS)}")
+            )
+        with open_checkpoint(args.checkpoint) as checkpoint:
+            _write(checkpoint, args)
+    except ValueError as error:  # ConvertError, CheckpointError, DataError
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in ("gguf", "onnx"):
+            raise
+        print(f"refused: --form {args.form} needs {error.name}; pip install -e '.[devices]'", file=sys.stderr)
+        return 2
+    print(f"{args.output}: written ({' '.join(filter(None, (args.form, args.quantize)))})", file=sys.stderr)
+    return 0
+
+
+def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
+    tokenizer = args.tokenizer or tokenizer_of(checkpoint.recipe)
+    if args.form == "gguf":
+        from megatron_patch.convert.gguf_file import write_gguf
+
+        kept = write_gguf(checkpoint, args.output, tokenizer, args.quantize)
+        if kept:
+            print(f"{len(kept)} tensors of no whole blocks stay in f16: {', '.join(kept)}", file=sys.stderr)
+        return
+    scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
+    export(checkpoint, args.output, args.form, tokenizer, scores)
