@@ -248,7 +248,7 @@ class Benchmark:
         shape = (self.rows // micro_batch, micro_batch)
         tokens = np.random.RandomState(0).randint(0, recipe.model.vocab_size, (*shape, recipe.row_length))
         rows = np.arange(self.rows).reshape(shape)
-        return BatchShare(0, 0, rows, tokens.astype(np.uint16), np.ones(shape, np.float32))
+        return BatchShare(0, 0, rows, tokens.astype(np.uint16), np.ones(shape, np.float32), tokens[..., 1:].size)
 
     def run(self) -> None:
         self.attempt("ceilings", 60, self.ceilings)

@@ -9,6 +9,7 @@ import torch
 
 from megatron_patch.data.deal import micro_batches, share_of
 from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.marks import Marks
 from megatron_patch.model.parameters import local_parameters, whole_tensors
 from megatron_patch.parallel import topology
 from megatron_patch.recipe import Recipe, load
@@ -43,6 +44,21 @@ def random_rows(recipe: Recipe, step: int) -> np.ndarray:
     return np.random.RandomState(1000 + step).randint(0, recipe.model.vocab_size, shape).astype(np.uint16)
 
 
+def random_marks(recipe: Recipe, step: int) -> Marks:
+    """Of the rows of a step's global batch: conversations of 1 to 9 ids, of which none, some or all count.
+
+    Rows differ in how many of their labels count, the first by one alone, and no conversation's first id does.
+    """
+    random = np.random.RandomState(2000 + step)
+    shape = (recipe.batch.global_batch_size, recipe.row_length)
+    starts = random.rand(*shape) < 0.25
+    starts[:, 0] = True
+    counted = (random.rand(*shape) < np.linspace(0.05, 0.9, len(starts))[:, None]) & ~starts
+    counted[0] = np.arange(recipe.row_length) == 9
+    starts[0, 9] = False
+    return Marks(counted, starts)
+
+
 def toy_trainer(recipe: Recipe) -> Trainer:
     """On a rank with a process group: groups, model and optimizer of the recipe's layout."""
     place = topology.initialize(recipe.parallel)
@@ -50,12 +66,22 @@ def toy_trainer(recipe: Recipe) -> Trainer:
 
 
 def toy_share(trainer: Trainer, step: int) -> BatchShare:
-    """This rank's share of `random_rows(recipe, step)`, dealt as the loader deals."""
+    """This rank's share of `random_rows(recipe, step)`, dealt as the loader deals.
+
+    With `random_marks` where the recipe resets attention at starts.
+    """
     recipe, place = trainer.recipe, trainer.topology
     batch = random_rows(recipe, step)
     micro = recipe.batch.micro_batch_size
+    labels = len(batch) * recipe.model.sequence_length
     rows, weights = share_of(np.arange(len(batch)), place.data_rank, place.data_size, micro, trainer.micro_batches)
-    return BatchShare(0, step * len(batch), rows, np.where(weights[..., None] > 0, batch[rows], 0), weights)
+    marks = None
+    if recipe.data.reset_at_starts:
+        whole = random_marks(recipe, step)
+        labels = int(whole.counted[:, 1:].sum())
+        marks = Marks(*(field[rows[rows >= 0]] for field in whole)).placed(rows >= 0)
+    tokens = np.where(weights[..., None] > 0, batch[rows], 0)
+    return BatchShare(0, step * len(batch), rows, tokens, weights, labels, marks)
 
 
 def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:

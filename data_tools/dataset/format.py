@@ -7,9 +7,16 @@ A data set is one folder:
     segment_000.src       one byte a row: the position of its source in the manifest's `sources`
     segment_000.json      the segment's manifest; written last, so its presence says that the three files are whole
     ...
-    held_out.*            optional: rows kept away from training, in the same four files
+    held_out.*            optional: rows kept away from training, in the same files
     tokenizer.model|json  the tokenizer that made the ids
     manifest.json         the data set's manifest; written when every segment is there
+
+More can be said about a row, in a file of its own with so many bytes a row, which readers of ids alone never open.
+Conversations (data_tools/build_chat.py) are such rows:
+
+    segment_000.mask      one bit an id: whether the loss of predicting it counts
+    segment_000.starts    one bit an id: whether a conversation (or the padding after the last one) begins with it
+    chat_template.jinja   the template that made the ids of the messages
 
 Beside the files it is made of (`data_tools/files`) this module imports nothing else of the repository.
 """
@@ -59,6 +66,10 @@ MANIFEST_NAME = "manifest.json"
 HELD_OUT_NAME = "held_out"
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+MARKS = ("mask", "starts")
+"""Suffixes of the files that mark ids of a row; a data set has all of them or none."""
+
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _IDX_VERSION = 1
 _IDX_UINT16 = 8  # Megatron-Core's code for uint16
@@ -79,6 +90,21 @@ def bin_size(rows: int, row_length: int) -> int:
 def idx_size(rows: int) -> int:
     """Bytes of an `.idx` of `rows` rows: header, int32 length, int64 offset and int64 document bound a row."""
     return _IDX_HEADER.size + rows * (4 + 8) + (rows + 1) * 8
+
+
+def marks_row_bytes(row_length: int) -> int:
+    """Bytes that one row has in a file of marks: a bit an id, the lowest bit of a byte first, the last byte padded."""
+    return -(-row_length // 8)
+
+
+def pack_marks(marks: np.ndarray) -> np.ndarray:
+    """Marks as they are stored: bool [..., row_length] to uint8 [..., marks_row_bytes(row_length)]."""
+    return np.packbits(marks, axis=-1, bitorder="little")
+
+
+def unpack_marks(stored: np.ndarray, row_length: int) -> np.ndarray:
+    """The reverse of `pack_marks`: bool [..., row_length]."""
+    return np.unpackbits(stored, axis=-1, count=row_length, bitorder="little").view(bool)
 
 
 def index_blocks(rows: int, row_length: int) -> Iterator[bytes]:
@@ -135,6 +161,27 @@ class TokenizerRecord:
 
 
 @dataclass(frozen=True)
+class ChatRecord:
+    """How the conversations of a data set became ids, and what became of them."""
+
+    template_sha256: str
+    """Of `chat_template.jinja`."""
+    end_of_turn: str
+    """The token that ends each answer."""
+    end_of_turn_id: int
+    conversations: int
+    """In the training rows."""
+    held_out_conversations: int
+    counted: int
+    """Ids of the training rows whose loss counts."""
+    truncated: int
+    dropped: int
+    """Longer than a row, or repeated in the held-out rows."""
+    files: list[str]
+    """Names of the files that the conversations come from."""
+
+
+@dataclass(frozen=True)
 class SegmentManifest:
     """What one segment (or the held-out rows) holds; `segment_000.json`."""
 
@@ -147,7 +194,7 @@ class SegmentManifest:
     input: dict[str, Any]
     """What it was made from: file name, bytes and XXH3-128 of a JSONL segment, or the digest of the mixed rows."""
     digests: dict[str, str]
-    """XXH3-128 by suffix: bin, idx, src."""
+    """XXH3-128 by suffix: bin, idx, src, and those of MARKS where the rows are marked."""
     sources: tuple[str, ...] = AMBER_SOURCES
     """What the bytes of `.src` are positions in; in the file only where it is not Amber's list."""
     tool_version: str = TOOL_VERSION
@@ -155,6 +202,16 @@ class SegmentManifest:
     @property
     def tokens(self) -> int:
         return self.rows * self.row_length
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether the rows have marks."""
+        return set(MARKS) <= set(self.digests)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of its files, by suffix."""
+        sizes = {"bin": bin_size(self.rows, self.row_length), "idx": idx_size(self.rows), "src": self.rows}
+        return sizes | dict.fromkeys(MARKS if self.is_marked else (), self.rows * marks_row_bytes(self.row_length))
 
     def to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "tokens": self.tokens}
@@ -184,7 +241,7 @@ class SegmentManifest:
                 file=file,
                 remedy="build the segment again",
             )
-        if set(manifest.digests) not in ({"bin", "idx", "src"}, {"jsonl"}):
+        if set(manifest.digests) not in ({"bin", "idx", "src"}, {"bin", "idx", "src", *MARKS}, {"jsonl"}):
             raise DataError(f"digests of {sorted(manifest.digests)}", file=file, remedy="build the segment again")
         return manifest
 
@@ -211,6 +268,7 @@ class DatasetManifest:
     held_out: SegmentManifest | None
     sources: tuple[str, ...] = AMBER_SOURCES
     """The sources in their order: a byte of a segment's `.src` is a position in it."""
+    chat: ChatRecord | None = None
     tool_version: str = TOOL_VERSION
 
     @property
@@ -229,6 +287,8 @@ class DatasetManifest:
         value["rows"] = self.rows
         value["tokens"] = self.rows * self.row_length
         value["sources"] = list(self.sources)
+        if self.chat is None:  # the digest of a data set of documents is that of before there were others
+            del value["chat"]
         return sealed(value)
 
     @classmethod
@@ -249,6 +309,7 @@ class DatasetManifest:
                 segments=[SegmentManifest.from_json(segment, path) for segment in value["segments"]],
                 held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
                 sources=checked_sources(value["sources"], path),
+                chat=ChatRecord(**value["chat"]) if "chat" in value else None,
                 tool_version=value["tool_version"],
             )
         segments = dataset.segments

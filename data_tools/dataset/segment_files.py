@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from data_tools.dataset.format import (
     AMBER_SOURCES,
     HELD_OUT_NAME,
     MANIFEST_NAME,
+    ChatRecord,
     DatasetManifest,
     SegmentManifest,
     TokenizerRecord,
-    bin_size,
     check_same_sources,
-    idx_size,
     index_blocks,
     segment_name,
     tokenizer_in,
@@ -47,6 +46,7 @@ class DatasetPlan:
     has_held_out: bool = False
     sources: tuple[str, ...] = AMBER_SOURCES
     """In their order: a byte of a segment's `.src` is a position in it."""
+    chat: ChatRecord | None = None
 
 
 def chosen_segments(segments: range | None, num_segments: int, folder: Path) -> range:
@@ -84,18 +84,20 @@ def write_companions(
     rejected: int,
     source: dict[str, Any],
     bin_digest: str,
+    marks: Mapping[str, Iterable[bytes]] | None = None,
 ) -> SegmentManifest:
-    """Writes `.src`, `.idx` and, last, the manifest of the segment whose `.bin` is in place.
+    """Writes `.src`, `.idx`, any marks and, last, the manifest of the segment whose `.bin` is in place.
 
     Args:
         base: the segment's path without suffix.
         codes: source codes of the rows, in blocks.
         source: what the segment was made from, for the manifest.
         bin_digest: XXH3-128 of the `.bin`.
+        marks: the bytes of the files of marks by suffix, all of `MARKS`, in blocks.
     """
     counts = np.zeros(len(plan.sources), dtype=np.int64)
     digests = {"bin": bin_digest}
-    for suffix, blocks in (("src", codes), ("idx", index_blocks(rows, plan.row_length))):
+    for suffix, blocks in {"src": codes, "idx": index_blocks(rows, plan.row_length), **(marks or {})}.items():
         digest = new_digest()
         with write_beside(base.with_suffix(f".{suffix}")) as stream:
             for block in blocks:
@@ -148,12 +150,7 @@ def finished_segment(base: Path, plan: DatasetPlan, source: dict[str, Any]) -> S
 
 def check_sizes(base: Path, manifest: SegmentManifest) -> None:
     """Raises DataError where a file of the segment is missing or has another size than its manifest implies."""
-    expected = {
-        "bin": bin_size(manifest.rows, manifest.row_length),
-        "idx": idx_size(manifest.rows),
-        "src": manifest.rows,
-    }
-    for suffix, size in expected.items():
+    for suffix, size in manifest.sizes().items():
         path = base.with_suffix(f".{suffix}")
         if (actual := file_size(path)) != size:
             raise DataError(
@@ -223,6 +220,7 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
         segments=segments,
         held_out=held_out[0] if held_out else None,
         sources=plan.sources,
+        chat=plan.chat,
     )
     with folder_lock(folder, f"{LOCK_NAME}.manifest", wait=True):  # two merges at once write the same
         write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))

@@ -25,9 +25,11 @@ BLOCK_BYTES = 1 << 23
 class Ahead:
     """Where to read a segment's `.bin` from, and the bringing of the next one."""
 
-    def __init__(self, folder: Path, segments: list[SegmentManifest], *, read: bool, stage_folder: Path | None) -> None:
-        """Raises DataError where `stage_folder` cannot be written."""
-        self._folder, self._segments, self._read = folder, segments, read
+    def __init__(
+        self, folder: Path, segments: list[SegmentManifest], *, read: bool, stage_folder: Path | None, again: bool
+    ) -> None:
+        """`again`: after the last segment comes the first. Raises DataError where `stage_folder` cannot be written."""
+        self._folder, self._segments, self._read, self._again = folder, segments, read, again
         self._stage_folder = stage_folder
         if stage_folder is not None:
             with contextlib.suppress(OSError):  # said below
@@ -47,16 +49,20 @@ class Ahead:
             return self._source(segment)
         if segment not in self._coming:
             self._bring(segment)
-        if segment + 1 < len(self._segments):
-            self._bring(segment + 1)
+        following = segment + 1
+        if following == len(self._segments) and self._again:
+            following = 0
+        if following < len(self._segments):
+            self._bring(following)
         coming = self._coming[segment]
-        self._coming = {k: future for k, future in self._coming.items() if k >= segment}
+        self._coming = {k: future for k, future in self._coming.items() if k in (segment, following)}
         if self._stage_folder is None:
             return self._source(segment)  # rows can be read while the rest of the segment is still coming
         path = coming.result()
-        if segment:
+        before = (segment - 1) % len(self._segments)
+        if (segment or self._again) and before not in (segment, following):
             # Ranks that still read the segment before have it mapped, which outlives its name.
-            self._staged(segment - 1).unlink(missing_ok=True)
+            self._staged(before).unlink(missing_ok=True)
         return path
 
     def close(self) -> None:

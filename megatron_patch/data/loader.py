@@ -11,6 +11,7 @@ import numpy as np
 
 from data_tools.dataset.format import TOKEN_DTYPE
 from megatron_patch.data.deal import share_of
+from megatron_patch.data.marks import Marks
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import Segments
 
@@ -31,6 +32,10 @@ class BatchShare:
     """uint16 [num_micro_batches, micro_batch_size, row_length]; zeros where padded."""
     weights: np.ndarray
     """float32 [num_micro_batches, micro_batch_size]; 1 for rows, 0 for padding."""
+    labels: int
+    """Labels of the whole global batch, over all ranks, whose loss counts: what the summed loss is divided by."""
+    marks: Marks | None = None
+    """Of `tokens`, where the data set says more of a row than its ids."""
 
 
 def _read_share(
@@ -42,6 +47,22 @@ def _read_share(
     tokens = np.zeros((*rows.shape, row_length), dtype=TOKEN_DTYPE)
     tokens[real] = read(rows[real])
     return tokens
+
+
+def _labels_and_marks(
+    read: Callable[[np.ndarray], Marks | None], batch: np.ndarray, rows: np.ndarray, row_length: int
+) -> tuple[int, Marks | None]:
+    """Labels that count in the rows of a global batch, and the marks of those that this rank reads.
+
+    Every rank reads the marks of the whole batch, an eighth of a byte an id: none then needs to ask the others.
+    """
+    whole = read(batch)
+    if whole is None:
+        return len(batch) * (row_length - 1), None
+    real = rows >= 0
+    where = {int(row): place for place, row in enumerate(batch)}
+    mine = [where[int(row)] for row in rows[real]]
+    return int(whole.counted[:, 1:].sum()), Marks(*(field[mine] for field in whole)).placed(real)
 
 
 class Loader:
@@ -101,7 +122,10 @@ class Loader:
         segment, batch = self._order.batch(samples_consumed)
         rows, weights = share_of(batch, *self._deal)
         tokens = _read_share(lambda r: self._segments.read(segment, r), rows, weights, self._segments.row_length)
-        return BatchShare(segment, samples_consumed, rows, tokens, weights)
+        labels, marks = _labels_and_marks(
+            lambda r: self._segments.marks(segment, r), batch, rows, self._segments.row_length
+        )
+        return BatchShare(segment, samples_consumed, rows, tokens, weights, labels, marks)
 
 
 def held_out_shares(
@@ -120,4 +144,5 @@ def held_out_shares(
         batch = np.arange(start, min(start + global_batch_size, count))
         rows, weights = share_of(batch, data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
         tokens = _read_share(segments.read_held_out, rows, weights, segments.row_length)
-        yield BatchShare(HELD_OUT_SEGMENT, start, rows, tokens, weights)
+        labels, marks = _labels_and_marks(segments.held_out_marks, batch, rows, segments.row_length)
+        yield BatchShare(HELD_OUT_SEGMENT, start, rows, tokens, weights, labels, marks)

@@ -13,14 +13,17 @@ class SampleOrder:
     """Segments one after the other, segment k permuted by the seed `seed + k`; what a batch cannot fill is left out.
 
     The permutation is the authors' `np.random.seed(11111 + k); np.random.permutation(rows)`. One segment's permutation
-    is in memory, the next one is made ahead by a thread.
+    is in memory, the next one is made ahead by a thread. Over several epochs the segments follow each other again,
+    numbered on: visit v reads segment v % num_segments, permuted by `seed + v`.
 
     Attributes:
-        steps_per_segment: whole batches a segment gives.
-        total_steps: batches of all segments.
+        steps_per_segment: whole batches that a visit of a segment gives.
+        total_steps: batches of all segments in all epochs.
     """
 
-    def __init__(self, num_segments: int, rows_per_segment: int, global_batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_segments: int, rows_per_segment: int, global_batch_size: int, seed: int, epochs: int = 1
+    ) -> None:
         """Raises DataError where a segment has fewer rows than one batch."""
         if rows_per_segment < global_batch_size:
             raise DataError(
@@ -33,7 +36,8 @@ class SampleOrder:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.steps_per_segment = rows_per_segment // global_batch_size
-        self.total_steps = num_segments * self.steps_per_segment
+        self._visits = epochs * num_segments
+        self.total_steps = self._visits * self.steps_per_segment
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sample-order")
         self._current: tuple[int, np.ndarray] | None = None
         self._next: tuple[int, Future[np.ndarray]] | None = None
@@ -60,28 +64,28 @@ class SampleOrder:
             )
         if not 0 <= step < self.total_steps:
             raise DataError(
-                f"{self.num_segments} segments of {self.rows_per_segment} rows give {self.total_steps} batches",
+                f"{self._visits} segments of {self.rows_per_segment} rows give {self.total_steps} batches",
                 file="data set",
                 place=f"step {step}",
                 remedy="train fewer steps or add segments",
             )
-        segment, within = divmod(step, self.steps_per_segment)
+        visit, within = divmod(step, self.steps_per_segment)
         start = within * self.global_batch_size
-        return segment, self._permutation(segment)[start : start + self.global_batch_size]
+        return visit % self.num_segments, self._permutation(visit)[start : start + self.global_batch_size]
 
-    def _permutation(self, segment: int) -> np.ndarray:
-        if self._current is None or self._current[0] != segment:
+    def _permutation(self, visit: int) -> np.ndarray:
+        if self._current is None or self._current[0] != visit:
             ahead = self._next
-            made = ahead[1].result() if ahead and ahead[0] == segment else self._permute(segment)
-            self._current = (segment, made)
-            following = segment + 1
+            made = ahead[1].result() if ahead and ahead[0] == visit else self._permute(visit)
+            self._current = (visit, made)
+            following = visit + 1
             self._next = None
-            if following < self.num_segments:
+            if following < self._visits:
                 self._next = (following, self._thread.submit(self._permute, following))
         return self._current[1]
 
-    def _permute(self, segment: int) -> np.ndarray:
-        return np.random.RandomState(self.seed + segment).permutation(self.rows_per_segment)
+    def _permute(self, visit: int) -> np.ndarray:
+        return np.random.RandomState(self.seed + visit).permutation(self.rows_per_segment)
 
     def close(self) -> None:
         """Ends the thread."""

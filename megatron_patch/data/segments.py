@@ -13,20 +13,28 @@ from data_tools.dataset.format import (
     TOKEN_DTYPE,
     DatasetManifest,
     SegmentManifest,
-    bin_size,
+    marks_row_bytes,
     read_index_rows,
     segment_name,
+    unpack_marks,
 )
 from data_tools.files.digest import sha256_file
 from data_tools.files.errors import DataError
 from data_tools.files.plain_file import file_size
 from megatron_patch.data.ahead import Ahead
+from megatron_patch.data.marks import Marks
 
 __all__ = ["DataError", "Segments", "open_segments"]
 
 
 def open_segments(
-    folder: Path, *, row_length: int, vocab_size: int, read_ahead: bool = False, stage_folder: Path | None = None
+    folder: Path,
+    *,
+    row_length: int,
+    vocab_size: int,
+    read_ahead: bool = False,
+    stage_folder: Path | None = None,
+    again: bool = False,
 ) -> Segments:
     """Opens a data set without reading its rows.
 
@@ -36,6 +44,7 @@ def open_segments(
         vocab_size: the model's vocabulary.
         read_ahead: read each segment through, front to back, before its rows are asked for (ahead.py).
         stage_folder: copy each segment there first: storage of the node, with room for two segments (ahead.py).
+        again: the segments are read more than once, one after the other.
 
     Raises:
         DataError: a file is missing, has the wrong size or disagrees with the manifest; rows of another length; ids
@@ -73,7 +82,8 @@ def open_segments(
         file_size(tokenizer)
         if sha256_file(tokenizer) != manifest.tokenizer.sha256:
             raise DataError("not the tokenizer that made the data", file=tokenizer, remedy="copy the right one back")
-    return Segments(folder, manifest, Ahead(folder, manifest.segments, read=read_ahead, stage_folder=stage_folder))
+    ahead = Ahead(folder, manifest.segments, read=read_ahead, stage_folder=stage_folder, again=again)
+    return Segments(folder, manifest, ahead)
 
 
 def _check_segment(base: Path, segment: SegmentManifest, manifest: DatasetManifest) -> None:
@@ -83,7 +93,15 @@ def _check_segment(base: Path, segment: SegmentManifest, manifest: DatasetManife
             file=base.with_suffix(".json"),
             remedy="build the segment again",
         )
-    for suffix, size in (("bin", bin_size(segment.rows, segment.row_length)), ("src", segment.rows)):
+    if segment.is_marked != manifest.segments[0].is_marked:
+        raise DataError(
+            f"{'has' if segment.is_marked else 'lacks'} marks of its rows, unlike {manifest.segments[0].name}",
+            file=base.with_suffix(".json"),
+            remedy="build the data set again with one tool",
+        )
+    for suffix, size in segment.sizes().items():
+        if suffix == "idx":  # its header says more than its size
+            continue
         path = base.with_suffix(f".{suffix}")
         if (actual := file_size(path)) != size:
             raise DataError(
@@ -107,6 +125,7 @@ class Segments:
         folder: where it lies.
         digest: names its content (digest of the manifest).
         num_segments, rows_per_segment, held_out_rows, row_length, vocab_size: its shape.
+        is_marked: whether something is said of its rows beyond their ids (marks.py).
         tokenizer_path: the tokenizer that made it; None where the data set came without one.
     """
 
@@ -119,6 +138,7 @@ class Segments:
         self.row_length = manifest.row_length
         self.vocab_size = manifest.vocab_size
         self.held_out_rows = manifest.held_out.rows if manifest.held_out else 0
+        self.is_marked = manifest.segments[0].is_marked
         self.tokenizer_path = folder / manifest.tokenizer.file if manifest.tokenizer else None
         self._ahead = ahead
         self._mapped: tuple[int, np.ndarray] | None = None
@@ -147,6 +167,35 @@ class Segments:
         """Held-out rows by number: uint16 [n, row_length]."""
         path = self.folder / f"{HELD_OUT_NAME}.bin"
         return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
+
+    def marks(self, segment: int, rows: np.ndarray) -> Marks | None:
+        """What is said of rows of a segment by number; None where the data set says nothing."""
+        return self._marks(segment_name(segment), self.rows_per_segment, rows)
+
+    def held_out_marks(self, rows: np.ndarray) -> Marks | None:
+        """The same of held-out rows."""
+        return self._marks(HELD_OUT_NAME, self.held_out_rows, rows)
+
+    def _marks(self, name: str, count: int, rows: np.ndarray) -> Marks | None:
+        """Raises DataError where a row cannot be what the data tools write: the file is damaged."""
+        if not self.is_marked:
+            return None
+
+        def stored(suffix: str) -> np.ndarray:
+            shape = (count, marks_row_bytes(self.row_length))
+            mapped = np.memmap(self.folder / f"{name}.{suffix}", dtype=np.uint8, mode="r", shape=shape)
+            return unpack_marks(mapped[rows], self.row_length)
+
+        marks = Marks(stored("mask"), stored("starts"))
+        bad = ~(marks.starts[:, 0] & marks.counted[:, 1:].any(axis=1))
+        if bad.any():
+            raise DataError(
+                "begins with no conversation, or no id of it counts",
+                file=self.folder / f"{name}.mask",
+                place=f"row {rows[bad.argmax()]}",
+                remedy="the file is damaged: run data_tools/build_chat.py verify and build the data set again",
+            )
+        return marks
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Source codes (positions in the manifest's `sources`) of rows of a segment: uint8 [n]."""

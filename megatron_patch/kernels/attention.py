@@ -1,20 +1,22 @@
 """Causal attention that never forms an s x s matrix of scores or masks, by libraries' kernels.
 
-flash-attn where it is installed, else torch's scaled_dot_product_attention, which on Hopper takes cuDNN's kernels.
+flash-attn where it is installed, else torch's scaled_dot_product_attention, which on Hopper takes cuDNN's kernels; over
+several sequences of any lengths, flash attention's kernels for these, of either library.
 Under deterministic algorithms torch refuses those, since their backward adds in no fixed order; their forward has one,
 and gives what flash attention's ordered backward needs: `by_cudnn_and_flash` puts the two together.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
-    flash_attn_func = None
+    flash_attn_func = flash_attn_varlen_func = None
 
 _aten = torch.ops.aten
 _mixed_head_sizes: frozenset[int] = frozenset()  # for which `by_cudnn_and_flash` was found right on this device
@@ -29,7 +31,7 @@ def mix_for(head_sizes: frozenset[int]) -> None:
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(query key^T / sqrt(d)) value over the positions up to each token's own; all four [b, s, heads, d].
 
-    Attention runs over the whole row and is not reset at end-of-document.
+    Attention runs over the whole row and is not reset at end-of-document; see `packed_causal_attention`.
     """
     same_bits = torch.are_deterministic_algorithms_enabled()
     if flash_attn_func is not None and query.is_cuda and query.dtype != torch.float32:
@@ -37,6 +39,31 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     if same_bits and query.dtype == torch.bfloat16 and query.shape[-1] in _mixed_head_sizes:
         return by_cudnn_and_flash(query, key, value)
     return by_torch(query, key, value)
+
+
+def packed_causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """`causal_attention` inside each of n sequences that lie one after the other; all four [tokens, heads, d].
+
+    cumulative int32 [n + 1]: the first token of each sequence, and the number of tokens; longest: the most of one.
+    """
+    in_flash = query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    if query.is_cuda and in_flash:
+        places = (cumulative, cumulative, longest, longest)
+        if flash_attn_varlen_func is not None:
+            same_bits = torch.are_deterministic_algorithms_enabled()
+            return flash_attn_varlen_func(query, key, value, *places, causal=True, deterministic=same_bits)
+        # torch's flash; a window of all tokens before and none after. A pair only where more is asked for.
+        return cast(torch.Tensor, varlen_attn(query, key, value, *places, window_size=(-1, 0)))
+    return one_by_one(query, key, value, cumulative)
+
+
+def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cumulative: torch.Tensor) -> torch.Tensor:
+    """The reference of `packed_causal_attention`: each sequence as if it were alone. Waits for the device."""
+    lengths = cumulative.diff().tolist()
+    parts = zip(*(t[None].split(lengths, dim=1) for t in (query, key, value)), strict=True)
+    return torch.cat([by_torch(*part) for part in parts], dim=1)[0]
 
 
 def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,27 @@ token, and the attention kernels, which alone know of rows, find each whole in m
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.kernels.loss import linear_cross_entropy
 from megatron_patch.parallel import device
+
+
+class Conversations(NamedTuple):
+    """Where attention and positions of a micro-batch begin anew."""
+
+    cumulative: torch.Tensor
+    """int32 [n + 1]: the first token of each conversation among the b * s, and b * s."""
+    positions: torch.Tensor
+    """int64 [b * s]: of each token in its conversation."""
+    longest: int
+    """Tokens of the longest one."""
 
 
 class MobiLlama(GPTModel):
@@ -29,17 +41,27 @@ class MobiLlama(GPTModel):
         )
 
     def forward(
-        self, tokens: torch.Tensor, labels: torch.Tensor | None = None, coefficients: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        coefficients: torch.Tensor | None = None,
+        conversations: Conversations | None = None,
     ) -> torch.Tensor:
         """Of tokens [b, s]: with labels and coefficients [b, s] a loss, without them logits [b, s, V/TP].
 
         The loss is the sum over tokens of coefficient times cross-entropy, an fp32 scalar to be differentiated
         unscaled (kernels/loss.py). Chunks that are not the last stage return hidden states [b * s, 1, h], those that
-        are not the first take them by `set_input_tensor`, and of `tokens` the shape alone.
+        are not the first take them by `set_input_tensor`, and of `tokens` the shape alone. With `conversations` tokens
+        see their own conversation and nothing before it, as if each were run alone.
         """
         b, s = tokens.shape
+        table, packed = self.rotary_pos_emb(s), None
+        if conversations is not None:
+            table = table[:, conversations.positions]  # of all tokens, which attention then takes as one row
+            cumulative, longest = conversations.cumulative, conversations.longest
+            packed = PackedSeqParams("thd", cumulative, cumulative, max_seqlen_q=longest, max_seqlen_kv=longest)
         hidden = self.embedding(tokens.reshape(1, -1), None) if self.pre_process else None
-        hidden = self.decoder(hidden, None, rotary_pos_emb=self.rotary_pos_emb(s))
+        hidden = self.decoder(hidden, None, rotary_pos_emb=table, packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if labels is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import checkpoint
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -56,11 +57,18 @@ class DecoderLayer(TransformerLayer):
     """
 
     def forward(
-        self, hidden_states: torch.Tensor, *_: Any, rotary_pos_emb: torch.Tensor, **__: Any
+        self,
+        hidden_states: torch.Tensor,
+        *_: Any,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
     ) -> tuple[torch.Tensor, None]:
         """Hidden states [b * s, 1, h] to the same; the None is Megatron's cross-attention context."""
         hidden_states, normed = self.input_layernorm.beside(hidden_states)
-        attended, _ = self.self_attention(normed, None, rotary_pos_emb=rotary_pos_emb)
+        attended, _ = self.self_attention(
+            normed, None, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params
+        )
         hidden_states, normed = self.pre_mlp_layernorm.after_adding(attended, hidden_states)
         output, _ = checkpoint(self.mlp, False, normed) if self.recompute_mlp else self.mlp(normed)
         return hidden_states + output, None

@@ -123,8 +123,13 @@ class Optimizer(Section):
 
 
 class Data(Section):
-    folder: Folder | None = Field(description="Data set written by data_tools/build_amber.py.")
+    folder: Folder | None = Field(description="Data set written by data_tools/build_amber.py or build_chat.py.")
     order_seed: int = Field(ge=0, lt=2**31, description="Segment k is permuted by seed order_seed + k (32 bits).")
+    epochs: int = Field(1, gt=0, le=2**20, description="Times the rows are gone through, in another order each time.")
+    reset_at_starts: bool = Field(
+        False,
+        description="Attention and positions begin anew at each conversation; false: they run over the whole row.",
+    )
     held_out_interval: int = Field(ge=0, description="Steps between held-out losses; 0: never.")
     held_out_rows: int = Field(ge=0, description="Rows of the held-out file that are scored.")
     read_ahead: bool = Field(description="Read each segment through before its rows are asked for.")
@@ -159,7 +164,7 @@ class Run(Section):
     initial_weights: Folder | None = Field(
         description="Checkpoint, e.g. an imported one, whose weights step 0 has; null: drawn from the seed."
     )
-    steps: int | None = Field(gt=0, description="Optimizer steps; null: every whole batch of the data, once.")
+    steps: int | None = Field(gt=0, description="Optimizer steps; null: every whole batch of the data, each epoch.")
     log_interval: int = Field(gt=0, description="Steps between lines on standard output; log.jsonl has every step.")
     tensorboard: bool = Field(description="Write event files where tensorboard is installed.")
     wall_minutes: float = Field(ge=0, description="Stop with a checkpoint after this long; 0: no budget.")

@@ -55,6 +55,7 @@ def main(args: argparse.Namespace) -> int:
             segments.rows_per_segment,
             resolved.batch.global_batch_size,
             seed=resolved.data.order_seed,
+            epochs=resolved.data.epochs,
         )
         total_steps = _total_steps(resolved, order)
     except (RecipeError, DataError) as error:
@@ -123,7 +124,14 @@ def _open_data(resolved: Recipe) -> Segments:
         vocab_size=resolved.model.vocab_size,
         read_ahead=resolved.data.read_ahead,
         stage_folder=resolved.data.stage_folder,
+        again=resolved.data.epochs > 1,
     )
+    if resolved.data.reset_at_starts and not segments.is_marked:
+        raise DataError(
+            "holds rows of documents, in which no conversation begins",
+            file=resolved.data.folder,
+            remedy="set data.reset_at_starts=false, or name what data_tools/build_chat.py wrote",
+        )
     if resolved.data.held_out_interval and segments.held_out_rows < resolved.data.held_out_rows:
         raise DataError(
             f"{segments.held_out_rows} held-out rows, the recipe scores {resolved.data.held_out_rows}",
@@ -229,6 +237,8 @@ class _Attempt:
 
     def _steps(self) -> None:
         queued: _Queued | None = None
+        if self._held_out and self._state.step == 0 and self._resolved.run.initial_weights is not None:
+            self._score(0)  # what the training from here on is compared with
         for number in range(self._state.step + 1, self._total + 1):
             self._hang.beat(f"step {number}")
             begun = device.Moment()
@@ -295,7 +305,7 @@ class _Attempt:
 
     def _score(self, number: int) -> None:
         shares = _beating(self._held_out, self._hang, number)
-        loss = self._trainer.held_out_loss(shares, self._resolved.data.held_out_rows)
+        loss = self._trainer.held_out_loss(shares, sum(share.labels for share in self._held_out))
         if self._log:
             self._log.held_out(number, loss)
         self._last_end = device.Moment()  # its time is not the next step's

@@ -1,14 +1,13 @@
 """One optimizer step: every micro-batch through Megatron's schedule, reduce, clip, update; nothing waits for the host.
 
-The loss is the sum over the global batch divided by its tokens, never a mean of means: each micro-batch's summed loss
-is divided by the tokens of the whole global batch, rows of zero weight pad ranks that fall short, and gradients are
-summed, so the result does not depend on how rows were dealt to ranks.
+The loss is the sum over the global batch divided by its labels, never a mean of means: each micro-batch's summed loss
+is divided by the labels that count in the whole global batch, rows of zero weight pad ranks that fall short, and
+gradients are summed, so the result does not depend on how rows were dealt to ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +16,9 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.marks import boundaries
 from megatron_patch.model.build import build
-from megatron_patch.model.gpt import MobiLlama
+from megatron_patch.model.gpt import Conversations, MobiLlama
 from megatron_patch.model.initialise import initialise
 from megatron_patch.optim.zero import ShardedOptimizer
 from megatron_patch.parallel import device
@@ -69,8 +69,7 @@ class Trainer:
         computed may be dropped, by all ranks alike, by computing another share.
         """
         self.optimizer.clear_gradients()
-        tokens_of_batch = self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
-        self._loss = self._run(share, tokens_of_batch, forward_only=False)
+        self._loss = self._run(share, share.labels, forward_only=False)
         computed = device.Moment()
         self.optimizer.reduce_gradients()
         return computed
@@ -101,26 +100,27 @@ class Trainer:
         return result
 
     @torch.no_grad()
-    def held_out_loss(self, shares: Iterable[BatchShare], rows: int) -> float:
-        """Mean loss in nats a token over `rows` held-out rows dealt to ranks as `shares`; equal on every rank."""
-        tokens = rows * self.recipe.model.sequence_length
+    def held_out_loss(self, shares: Iterable[BatchShare], labels: int) -> float:
+        """Mean loss in nats over the `labels` of held-out rows dealt to ranks as `shares`; equal on every rank."""
         total = torch.zeros((), device=device.current())
         for share in shares:
-            total += self._run(share, tokens, forward_only=True)
+            total += self._run(share, labels, forward_only=True)
         dist.all_reduce(total)
         return total.item()
 
-    def _run(self, share: BatchShare, tokens: int, forward_only: bool) -> torch.Tensor:
-        """This rank's part of the loss (fp32 scalar; 0 unless last stage and first tensor rank)."""
-        rows = device.upload(torch.from_numpy(share.tokens.astype(np.int64)))
-        weights = device.upload(torch.from_numpy(share.weights))
-        batches = [_micro_batches(rows, weights) for _ in self.chunks]
+    def _run(self, share: BatchShare, labels: int, forward_only: bool) -> torch.Tensor:
+        """This rank's part of the loss, the sum over counted labels divided by `labels`.
+
+        An fp32 scalar; 0 unless last stage and first tensor rank.
+        """
+        batches = micro_batches(share, labels, self.recipe.data.reset_at_starts)
         losses = self._schedule(
-            forward_step_func=partial(_forward_step, tokens=tokens),
-            data_iterator=batches,
+            forward_step_func=_forward_step,
+            data_iterator=[iter(batches) for _ in self.chunks],
             model=self.chunks,
-            num_microbatches=len(rows),
-            seq_length=rows.shape[1] * self.recipe.model.sequence_length,  # model/gpt.py: tokens lie row after row
+            num_microbatches=len(batches),
+            # model/gpt.py: tokens lie row after row
+            seq_length=share.tokens.shape[1] * self.recipe.model.sequence_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -129,17 +129,42 @@ class Trainer:
         return torch.zeros((), device=device.current())
 
 
-def _micro_batches(rows: torch.Tensor, weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    yield from zip(rows, weights, strict=True)
+class MicroBatch(NamedTuple):
+    """On the device: what one forward pass takes."""
+
+    rows: torch.Tensor  # int64 [b, s + 1]
+    coefficients: torch.Tensor  # fp32 [b, s] of the labels; [b, 1] where those of a row are equal
+    conversations: Conversations | None
+
+
+def micro_batches(share: BatchShare, labels: int, reset_at_starts: bool) -> list[MicroBatch]:
+    """A rank's share on its way to the device; each label's loss is divided by `labels`."""
+    rows = device.upload(torch.from_numpy(share.tokens.astype(np.int64)))
+    coefficients = (share.weights / np.float32(labels))[:, :, None]
+    if share.marks is None:
+        places: Iterable[Conversations | None] = [None] * len(rows)
+    else:
+        coefficients = coefficients * share.marks.counted[:, :, 1:]
+        places = map(_conversations, share.marks.starts[:, :, :-1]) if reset_at_starts else [None] * len(rows)
+    uploaded = device.upload(torch.from_numpy(coefficients))
+    return [MicroBatch(*batch) for batch in zip(rows, uploaded, places, strict=True)]
+
+
+def _conversations(starts: np.ndarray) -> Conversations:
+    cumulative, positions = boundaries(starts)
+    return Conversations(
+        device.upload(torch.from_numpy(cumulative)),
+        device.upload(torch.from_numpy(positions)),
+        int(np.diff(cumulative).max()),
+    )
 
 
 def _forward_step(
-    batches: Iterator[tuple[torch.Tensor, torch.Tensor]], model: MobiLlama, tokens: int
+    batches: Iterator[MicroBatch], model: MobiLlama
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-    rows, weights = next(batches)
+    rows, coefficients, conversations = next(batches)
     inputs, labels = rows[:, :-1], rows[:, 1:]
-    coefficients = (weights / tokens)[:, None].expand(labels.shape)
-    return model(inputs, labels, coefficients), _as_loss
+    return model(inputs, labels, coefficients.expand(labels.shape), conversations), _as_loss
 
 
 def _as_loss(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -106,3 +106,47 @@ def test_cudnn_and_flash_on_a_gpu(s, head_size, where):
         check_against_float64(attention.by_cudnn_and_flash, exact, inputs, torch.bfloat16, where)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@SHAPES
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    heads=st.integers(1, 3),
+    eighth=st.integers(1, 12),
+    dtype=dtypes,
+)
+def test_attention_of_sequences_side_by_side_is_that_of_each(where, lengths, heads, eighth, dtype):
+    torch.manual_seed(sum(lengths))
+    inputs = [torch.randn(sum(lengths), heads, 8 * eighth) for _ in range(3)]
+    cumulative = torch.tensor([0, *lengths], device=where).cumsum(0).int()
+
+    def packed(*heads):
+        return attention.packed_causal_attention(*heads, cumulative, max(lengths))
+
+    def each_exact(*heads):
+        parts = zip(*(t.split(lengths) for t in heads), strict=True)
+        return torch.cat([exact(*(t[None] for t in part))[0] for part in parts])
+
+    check_against_float64(packed, each_exact, inputs, dtype, where)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention's kernels run on GPUs alone")
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_sequences_side_by_side_on_a_gpu_take_flash_and_give_the_same_bits_twice(head_size, where, monkeypatch):
+    torch.manual_seed(0)
+    lengths = [1, 2048, 700, 3, 1344]  # two rows of 2,048
+    cumulative = torch.tensor([0, *lengths], device=where).cumsum(0).int()
+    inputs = [torch.randn(sum(lengths), 32, head_size, device=where, dtype=torch.bfloat16) for _ in range(4)]
+    expected = attention.one_by_one(*inputs[:3], cumulative)
+    monkeypatch.setattr(attention, "one_by_one", None)  # not what runs on a GPU
+    torch.use_deterministic_algorithms(True)
+    try:
+        answers = []
+        for _ in range(2):
+            heads = [t.clone().requires_grad_() for t in inputs[:3]]
+            out = attention.packed_causal_attention(*heads, cumulative, max(lengths))
+            answers.append([out.detach(), *torch.autograd.grad(out, heads, inputs[3])])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (answers[0][0].float() - expected.float()).abs().max() < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))

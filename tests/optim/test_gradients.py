@@ -14,7 +14,8 @@ from tests.toy import toy_recipe, toy_share, toy_trainer
 def gradients(trainer) -> dict[str, torch.Tensor]:
     """fp32 gradients of one global batch, before any reduction (one rank: already the whole sum)."""
     trainer.optimizer.clear_gradients()
-    trainer._run(toy_share(trainer, 0), tokens=trainer.recipe.batch.global_batch_size * 16, forward_only=False)
+    share = toy_share(trainer, 0)
+    trainer._run(share, share.labels, forward_only=False)
     return {w.name: p.main_grad.clone() for w, p in local_parameters(trainer.chunks, trainer.recipe.model)}
 
 

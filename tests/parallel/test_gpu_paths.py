@@ -29,7 +29,7 @@ KERNELS = {"_forward", "_backward", "_turn", "_row_statistics", "_to_logits_grad
 def empty_share(recipe: Recipe, micro_batches: int) -> BatchShare:
     shape = (micro_batches, recipe.batch.micro_batch_size)
     tokens = np.zeros((*shape, recipe.row_length), np.uint16)
-    return BatchShare(0, 0, np.zeros(shape, int), tokens, np.ones(shape, np.float32))
+    return BatchShare(0, 0, np.zeros(shape, int), tokens, np.ones(shape, np.float32), tokens[..., 1:].size)
 
 
 def steps(overrides: list[str], world_size: int, rank: int) -> set[str]:
@@ -46,7 +46,7 @@ def steps(overrides: list[str], world_size: int, rank: int) -> set[str]:
                 step = trainer.update(1e-4)
             assert step.result().applied
         trainer.optimizer.gather()
-        trainer.held_out_loss([share], rows=4)
+        trainer.held_out_loss([share], labels=64)
         return set(pretended.launches)
 
 

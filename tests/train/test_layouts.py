@@ -58,6 +58,14 @@ def test_layout_trains_as_one_rank(layout, ffn):
     check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*FFNS[ffn]), 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "DP3, batch 8", "PP2xVPP2xDP3", "TP2xPP2xDP2+SP"])
+def test_rows_of_conversations_train_as_on_one_rank(layout):
+    ranks, overrides = LAYOUTS[layout]
+    packed = ["data.reset_at_starts=true", "model.shared_ffn=true"]
+    overrides = [*packed, *overrides]
+    check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*packed), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
     [(4, ["parallel.pipeline=4"]), (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"])],

@@ -1,0 +1,46 @@
+"""What is said of a row beyond its ids: which of them count in the loss, and where conversations begin.
+
+A new thing to be said of a row (an image that it points to) is one more field of `Marks`, read by `Segments.marks`
+beside the ids and dealt to ranks with them; data sets that do not say it have none, and nothing here is asked of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Marks(NamedTuple):
+    """Of rows [...]; padding rows count nowhere and are one conversation."""
+
+    counted: np.ndarray
+    """bool [..., row_length]: whether the loss of predicting this id counts."""
+    starts: np.ndarray
+    """bool [..., row_length]: whether a conversation, or the padding after the last one, begins with this id."""
+
+    def placed(self, real: np.ndarray) -> Marks:
+        """These marks of rows [n, row_length] at the n true places of `real` [...], padding rows at the others."""
+        shape = (*real.shape, self.counted.shape[-1])
+        counted, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        starts[..., 0] = True
+        counted[real], starts[real] = self.counted, self.starts
+        return Marks(counted, starts)
+
+
+class Boundaries(NamedTuple):
+    """Where the conversations of a micro-batch lie, its rows one after the other."""
+
+    cumulative: np.ndarray
+    """int32 [n + 1]: the first token of each conversation, and the number of tokens."""
+    positions: np.ndarray
+    """int64 [tokens]: of each token in its conversation, from 0."""
+
+
+def boundaries(starts: np.ndarray) -> Boundaries:
+    """Of starts bool [b, s], each row's first token among them."""
+    flat = starts.reshape(-1)
+    first = np.flatnonzero(flat)
+    index = np.arange(len(flat))
+    cumulative = np.append(first, len(flat)).astype(np.int32)
+    return Boundaries(cumulative, index - first[np.cumsum(flat) - 1])

@@ -1,0 +1,141 @@
+"""What is said of a row follows it to whichever rank reads it, in every epoch; damage to it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_tools.dataset.format import MARKS, pack_marks, segment_name, unpack_marks
+from data_tools.dataset.segment_files import DatasetPlan, write_companions, write_dataset_manifest
+from data_tools.files.digest import new_digest
+from data_tools.files.errors import DataError
+from megatron_patch.data.deal import deal
+from megatron_patch.data.loader import Loader, held_out_shares
+from megatron_patch.data.marks import Marks, boundaries
+from megatron_patch.data.order import SampleOrder
+from megatron_patch.data.segments import open_segments
+
+SEGMENTS, ROWS, ROW_LENGTH, VOCAB, BATCH, EPOCHS = 2, 45, 13, 64, 20, 3
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray], dict[str, Marks]]:
+    """Folder, and by segment the rows and their marks; no two rows are equal, nor count as much."""
+    folder, random = tmp_path_factory.mktemp("marked"), np.random.RandomState(0)
+    plan = DatasetPlan(SEGMENTS, ROW_LENGTH, VOCAB, None, has_held_out=True)
+    rows, marks = {}, {}
+    for name in [*map(segment_name, range(SEGMENTS)), "held_out"]:
+        rows[name] = random.randint(0, VOCAB, (ROWS, ROW_LENGTH)).astype("<u2")
+        starts, counted = random.rand(2, ROWS, ROW_LENGTH) < 0.3
+        starts[:, 0] = counted[:, 5] = True
+        marks[name] = Marks(counted, starts)
+        (folder / f"{name}.bin").write_bytes(rows[name].tobytes())
+        digest = new_digest()
+        digest.update(rows[name].tobytes())
+        stored = {suffix: [pack_marks(field).tobytes()] for suffix, field in zip(MARKS, marks[name], strict=True)}
+        write_companions(folder / name, [bytes(ROWS)], ROWS, plan, 0, {}, digest.hexdigest(), stored)
+    write_dataset_manifest(folder, plan)
+    return folder, rows, marks
+
+
+def loaders(folder: Path, ranks: int, samples_consumed: int = 0, stage_folder: Path | None = None) -> list[Loader]:
+    segments = open_segments(
+        folder, row_length=ROW_LENGTH, vocab_size=VOCAB, stage_folder=stage_folder, again=EPOCHS > 1
+    )
+    return [
+        Loader(
+            segments,
+            SampleOrder(SEGMENTS, ROWS, BATCH, 7, EPOCHS),
+            data_parallel_rank=rank,
+            data_parallel_size=ranks,
+            micro_batch_size=1,
+            num_micro_batches=deal(BATCH, ranks, 1, 1),
+            samples_consumed=samples_consumed,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def steps(folder: Path, ranks: int, samples_consumed: int = 0, **more) -> list[tuple[int, frozenset[int]]]:
+    """Of each step from a position on: the segment and the rows that the ranks together read; each checked."""
+    seen = []
+    for shares in zip(*loaders(folder, ranks, samples_consumed, **more), strict=True):
+        [(segment, labels)] = {(share.segment, share.labels) for share in shares}
+        real = [share.rows[share.weights > 0] for share in shares]
+        seen.append((segment, frozenset(np.concatenate(real).tolist())))
+        assert sum(map(len, real)) == len(seen[-1][1]) == BATCH
+        counted = sum(int(share.marks.counted[..., 1:].sum()) for share in shares)
+        assert counted == labels, "what the loss is divided by is what counts on all ranks together"
+    return seen
+
+
+@pytest.mark.parametrize("ranks", [1, 19, 20])
+def test_marks_follow_their_rows(marked, ranks: int) -> None:
+    folder, rows, marks = marked
+    for loader in loaders(folder, ranks):
+        for share in loader:
+            real, name = share.weights > 0, segment_name(share.segment)
+            np.testing.assert_array_equal(share.tokens[real], rows[name][share.rows[real]])
+            for ours, whole in zip(share.marks, marks[name], strict=True):
+                np.testing.assert_array_equal(ours[real], whole[share.rows[real]])
+            assert not share.marks.counted[~real].any() and share.marks.starts[..., 0].all()
+
+
+def test_every_epoch_has_an_order_of_its_own_and_any_number_of_ranks_the_same_rows(marked, tmp_path: Path) -> None:
+    folder, *_ = marked
+    whole = steps(folder, 20)
+    a_segment = ROWS // BATCH
+    assert [segment for segment, _ in whole] == [0] * a_segment + [1] * a_segment + [0] * a_segment + [
+        1
+    ] * a_segment + [0] * a_segment + [1] * a_segment
+    assert len(set(whole)) == len(whole) == EPOCHS * SEGMENTS * a_segment
+    middle = len(whole) // 2  # of epoch 2
+    assert steps(folder, 19, middle * BATCH) == whole[middle:]
+    assert steps(folder, 1, middle * BATCH, stage_folder=tmp_path) == whole[middle:]
+    first = np.random.RandomState(7 + SEGMENTS).permutation(ROWS)[:BATCH]  # visit 2 is segment 0 once more
+    assert whole[SEGMENTS * a_segment] == (0, frozenset(first.tolist()))
+
+
+def test_held_out_labels_are_counted(marked) -> None:
+    folder, _, marks = marked
+    segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=VOCAB)
+    dealt = {"data_parallel_size": 3, "micro_batch_size": 2, "num_micro_batches": deal(BATCH, 3, 2, 1)}
+    shares = [
+        held_out_shares(segments, num_rows=30, global_batch_size=BATCH, data_parallel_rank=rank, **dealt)
+        for rank in range(3)
+    ]
+    labels = [[share.labels for share in mine] for mine in shares]
+    counted = marks["held_out"].counted[:, 1:]
+    assert labels == [[counted[:BATCH].sum(), counted[BATCH:30].sum()]] * 3
+
+
+def test_boundaries_are_those_of_all_rows() -> None:
+    starts = np.array([[1, 0, 0, 1], [1, 1, 0, 0]], dtype=bool)
+    cumulative, positions = boundaries(starts)
+    assert cumulative.tolist() == [0, 3, 4, 5, 8] and cumulative.dtype == np.int32
+    assert positions.tolist() == [0, 1, 2, 0, 0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("row_length", [1, 7, 8, 9, 2049])
+def test_marks_come_back_as_they_were(row_length: int) -> None:
+    marks = np.random.RandomState(row_length).rand(5, row_length) < 0.5
+    np.testing.assert_array_equal(unpack_marks(pack_marks(marks), row_length), marks)
+
+
+@pytest.mark.parametrize("suffix", MARKS)
+@pytest.mark.parametrize("damage", ["short", "gone", "zeros"])
+def test_damaged_marks_are_refused(marked, tmp_path: Path, suffix: str, damage: str) -> None:
+    for file in marked[0].iterdir():
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / f"segment_001.{suffix}"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-1] if damage == "short" else bytes(len(content)))
+    with pytest.raises(DataError) as error:
+        segments = open_segments(tmp_path, row_length=ROW_LENGTH, vocab_size=VOCAB)
+        segments.marks(1, np.arange(3))
+    assert "segment_001" in str(error.value) and "remedy" in str(error.value)
