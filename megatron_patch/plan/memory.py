@@ -80,7 +80,12 @@ class Group:
 
     replication: str
     size: int  # scalars, padded for ZeRO
-    during_backward: bool  # its gradients can be reduced while lower layers still compute
+    layers: frozenset[int]  # after whose backward passes its gradients are whole; none: only at the end
+
+    @property
+    def during_backward(self) -> bool:
+        """Its gradients can be reduced while lower layers still compute."""
+        return bool(self.layers) and min(self.layers) > 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def parameter_groups(place: Place) -> list[Group]:
         if _is_local(whole, place)
     ]
     return [
-        Group(group.replication, -(-group.size // multiple) * multiple, bool(group.layers) and min(group.layers) > 0)
+        Group(group.replication, -(-group.size // multiple) * multiple, frozenset(group.layers))
         for group in groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
     ]
 

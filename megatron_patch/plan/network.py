@@ -1,7 +1,8 @@
 """Bytes that one rank sends in a step, from a recipe's shapes; tests/plan/ compares them with real ranks.
 
 What is counted follows the code: one reduce-scatter and one all-gather for each flat parameter group (gradients.py,
-weights.py), the sums over replicas, and what tensor- and pipeline-parallel ranks exchange (Megatron-Core).
+weights.py), the sums over replicas, and what tensor- and pipeline-parallel ranks exchange (Megatron-Core). How long
+they take: collectives.py.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_patch.kernels.chunk import CHUNK_TOKENS
+from megatron_patch.plan.collectives import Operation
 from megatron_patch.plan.memory import FP32, Place, parameter_groups
 
 
@@ -19,10 +22,10 @@ class Traffic:
 
     group: Literal["data", "tensor", "pipeline"]
     what: str
-    operation: Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+    operation: Operation
     size: int  # ranks of the group
     payload: int  # bytes a step, of the whole tensors
-    hidden: bool = False  # runs beside computation
+    calls: int  # collectives that carry them
 
     @property
     def sent(self) -> float:
@@ -38,34 +41,44 @@ def traffic(place: Place) -> list[Traffic]:
 
 def _traffic(place: Place) -> Iterator[Traffic]:
     p = place.recipe.parallel
-    held = parameter_groups(place)
-    flat, dp = sum(group.size for group in held), place.data_size
-    early = sum(group.size for group in held if group.during_backward)
-    ffn, norms = (sum(group.size for group in held if group.replication == kind) for kind in ("ffn", "norm"))
-    yield Traffic("data", "gradients, in backward", "reduce-scatter", dp, FP32 * early, hidden=True)
-    yield Traffic("data", "gradients, after it", "reduce-scatter", dp, FP32 * (flat - early))
-    # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
-    yield Traffic("data", "weights, for layer 0", "all-gather", dp, place.element * (flat - early))
-    yield Traffic("data", "weights, in forward", "all-gather", dp, place.element * early, hidden=True)
-    yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * ffn // dp)
+    held, dp = parameter_groups(place), place.data_size
+    for groups, gradients, weights in (
+        # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
+        ([g for g in held if g.during_backward], "gradients, in backward", "weights, in forward"),
+        ([g for g in held if not g.during_backward], "gradients, after it", "weights, for layer 0"),
+    ):
+        size = sum(g.size for g in groups)
+        yield Traffic("data", gradients, "reduce-scatter", dp, FP32 * size, len(groups))
+        yield Traffic("data", weights, "all-gather", dp, place.element * size, len(groups))
+    ffn = [g for g in held if g.replication == "ffn"]
+    yield Traffic(
+        "pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * sum(g.size for g in ffn) // dp, len(ffn)
+    )
     hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
-    yield Traffic("pipeline", "activations", "send", p.pipeline, hops * place.own_hidden_bytes * place.micro_batches)
-    yield from _tensor_traffic(place, norms)
+    n = hops * place.micro_batches
+    yield Traffic("pipeline", "activations", "send", p.pipeline, n * place.own_hidden_bytes, n)
+    yield from _tensor_traffic(place)
 
 
-def _tensor_traffic(place: Place, norms: int) -> Iterator[Traffic]:
+def _tensor_traffic(place: Place) -> Iterator[Traffic]:
     r, tensor = place.recipe, place.recipe.parallel.tensor
     n, hidden = place.micro_batches, place.hidden_bytes
     # Attention and FFN each begin and end with one exchange; what is recomputed is exchanged again.
     again = {"none": 0, "selective": 1, "full": 2}[r.recompute]
-    yield Traffic("tensor", "loss statistics", "all-reduce", tensor, 3 * FP32 * place.tokens * n * place.is_last)
+    chunks = -(-place.tokens // CHUNK_TOKENS) * n * place.is_last
+    yield Traffic(
+        "tensor", "loss statistics", "all-reduce", tensor, 3 * FP32 * place.tokens * n * place.is_last, 2 * chunks
+    )
+    ends = place.is_first + place.is_last  # embedding forward, loss backward
     if not r.parallel.sequence:
-        ends = place.is_first + place.is_last  # embedding forward, loss backward
-        yield Traffic("tensor", "activations", "all-reduce", tensor, ((4 + again) * place.layers + ends) * hidden * n)
+        size = ((4 + again) * place.layers + ends) * n * hidden
+        calls = ((4 + again) * place.layers + place.is_first) * n + chunks  # the loss's gradient chunk by chunk
+        yield Traffic("tensor", "activations", "all-reduce", tensor, size, calls)
         return
     # Under sequence parallelism a block's input is gathered again for its weight gradient.
-    gathers = (6 + again) * place.layers + place.is_first + place.is_last
-    scatters = (4 + again) * place.layers + place.is_first + place.is_last
-    yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden * n)
-    yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden * n)
-    yield Traffic("tensor", "norms' gradient", "all-reduce", tensor, FP32 * norms // place.data_size)
+    gathers, scatters = (((each + again) * place.layers + ends) * n for each in (6, 4))
+    yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden, gathers)
+    yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden, scatters)
+    norms = [g for g in parameter_groups(place) if g.replication == "norm"]
+    size = FP32 * sum(g.size for g in norms) // place.data_size
+    yield Traffic("tensor", "norms' gradient", "all-reduce", tensor, size, len(norms))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from data_tools.files.durable import write_whole
-from megatron_patch.plan.command import add_cluster
+from megatron_patch.plan.hardware import add_hardware, hardware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,18 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="HTML file (RUN/report.html); of --compare: an image")
     parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
     parser.add_argument("--compare", action="store_true", help="print Table 1 with these runs and recipes")
-    add_cluster(parser.add_argument_group("planned models of --compare"))
+    add_hardware(parser.add_argument_group("planned models of --compare"))
 
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 2: refused, with the remedy."""
     try:
         if args.compare:
-            from megatron_patch.report.compare import Assumed, draw, markdown, rows
+            from megatron_patch.report.compare import draw, markdown, rows
 
-            assumed = Assumed(args.nodes, args.gpus, args.mfu)
-            found = rows(args.runs, args.evaluations, assumed)
-            print(markdown(found, assumed))
+            planned_for = hardware(args)
+            found = rows(args.runs, args.evaluations, planned_for)
+            print(markdown(found, planned_for))
             if args.output:
                 draw(found, args.output)
             return 0

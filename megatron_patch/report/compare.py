@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from data_tools.files.durable import write_beside
 from megatron_patch.model import counts
 from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
-from megatron_patch.parallel.gpus import GPUS
-from megatron_patch.plan.command import Plan
+from megatron_patch.plan.hardware import Hardware
+from megatron_patch.plan.plan import Plan
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.report.read import ReportError, read_run
 
@@ -21,15 +21,6 @@ _PAPER_ACCURACY = {
     "MobiLlama": next(r.average for r in TABLE_4 if r.model == "MobiLlama 0.5B"),
     "large-base": TABLE_9[0].average,
 }
-
-
-@dataclass(frozen=True)
-class Assumed:
-    """What a planned model would be trained on, as in `plan`: nodes, a name of `gpus.GPUS`, a share of its peak."""
-
-    nodes: int
-    gpu: str
-    mfu: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def rows(paths: Sequence[Path], evaluations: Path, assumed: Assumed) -> list[Row]:
+def rows(paths: Sequence[Path], evaluations: Path, hardware: Hardware) -> list[Row]:
     """The paper's rows, then one for each run folder (trained) or recipe file (planned).
 
     Raises:
@@ -63,17 +54,16 @@ def rows(paths: Sequence[Path], evaluations: Path, assumed: Assumed) -> list[Row
             r.memory_gb, None, _PAPER_ACCURACY.get(r.model))
         for r in TABLE_1
     ]  # fmt: skip
-    return paper + [_row(path, evaluations, assumed) for path in paths]
+    return paper + [_row(path, evaluations, hardware) for path in paths]
 
 
-def markdown(found: Sequence[Row], assumed: Assumed) -> str:
+def markdown(found: Sequence[Row], hardware: Hardware) -> str:
     lines = [f"| {' | '.join(title for title, _ in _COLUMNS)} |", "|---|---|" + "---:|" * (len(_COLUMNS) - 2)]
     lines += [f"| {' | '.join(_cell(getattr(row, name)) for _, name in _COLUMNS)} |" for row in found]
     notes = (
         "- Accuracy is the mean of the nine benchmarks (`eval`), CrowS-Pairs included.",
         "- GPU hours of a run span its first to its last step, pauses included.",
-        f"- GPU hours and memory of a planned model are those of `plan` on {assumed.nodes} nodes of {assumed.gpu} at "
-        f"{assumed.mfu:.0%} MFU.",
+        f"- GPU hours and memory of a planned model are those of `plan` on {hardware}.",
         "- The paper does not say what its memory counts; a run's is the most ever allocated on rank 0.",
         "- GFLOP a token count each use of a shared FFN, so MobiLlama and large-base cost the same.",
     )
@@ -106,18 +96,18 @@ def draw(found: Sequence[Row], image: Path) -> None:
         figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)
 
 
-def _row(path: Path, evaluations: Path, assumed: Assumed) -> Row:
+def _row(path: Path, evaluations: Path, hardware: Hardware) -> Row:
     if path.is_file():
-        return _planned(load(path), assumed)
+        return _planned(load(path), hardware)
     if not path.is_dir():
         raise ReportError(f"{path}: no such run folder or recipe file; e.g. runs/mobillama_05b, recipes/baseline1.yaml")
     return _trained(path, evaluations)
 
 
-def _planned(recipe: Recipe, assumed: Assumed) -> Row:
-    plan = Plan.of(recipe, assumed.nodes, GPUS[assumed.gpu], assumed.mfu, restart_minutes=0)
+def _planned(recipe: Recipe, hardware: Hardware) -> Row:
+    plan = Plan.of(recipe, hardware)
     tokens = plan.steps * plan.tokens_per_step
-    return _model(recipe, "planned", tokens, plan.days * 24 * plan.ranks, plan.needed, None)
+    return _model(recipe, "planned", tokens, plan.gpu_hours, plan.needed, None)
 
 
 def _trained(folder: Path, evaluations: Path) -> Row:

@@ -56,10 +56,12 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     share = toy.toy_share(trainer, 0)
     trainer.step(share, 1e-4)  # the optimizer makes its moments in the first step
     exchanged: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
     send = dist.ProcessGroup.send
 
     def counted_send(group: dist.ProcessGroup, tensors: list[torch.Tensor], *args: Any) -> dist.Work:
         exchanged["pipeline", "sent"] += sum(t.nbytes for t in tensors)  # the flight recorder leaves gloo's sends out
+        calls["pipeline", "sent"] += len(tensors)
         return send(group, tensors, *args)
 
     before = len(json.loads(device.flight_record())["entries"])
@@ -70,6 +72,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         operation = OPERATIONS[entry["profiling_name"].removeprefix("gloo:")]
         whole = max(numel(entry["input_sizes"]), numel(entry["output_sizes"]))
         exchanged[group, operation] += whole * WIDTHS[entry["input_dtypes"][0]]
+        calls[group, operation] += 1
     zero = trainer.optimizer
     moments = [zero.moments(i)[what] for i in range(len(zero.groups)) for what in ("exp_avg", "exp_avg_sq")]
     return {
@@ -79,6 +82,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         "gradients": sum(b._bytes + (b.shard.nbytes if b.shard is not b.flat else 0) for b in zero.buffers),
         "optimizer": sum(t.nbytes for t in [*zero.master_shards, *moments]),
         "exchanged": exchanged,
+        "calls": calls,
     }
 
 
@@ -93,9 +97,12 @@ def test_memory_and_traffic_of_real_ranks(layout: str) -> None:
         assert planned.gradients == real["gradients"]
         assert planned.optimizer == real["optimizer"]
         traffic = Counter({("default", "reduced"): 12})  # loss, norm and requests, over the world
+        calls = Counter({("default", "reduced"): 1})
         for item in network.traffic(place):
             traffic[item.group, OPERATIONS[item.operation]] += item.payload
+            calls[item.group, OPERATIONS[item.operation]] += item.calls
         assert traffic == real["exchanged"]
+        assert calls == real["calls"]
 
 
 SAVED = [
@@ -170,22 +177,37 @@ def plan_of(*arguments: str) -> tuple[int, str, str]:
 
 
 def test_plan_of_the_published_run() -> None:
-    code, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "20", "--gpus", "a100-80g")
+    code, text, _ = plan_of("recipes/mobillama_05b.yaml", "--nodes", "20", "--gpus", "a100-80g-2-ports")
     assert code == 0
     for part in (
         "534,865,920 unique (memory, checkpoints), 1,261,529,088 applied (compute)",
         "7.73 GFLOP a token",
         "767,880 steps, 1,258.1B tokens",
-        "18,165 tokens/s a GPU",
-        "5.0 days, 19.2K GPU hours",
-        "2.4 expected",  # 160 GPUs x 5.0 days / 8,090 GPU hours
         "7.5 GB each, 3 kept",  # 534,865,920 x 14 bytes
         "360, 1.1 GB each; 10 of them with the optimizer",
         "reduce-scatter of gradients, in backward over 160",
         "all-gather of weights, in forward over 160",
-        "0.092 s of it beside computation (72%)",
+        "all ports of a node 47.5 GB/s",
     ):
         assert part in text, part
+    numbers = {
+        name: float(found[1].replace(",", ""))
+        for name, pattern in {
+            "seconds": r"step +([\d.]+) s",
+            "rate": r"bf16: ([\d,]+) tokens/s a GPU",
+            "days": r"run +([\d.]+) days",
+            "failures": r"failures +([\d.]+)",
+            "waited": r"waited for +([\d.]+) s",
+            "hidden": r"hidden +([\d.]+) s",
+        }.items()
+        if (found := re.search(pattern, text))
+    }
+    assert numbers["rate"] == pytest.approx(800 * 2048 / 160 / numbers["seconds"], rel=0.01)
+    assert numbers["days"] == pytest.approx(767_880 * numbers["seconds"] / 86400, rel=0.02)
+    assert numbers["failures"] == pytest.approx(numbers["days"] * 24 * 160 / (7.9 * 1024), rel=0.05)
+    on_the_wire = sum(float(seconds) for seconds in re.findall(r"over 160 +([\d.]+)$", text, re.MULTILINE))
+    # The sum of the norm is waited for beside them.
+    assert numbers["waited"] + numbers["hidden"] == pytest.approx(on_the_wire, abs=0.003)
 
 
 def test_nineteen_nodes_take_padding_into_account() -> None:

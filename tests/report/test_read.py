@@ -130,7 +130,7 @@ def test_compare(run: Path, evaluations: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{float(hours.replace(',', '')) / 1e3:.1f}K GPU hours" in plan
     (gib,) = re.findall(r"with reserve +([\d.]+) of", plan)
     assert float(memory) * 1e9 / 2**30 == pytest.approx(float(gib), abs=0.01)
-    assert "on 10 nodes of a100-80g at 40% MFU" in text
+    assert "on 10 nodes of 8 a100-80g, computing at 40% MFU" in text
     assert "| 100.00 |" in lines["baseline1"]
     assert "| completed |" in lines["demo"]
     assert lines["demo"].endswith("| 32.00 |")

@@ -1,0 +1,143 @@
+"""A recipe on a number of nodes, and what follows: seconds, days, failures, memory, storage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from data_tools.dataset.format import NUM_SEGMENTS
+from megatron_patch.launch import check_rank_map
+from megatron_patch.model import counts
+from megatron_patch.parallel.gpus import GIB, Gpu
+from megatron_patch.plan.hardware import Hardware
+from megatron_patch.plan.memory import Place, memory
+from megatron_patch.plan.network import Traffic, traffic
+from megatron_patch.plan.step import Ranks, Step, slowest_stage
+from megatron_patch.recipe import Recipe
+
+# Of Amber's released segments.
+ROWS_PER_SEGMENT = 1_706_976
+# CUDA context, NCCL's buffers, cuBLAS workspaces, the allocator's fragments.
+RESERVED = 4 * GIB
+# Mean hours between failures of one GPU's share: 7.9 h at 1,024 GPUs (Kokolis et al. 2024, Revisiting Reliability).
+GPU_HOURS_BETWEEN_FAILURES = 7.9 * 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    settings: Recipe
+    hardware: Hardware
+    places: tuple[Place, ...]  # one rank of each pipeline stage
+    restart_minutes: float = 0.0
+
+    @classmethod
+    def of(cls, settings: Recipe, hardware: Hardware, restart_minutes: float = 0.0) -> Plan:
+        """Raises ValueError where the layout does not divide the ranks."""
+        p = settings.parallel
+        ranks, model_ranks = hardware.ranks, p.tensor * p.pipeline
+        check_rank_map(p.tensor, hardware.gpu.per_node)
+        if ranks % model_ranks:
+            raise ValueError(
+                f"{ranks} GPUs / (parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline}) = "
+                f"{ranks / model_ranks:g}: use a number of nodes that divides"
+            )
+        if not settings.run.steps and settings.batch.global_batch_size > ROWS_PER_SEGMENT:
+            raise ValueError(
+                f"batch.global_batch_size {settings.batch.global_batch_size} is more than the {ROWS_PER_SEGMENT} rows "
+                "of a segment, so there is no whole batch; lower it, or set run.steps for data of your own"
+            )
+        places = tuple(Place(settings, ranks // model_ranks, stage) for stage in range(p.pipeline))
+        return cls(settings, hardware, places, restart_minutes)
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.hardware.gpu
+
+    @property
+    def ranks(self) -> int:
+        return self.hardware.ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.settings.batch.global_batch_size * self.settings.model.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Steps of the recipe; every whole batch of Amber's 360 segments where it does not say."""
+        return self.settings.run.steps or ROWS_PER_SEGMENT // self.settings.batch.global_batch_size * NUM_SEGMENTS
+
+    @property
+    def dealt_share(self) -> float:
+        """Rows that are trained on among all that ranks compute; the rest are padding of zero weight."""
+        computed = self.places[0].micro_batches * self.settings.batch.micro_batch_size * self.places[0].data_size
+        return self.settings.batch.global_batch_size / computed
+
+    @cached_property
+    def step(self) -> Step:
+        return slowest_stage(self.places, self.gpu, self.hardware.mfu)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the job."""
+        return self.tokens_per_step / self.step.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation of whole steps: applied layers, causal, no recomputation, dense bf16 peak."""
+        flops = counts.flops_per_token(self.settings.model) * self.tokens_per_second
+        return flops / (self.ranks * self.gpu.peak_flops)
+
+    @property
+    def days(self) -> float:
+        return self.steps * self.step.seconds / 86400
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.days * 24 * self.ranks
+
+    @property
+    def failures(self) -> float:
+        return self.gpu_hours / GPU_HOURS_BETWEEN_FAILURES
+
+    @property
+    def effective_share(self) -> float:
+        """Share of the wall time that ends up in the weights: half an interval and a restart are lost a failure."""
+        c = self.settings.checkpoint
+        by_time = c.interval_minutes or math.inf
+        by_steps = c.interval_steps * self.step.seconds / 60 or math.inf
+        lost = self.failures * (min(by_time, by_steps, self.days * 1440) / 2 + self.restart_minutes)
+        return self.days * 1440 / (self.days * 1440 + lost)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the fullest GPU."""
+        return max(memory(place).total for place in self.places) + RESERVED
+
+    def traffic(self) -> list[tuple[Traffic, float]]:
+        """What the busiest rank of any stage exchanges in a step, by kind, and its seconds on the wire."""
+        items: dict[tuple[str, str, str], tuple[Traffic, float]] = {}
+        for place in self.places:
+            ranks = Ranks(place, self.gpu)
+            for item in traffic(place):
+                key = (item.group, item.what, item.operation)
+                if key not in items or item.sent > items[key][0].sent:
+                    items[key] = item, ranks.of(item)
+        return list(items.values())
+
+    @property
+    def checkpoint_bytes(self) -> tuple[int, int]:
+        """A restart point (weights, fp32 master where weights are bf16, both moments), and weights alone."""
+        unique = counts.parameters(self.settings.model).unique
+        weight, state = (2, 14) if self.settings.precision == "bf16" else (4, 12)
+        return unique * state, unique * weight
+
+    @property
+    def milestones(self) -> tuple[int, int]:
+        """Milestones in all, and those of them that hold the optimizer too."""
+        c = self.settings.checkpoint
+        every = c.milestone_steps
+        if every is None:
+            every = ROWS_PER_SEGMENT // self.settings.batch.global_batch_size
+        total = self.steps // every if every else 0
+        return total, total // c.full_milestone_every if c.full_milestone_every else 0

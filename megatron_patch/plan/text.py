@@ -1,0 +1,102 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from megatron_patch.model import counts
+from megatron_patch.parallel.gpus import GIB
+from megatron_patch.plan.memory import Memory, memory
+from megatron_patch.plan.plan import GPU_HOURS_BETWEEN_FAILURES, RESERVED, Plan
+
+
+def text(plan: Plan) -> str:
+    s = plan.settings
+    n, p = counts.parameters(s.model), s.parallel
+    first = plan.places[0]
+    lines = [
+        f"{s.name}: TP{p.tensor} x PP{p.pipeline} x DP{first.data_size}, ZeRO-{p.zero_stage}, {s.precision}, recompute "
+        f"{s.recompute}, on {plan.hardware}",
+        "",
+        f"parameters          {n.unique:,} unique (memory, checkpoints), {n.applied:,} applied (compute)",
+        f"FLOPs               {counts.flops_per_token(s.model) / 1e9:.2f} GFLOP a token, forward and backward, causal",
+        f"batch               {s.batch.global_batch_size} rows = {plan.tokens_per_step:,} tokens: "
+        f"{first.micro_batches} micro-batches of {s.batch.micro_batch_size} a rank"
+        + (f", {1 - plan.dealt_share:.1%} of them padding" if plan.dealt_share < 1 else ""),
+        f"length              {plan.steps:,} steps, {plan.steps * plan.tokens_per_step / 1e9:,.1f}B tokens",
+        "",
+        *_memory_lines(plan),
+        "",
+        *_traffic_lines(plan),
+        "",
+        *_step_lines(plan),
+        f"run                 {plan.days:.1f} days, {plan.gpu_hours / 1e3:.1f}K GPU hours",
+        f"failures            {plan.failures:.1f} expected; effective time {plan.effective_share:.1%}",
+        "",
+        *_storage_lines(plan),
+        "",
+        f"assumed             {_assumed(plan)}",
+    ]
+    return "\n".join(lines)
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    lines = ["GiB a GPU           weights  gradients  optimizer  activations  working   total"]
+    for place in plan.places:
+        m: Memory = memory(place)
+        lines.append(
+            f"  stage {place.stage:<11} {m.weights / GIB:8.2f} {m.gradients / GIB:10.2f} {m.optimizer / GIB:10.2f} "
+            f"{m.activations / GIB:12.2f} {m.working / GIB:8.2f} {m.total / GIB:7.2f}"
+        )
+    lines.append(f"  with reserve {plan.needed / GIB:48.2f} of {plan.gpu.memory / GIB:.2f}")
+    return lines
+
+
+def _traffic_lines(plan: Plan) -> list[str]:
+    lines = ["bytes a step        sent by the busiest rank                                     seconds on the wire"]
+    lines += [
+        f"  {item.group:<9} {item.sent / GIB:8.3f} GiB  {item.operation} of {item.what} over {item.size}".ljust(76)
+        + f"{seconds:7.3f}"
+        for item, seconds in plan.traffic()
+    ]
+    return lines
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    step = plan.step
+    waits = ", ".join(f"{what} {wait:.4f}" for what, wait in sorted(step.waits.items(), key=lambda w: -w[1]))
+    return [
+        f"step                {step.seconds:.3f} s, {plan.mfu:.1%} MFU of {plan.gpu.peak_flops / 1e12:.0f} TFLOP/s "
+        f"dense bf16: {plan.tokens_per_second / plan.ranks:,.0f} tokens/s a GPU, {plan.tokens_per_second:,.0f} in all",
+        f"  computed          {step.rows:.3f} s rows, {step.padding:.3f} padding, {step.update:.4f} clipping and AdamW",
+        f"  waited for        {step.waited:.4f} s, {step.waited / step.seconds:.1%}" + (f": {waits}" if waits else ""),
+        f"  hidden            {step.hidden:.4f} s of traffic beside computation",
+        f"  bound by          {step.bound_by}",
+    ]
+
+
+def _storage_lines(plan: Plan) -> list[str]:
+    full, weights = plan.checkpoint_bytes
+    keep = plan.settings.checkpoint.keep
+    total, whole = plan.milestones
+    kept = keep * full + whole * full + (total - whole) * weights
+    data = plan.steps * plan.settings.batch.global_batch_size * plan.settings.row_length * 2
+    return [
+        f"restart points      {full / 1e9:.1f} GB each, {keep} kept",
+        f"milestones          {total}, {weights / 1e9:.1f} GB each; {whole} of them with the optimizer",
+        f"storage             {kept / 1e12:.2f} TB of checkpoints, {data / 1e12:.2f} TB of indexed data",
+    ]
+
+
+def _assumed(plan: Plan) -> str:
+    gpu, mfu = plan.gpu, plan.hardware.mfu
+    pace = (
+        f"matrix products at {gpu.matmul_flops / 1e12:.0f} TFLOP/s and copies at {gpu.copy / 1e12:.2f} TB/s, of which "
+        "a step reaches the shares measured on an H100 (plan/compute.py)"
+        if mfu is None
+        else f"{mfu:.0%} MFU of the computation alone"
+    )
+    return (
+        f"{pace}; NVLink {gpu.network.nvlink / 1e9:.0f} GB/s a GPU, all ports of a node {gpu.network.node / 1e9:.1f} "
+        f"GB/s, latencies of NCCL's own table (plan/collectives.py); {RESERVED / GIB:.0f} GiB reserved for CUDA, NCCL "
+        f"and fragments; a failure every {GPU_HOURS_BETWEEN_FAILURES:,.0f} GPU hours (7.9 h at 1,024 GPUs), each "
+        f"losing half a checkpoint interval and {plan.restart_minutes:g} minutes"
+    )
