@@ -167,8 +167,18 @@ class Run(Section):
     steps: int | None = Field(gt=0, description="Optimizer steps; null: every whole batch of the data, each epoch.")
     log_interval: int = Field(gt=0, description="Steps between lines on standard output; log.jsonl has every step.")
     tensorboard: bool = Field(description="Write event files where tensorboard is installed.")
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        default=(), description="Services that get the numbers of log.jsonl too, one run through all attempts."
+    )
     wall_minutes: float = Field(ge=0, description="Stop with a checkpoint after this long; 0: no budget.")
     deterministic: bool = Field(description="Bit-reproducible kernels and collectives on GPUs.")
+
+    @field_validator("loggers")
+    @classmethod
+    def _once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"named twice: {', '.join(sorted(twice))}")
+        return names
 
 
 class Recipe(Section):

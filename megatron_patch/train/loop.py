@@ -26,7 +26,8 @@ from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import Keeper
 from megatron_patch.train.checkpoint.resume import ResumeRefused
 from megatron_patch.train.hang import HangWatch
-from megatron_patch.train.metrics import Log, note
+from megatron_patch.train.metrics import Log, check_loggers
+from megatron_patch.train.note import note
 from megatron_patch.train.schedule import learning_rate
 from megatron_patch.train.signals import Requests
 from megatron_patch.train.step import Step, Trainer
@@ -48,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
         resolved = recipe.load(args.recipe, args.overrides)
         status = StatusFile(resolved.run_folder, int(os.environ["RANK"]))
         _check_run_folder(resolved.run_folder)
+        check_loggers(resolved)
         data_size = topology.data_parallel_size(resolved.parallel, int(os.environ["WORLD_SIZE"]))
         segments = _open_data(resolved)
         order = SampleOrder(

@@ -1,28 +1,33 @@
-"""One line a step that a human can read, the same as JSON lines, and TensorBoard where it is installed."""
+"""The numbers of a step: one line that a human can read, and the record that every logger gets."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import json
 import math
-import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from data_tools.files.durable import full_disk_named, write_whole
 from megatron_patch.model import counts
 from megatron_patch.parallel import device
-from megatron_patch.recipe import Recipe
-from megatron_patch.run.log import records
+from megatron_patch.recipe import Recipe, RecipeError
+from megatron_patch.train.loggers import event_files, service
+from megatron_patch.train.loggers.json_lines import JsonLines
+from megatron_patch.train.loggers.logger import Logger
+from megatron_patch.train.note import note
+
+
+def check_loggers(recipe: Recipe) -> None:
+    """Raises RecipeError where the recipe names a service whose library is not installed."""
+    if missing := [name for name in recipe.run.loggers if not service.is_installed(name)]:
+        raise RecipeError(
+            f"run.loggers: {', '.join(missing)} is not installed; `pip install {' '.join(missing)}` (`wandb` is pinned "
+            "by the extra `loggers`), or leave it out of run.loggers"
+        )
 
 
 class Log:
-    """Writes RUN/log.jsonl, standard output and event files. Only rank 0 makes one.
+    """Writes standard output and the recipe's loggers, log.jsonl first. Only rank 0 makes one.
 
     `tokens_per_second` is per job, over the time between the ends of two steps; MFU counts applied layers (causal, no
     recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
@@ -39,10 +44,7 @@ class Log:
         peak = device.peak_flops()
         self._peak = None if peak is None else peak * world_size
         recipe.run_folder.mkdir(parents=True, exist_ok=True)
-        self._path = recipe.run_folder / "log.jsonl"
-        _keep_until(done, self._path)
-        self._lines = self._path.open("ab")
-        self._events = _summary_writer(recipe.run_folder / "tensorboard", done) if recipe.run.tensorboard else None
+        self._loggers = _open(recipe, done)
         self._recent: deque[float] = deque(maxlen=50)
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
@@ -92,49 +94,27 @@ class Log:
         )
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a line that the disk did not take was an error when it was written
-            self._lines.close()
-        self._draw(lambda events: events.close())
+        for logger in self._loggers:
+            logger.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        with full_disk_named(self._path):
-            self._lines.write(json.dumps(record).encode() + b"\n")
-            self._lines.flush()
-        scalars = [(key, v) for key, v in record.items() if isinstance(v, float) and key != "time"]
-        self._draw(lambda events: [events.add_scalar(key, value, record["step"]) for key, value in scalars])
-
-    def _draw(self, what: Callable[[Any], object]) -> None:
-        """Do something with the event files, which are given up where they cannot be written: log.jsonl holds all."""
-        if self._events is not None:
-            try:
-                what(self._events)
-            except OSError as error:
-                note(f"{self._events.log_dir}: cannot be written ({error}); no more event files in this attempt")
-                self._events = None
+        for logger in self._loggers:
+            logger.write(record)
 
 
-def note(text: str) -> None:
-    """A line for humans about something that is not a step."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def _keep_until(step: int, lines: Path) -> None:
-    """Drop records of later steps, a last line that a killed process left unfinished, and what is no record."""
-    if not lines.exists():
-        return
-    kept = [json.dumps(record) + "\n" for record in records(lines) if record["step"] <= step]
-    write_whole(lines, "".join(kept).encode())
+def _open(recipe: Recipe, done: int) -> list[Logger]:
+    folder = recipe.run_folder
+    loggers: list[Logger] = [JsonLines(folder / "log.jsonl", done)]
+    if recipe.run.tensorboard and event_files.is_installed():
+        loggers.append(event_files.EventFiles(folder / "tensorboard", done))
+    for name in recipe.run.loggers:
+        try:
+            loggers.append(service.ServiceProcess(name, folder, done))
+        except OSError as error:
+            note(f"run.loggers: {name} is left out of this attempt ({error})")
+    return loggers
 
 
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _summary_writer(folder: Path, done: int) -> Any:
-    """None where tensorboard is not installed. Points of later steps than `done`, which are made again, are hidden."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=done + 1)

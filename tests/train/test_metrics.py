@@ -11,6 +11,7 @@ import pytest
 from data_tools.files.errors import DataError
 from megatron_patch.model import counts
 from megatron_patch.parallel import device
+from megatron_patch.train.loggers.event_files import EventFiles
 from megatron_patch.train.metrics import Log
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe
@@ -21,8 +22,9 @@ def write_steps(run: Path, done: int, last: int, *overrides: str) -> None:
     log = Log(toy_recipe(f"run.folder={run}", *overrides), 1, 9, done)
     for step in range(done + 1, last + 1):
         log.step(step, loss=float(step), grad_norm=1.0, learning_rate=1e-3, seconds=0.1)
-    if log._events is not None:
-        log._events.flush()
+    for logger in log._loggers:
+        if isinstance(logger, EventFiles):
+            logger._events.flush()
 
 
 def steps(run: Path) -> list[int]:
@@ -107,7 +109,9 @@ def test_event_files_that_cannot_be_written_are_given_up(
     pytest.importorskip("tensorboard")
     monkeypatch.setattr("threading.excepthook", lambda _: None)  # tensorboard's own thread ends by the error
     log = Log(toy_recipe(f"run.folder={tmp_path}", "run.tensorboard=true"), 1, 99, 0)
-    log._events.flush()
+    event_files = log._loggers[1]
+    assert isinstance(event_files, EventFiles)
+    event_files._events.flush()
     [file] = (tmp_path / "tensorboard").iterdir()
     file.unlink()
     file.symlink_to("/dev/full")

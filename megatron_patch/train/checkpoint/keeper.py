@@ -16,7 +16,7 @@ from megatron_patch.train.checkpoint.format import MARKER_NAME, State
 from megatron_patch.train.checkpoint.resume import resume
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from megatron_patch.train.checkpoint.save import Saved, Saver
-from megatron_patch.train.metrics import note
+from megatron_patch.train.note import note
 from megatron_patch.train.side_channel import SideChannel
 
 _SLOWEST_VERIFY = timedelta(hours=1)
