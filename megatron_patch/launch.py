@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from data_tools.files.plain_file import read_plain
+from data_tools.files.bounded_json import load_bounded
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 
@@ -238,7 +238,7 @@ def _git(root: Path, *arguments: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Content of a file that `write_json` wrote; empty where there is none or it was damaged since."""
     try:
-        content = json.loads(read_plain(path))
+        content = load_bounded(path)
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

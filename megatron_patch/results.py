@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from data_tools.files.plain_file import read_plain
+from data_tools.files.bounded_json import is_number, load_bounded
 
 SCORES_NAME = "scores.json"
 TOKEN_UNITS = (("trillion", "T", 1e12), ("billion", "B", 1e9), ("million", "M", 1e6), ("thousand", "K", 1e3))
@@ -26,17 +26,43 @@ def axis_unit(most_tokens: float) -> tuple[str, float]:
 def read_scores(output: Path) -> list[dict[str, Any]]:
     """Every model's `scores.json` under a folder of results, in order of training, then by name.
 
-    Each with the name of its `folder`. Raises ValueError naming a file that is no result.
+    Each with the name of its `folder`. A file that is no result is named on standard error and left out: the others
+    still tell.
     """
-    found = [{**_read(file), "folder": file.parent.name} for file in output.glob(f"*/{SCORES_NAME}")]
+    found = []
+    for file in sorted(output.glob(f"*/{SCORES_NAME}")):
+        try:
+            found.append({**_read(file), "folder": file.parent.name})
+        except (ValueError, OSError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            print(
+                f"{file}: not a result of `eval` ({said}); left out: remove it and evaluate that model again, its "
+                "tasks are kept",
+                file=sys.stderr,
+            )
     return sorted(found, key=lambda s: (s["tokens"] is None, s["tokens"] or 0, s["model"]))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_plain(file))
-        return {key: content[key] for key in ("model", "tokens", "scores")} | content
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file}: not a result of `eval` ({error}); remove it and evaluate that model again, its tasks are kept"
-        ) from None
+    """Raises ValueError where a field that tables and curves are made of is missing or of another type."""
+    content = load_bounded(file)
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    result: dict[str, Any] = {"digest": None, "settings": {"limit": None}, "lm_eval": "", "average": None, **content}
+    for name, kind in (("model", str), ("scores", dict), ("settings", dict), ("lm_eval", str)):
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"{name} is missing or of another type")
+    if not isinstance(result["digest"], str | None):
+        raise ValueError("digest is of another type")
+    if not (result.get("tokens") is None or (is_number(result["tokens"]) and result["tokens"] >= 0)):
+        raise ValueError("tokens is not a number")
+    result["settings"].setdefault("limit", None)
+    for name, score in {**result["scores"], "average": result["average"]}.items():
+        if score is None and name == "average":
+            continue
+        if not isinstance(score, dict) or not is_number(score.get("value")):
+            raise ValueError(f"the score {str(name)[:40]} has no value")
+        for part in ("stderr", "stock"):
+            if not (score.setdefault(part, None) is None or is_number(score[part])):
+                raise ValueError(f"the score {str(name)[:40]} has a {part} that is no number")
+    return result

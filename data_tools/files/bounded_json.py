@@ -6,8 +6,9 @@ Parsed JSON takes some twenty times its bytes, and what is nested a thousand dee
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from data_tools.files.plain_file import open_plain
 
@@ -38,6 +39,11 @@ def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
 def load_bounded(path: Path, most: int = MOST_BYTES) -> Any:
     """A file's JSON. Raises as `read_bounded` and `parse_bounded` do."""
     return parse_bounded(read_bounded(path, most))
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value read from JSON is a finite number, as a float holds it: Python reads `NaN` and 400 digits too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _check_depth(value: Any) -> None:

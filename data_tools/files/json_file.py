@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.files.bounded_json import load_bounded
 from data_tools.files.errors import DataError
-from data_tools.files.plain_file import read_plain
+
+MOST_MANIFEST_BYTES = 256 << 20
+"""A million files of a corpus, at 250 bytes each."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -25,10 +28,10 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
         DataError: missing file, not JSON, or not an object.
     """
     try:
-        value = json.loads(read_plain(path))
+        value = load_bounded(path, MOST_MANIFEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError("no such file", file=path, remedy=remedy) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"not JSON ({error})", file=path, remedy=remedy) from None
     if not isinstance(value, dict):
         raise DataError("not a JSON object", file=path, remedy=remedy)

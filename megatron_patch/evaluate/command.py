@@ -4,7 +4,7 @@ eval --download benchmarks_data                           once, where there is a
 eval CHECKPOINT | HF_FOLDER | ORG/NAME                    one model; under torchrun the ranks share the work
 eval RUN                                                  every milestone of a run that has no scores yet
 eval RUN --watch                                          those and every later one as it appears, until the run is over
-eval --table                                              Tables 4, 5 and 9, the paper's figures beside ours
+eval --table                                              Tables 4, 5 and 9, ours beneath the paper's figures
 eval --plot evaluations scores.png                        scores against tokens
 """
 
@@ -96,7 +96,8 @@ def _main(args: argparse.Namespace) -> int:
 def _table(results: Path, every_checkpoint: bool, form: Format) -> str:
     found = read_scores(results)
     if not found:
-        raise ValueError(f"{results}: no results in it; name the --output of an evaluation, e.g. evaluations")
+        said = "no results in it" if results.is_dir() else "no such folder"
+        print(f"{results}: {said} (--output of an evaluation): the paper's figures alone", file=sys.stderr)
     return render(found if every_checkpoint else newest(found), form)
 
 

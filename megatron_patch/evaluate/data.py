@@ -7,7 +7,6 @@ FOLDER/manifest.json                              path, configuration, split -> 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, hf_hub_download
 from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
 
+from data_tools.files.bounded_json import load_bounded
 from data_tools.files.digest import sha256_file
 from data_tools.files.durable import folder_lock, write_beside, write_whole
 from data_tools.files.json_file import canonical_json
@@ -58,7 +58,7 @@ def read_manifest(folder: Path) -> dict[str, SplitRecord]:
     if not file.is_file():
         return {}
     try:
-        return {key: SplitRecord(**record) for key, record in json.loads(file.read_bytes()).items()}
+        return {key: SplitRecord(**record) for key, record in load_bounded(file).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"{file}: damaged ({error}); {_how_to_fetch(folder)}") from None
 

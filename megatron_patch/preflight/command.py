@@ -9,7 +9,6 @@ ranks talk through files in F on the shared file system (judge.py), which works 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
@@ -28,6 +27,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch
 import torch.distributed as dist
 
+from data_tools.files.bounded_json import load_bounded
 from megatron_patch import launch, recipe
 from megatron_patch.parallel import device
 from megatron_patch.parallel.gpus import GIB
@@ -251,4 +251,4 @@ def wait_for_file(path: Path, patience: float) -> Any:
         if time.monotonic() > end:
             raise TimeoutError(f"{path} did not appear in {patience:g} s: its writer is gone")
         time.sleep(0.1)
-    return json.loads(path.read_text())
+    return load_bounded(path)

@@ -12,7 +12,6 @@ The judge runs in one place, a thread of the first rank, and talks to the ranks 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -151,4 +150,4 @@ def _collect(folder: Path, phase: str, ranks: Iterable[int], patience: float) ->
     end = time.monotonic() + patience
     while time.monotonic() < end and not all(file.exists() for file in files.values()):
         time.sleep(0.2)
-    return {rank: json.loads(file.read_text()) for rank, file in files.items() if file.exists()}
+    return {rank: answer for rank, file in files.items() if (answer := launch.read_json(file))}

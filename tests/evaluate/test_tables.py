@@ -117,12 +117,38 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "scores.xyz").exists()
 
 
-def test_refusals(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "--table", str(tmp_path / "none")]) == 2
-    assert "none: no results in it; name the --output of an evaluation" in capsys.readouterr().err
-    (results / "gpt-neo-125m" / "scores.json").write_text('{"model": "gp')
-    assert main(["eval", "--table", str(results)]) == 2
-    assert "gpt-neo-125m/scores.json: not a result of `eval`" in capsys.readouterr().err
+def test_without_results_the_papers_tables_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--table", str(tmp_path / "none")]) == 0
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'none'}: no such folder" in said.err
+    assert said.out.count("| paper |") == len((*TABLE_4, *TABLE_5, *TABLE_9)) and "| ours |" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"model": "gp', "Unterminated"),
+        ("[" * 1_000_000, "nested without end"),
+        ("[]", "not an object"),
+        ('{"model": "m", "tokens": 1e999, "scores": {}}', "tokens is not a number"),
+        ('{"model": "m", "tokens": 1, "scores": {"piqa": {"value": "9"}}}', "the score piqa has no value"),
+        (
+            '{"model": "m", "tokens": 1, "scores": {"piqa": {"value": 9, "stderr": []}}}',
+            "has a stderr that is no number",
+        ),
+        ('{"model": ["m"], "tokens": 1, "scores": {}}', "model is missing or of another type"),
+    ],
+)
+def test_a_damaged_result_hides_no_other(
+    content: str, words: str, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = results / "gpt-neo-125m" / "scores.json"
+    damaged.write_text(content)
+    assert main(["eval", "--table", str(results)]) == 0
+    said = capsys.readouterr()
+    assert f"{damaged}: not a result of `eval` (" in said.err and words in said.err
+    assert "| mobillama_05b--ckpt_001 | ours |" in said.out and "gpt-neo-125m | ours" not in said.out
+    assert main(["eval", "--plot", str(results), str(tmp_path / "scores.png")]) == 0
 
 
 def test_scores_of_unequal_tasks() -> None:

@@ -22,17 +22,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from data_tools.files.bounded_json import read_bounded
 from data_tools.files.digest import digest_file, new_digest
 from data_tools.files.json_file import canonical_json
-from data_tools.files.plain_file import read_plain
 from megatron_patch.recipe import Recipe
 
 INDEX_NAME = "index.json"
 MARKER_NAME = "COMPLETE"
+MOST_INDEX_BYTES = 64 << 20
+"""Some ten times what 10,000 ranks write."""
 
 What = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 Contents = Literal["full", "weights"]
@@ -87,13 +89,18 @@ class _Json(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_RankFile = Annotated[str, Field(pattern=r"^rank_\d{5,7}\.safetensors$")]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
 class State(_Json):
     """Where a run stands, apart from its tensors."""
 
-    step: int = Field(ge=0, description="Optimizer steps done, skipped ones included.")
-    samples: int = Field(ge=0, description="Rows consumed: the position in the data.")
-    tokens: int = Field(ge=0, description="Labels consumed, those of skipped steps included.")
-    optimizer_step: int = Field(ge=0, description="AdamW updates done, for its bias correction.")
+    step: _Count = Field(description="Optimizer steps done, skipped ones included.")
+    samples: _Count = Field(description="Rows consumed: the position in the data.")
+    tokens: _Count = Field(description="Labels consumed, those of skipped steps included.")
+    optimizer_step: _Count = Field(description="AdamW updates done, for its bias correction.")
     data_digest: str | None = Field(description="Digest of the data set's manifest; null: not from a data set.")
     spike_window: list[float] = Field(default=[], description="Losses the watchdog compares the next one with.")
     accepted_changes: list[str] = Field(default=[], description="Changes that --accept-changes let pass, in order.")
@@ -111,16 +118,16 @@ class State(_Json):
 
 
 class StoredFragment(_Json):
-    file: str
-    part: int = Field(ge=0)
-    offset: int = Field(ge=0)
-    length: int = Field(gt=0)
+    file: _RankFile
+    part: _Count
+    offset: _Count
+    length: _Count = Field(gt=0)
 
 
 class StoredTensor(_Json):
-    shape: tuple[int, ...]
-    cut: int | None = Field(description="Dimension along which the parts are cut; null: one part.")
-    parts: int = Field(gt=0)
+    shape: tuple[_Count, ...] = Field(max_length=8)
+    cut: _Count | None = Field(description="Dimension along which the parts are cut; null: one part.")
+    parts: _Count = Field(gt=0)
     fragments: list[StoredFragment] = Field(description="By part and offset; together every element once.")
 
 
@@ -137,16 +144,16 @@ class Index(_Json):
 
 
 class StoredFile(_Json):
-    bytes: int
-    xxh3_128: str
+    bytes: _Count
+    xxh3_128: _Digest
 
 
 class Marker(_Json):
     """`COMPLETE`: its presence says that the folder was finished, its digests that it still is what was written."""
 
     version: Literal[1] = 1
-    files: dict[str, StoredFile]
-    digest: str = Field(description="XXH3-128 of `files`: names the checkpoint's content.")
+    files: dict[_RankFile | Literal["index.json"], StoredFile]
+    digest: _Digest = Field(description="XXH3-128 of `files`: names the checkpoint's content.")
 
     @classmethod
     def of(cls, files: dict[str, StoredFile]) -> Marker:
@@ -171,7 +178,7 @@ def read_marker(folder: Path) -> Marker:
     """Raises CheckpointError where the checkpoint was never finished or the marker is damaged."""
     path = folder / MARKER_NAME
     try:
-        content = read_plain(path)
+        content = read_bounded(path)
         marker = Marker.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.exists():
@@ -179,7 +186,7 @@ def read_marker(folder: Path) -> Marker:
         raise CheckpointError(path, "missing: this is no finished checkpoint", BROKEN) from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    except ValidationError as error:
+    except ValueError as error:
         raise CheckpointError(path, f"damaged ({_first(error)})", BROKEN) from None
     if content != to_json(Marker.of(marker.files)) or INDEX_NAME not in marker.files:
         raise CheckpointError(path, "damaged (its content does not match its digest)", BROKEN)
@@ -206,10 +213,10 @@ def read_index(folder: Path) -> Index:
     """Raises CheckpointError where the index cannot be read or does not fit this version of the repository."""
     path = folder / INDEX_NAME
     try:
-        return Index.model_validate_json(read_plain(path))
+        return Index.model_validate_json(read_bounded(path, MOST_INDEX_BYTES))
     except OSError as error:
         raise _unreadable(path, error) from None
-    except ValidationError as error:
+    except ValueError as error:
         raise CheckpointError(
             path, f"not an index of version 1 ({_first(error)})", "read it with the version that wrote it"
         ) from None
@@ -219,6 +226,9 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(path, f"cannot be read ({error.strerror})", BROKEN)
 
 
-def _first(error: ValidationError) -> str:
-    detail: Any = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" if detail["loc"] else detail["msg"]
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    detail: Any = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part)[:80] for part in detail["loc"][:8])
+    return f"{place}: {detail['msg']}"[:400] if place else detail["msg"][:400]

@@ -20,6 +20,7 @@ from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import (
     BROKEN,
     INDEX_NAME,
+    MARKER_NAME,
     CheckpointError,
     Fragment,
     Index,
@@ -59,6 +60,7 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self._open_files = ExitStack()
         self._check_tensors()
+        self._check_names(marker)
 
     @property
     def recipe(self) -> Recipe:
@@ -176,6 +178,14 @@ class Checkpoint:
         for problem in coverage_problems(self.index.tensors, self._wholes):
             raise CheckpointError(self.folder / INDEX_NAME, problem, "read it with the version that wrote it")
 
+    def _check_names(self, marker: Marker) -> None:
+        """Only files whose digests the marker holds are read."""
+        for name, tensor in self.index.tensors.items():
+            for piece in tensor.fragments:
+                if piece.file not in marker.files:
+                    problem = f"{name} is in {piece.file}, which {MARKER_NAME} does not list"
+                    raise CheckpointError(self.folder / INDEX_NAME, problem, BROKEN)
+
     def close(self) -> None:
         self._open_files.close()
         self._files.clear()
@@ -193,24 +203,24 @@ def coverage_problems(tensors: Mapping[str, StoredTensor], wholes: Mapping[str, 
     """What keeps fragments from holding every element of every whole tensor exactly once."""
     if tensors.keys() != wholes.keys():
         odd = sorted(tensors.keys() ^ wholes.keys())
-        yield f"tensors differ from those of the recipe's model: {', '.join(odd[:3])} ({len(odd)} in all)"
+        some = ", ".join(name[:80] for name in odd[:3])
+        yield f"tensors differ from those of the recipe's model: {some} ({len(odd)} in all)"
         return
     for name, stored in tensors.items():
         whole = wholes[name]
         if (stored.shape, stored.cut) != (whole.shape, whole.cut):
             yield f"{name}: shape {stored.shape} cut at {stored.cut}, the model's is {whole.shape} cut at {whole.cut}"
             continue
-        spans = sorted((f.part, f.offset, f.length) for f in stored.fragments)
-        expected: list[tuple[int, int]] = []
-        for part in range(stored.parts):
-            end = 0
-            for _, offset, length in (s for s in spans if s[0] == part):
-                if offset != end:
-                    expected.append((part, end))
-                    break
-                end = offset + length
-            else:
-                if end != math.prod(whole.part_shape(stored.parts)):
-                    expected.append((part, end))
-        if expected or any(s[0] >= stored.parts for s in spans):
-            yield f"{name}: fragments do not cover it once; first gap or overlap at (part, element) {expected[:1]}"
+        if stored.parts > 1 and (whole.cut is None or whole.shape[whole.cut] % stored.parts):
+            yield f"{name}: {stored.parts} parts, which its shape {whole.shape} cut at {whole.cut} cannot have"
+            continue
+        size = math.prod(whole.part_shape(stored.parts))
+        part = end = 0  # where the next fragment must begin
+        for f in sorted(stored.fragments, key=lambda f: (f.part, f.offset)):
+            if (f.part, f.offset) != (part, end) or end + f.length > size:
+                break
+            part, end = (part, end + f.length) if end + f.length < size else (part + 1, 0)
+        else:
+            if part == stored.parts:
+                continue
+        yield f"{name}: fragments do not cover it once; first gap or overlap at (part, element) {(part, end)}"
