@@ -51,7 +51,7 @@ VERBS = {
     ),
     "export": Verb(
         "megatron_patch.convert.export_command",
-        "a checkpoint as a Hugging Face folder, or a GGUF file for llama.cpp",
+        "a checkpoint for transformers, llama.cpp (GGUF) or ONNX Runtime",
         "python -m megatron_patch export runs/mobillama_05b/checkpoints/ckpt_359 mobillama-05b --form expanded",
         arguments.export,
     ),

@@ -11,8 +11,9 @@ from pathlib import Path
 
 QUANTIZATIONS = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "onnx": ("int8", "int4"),
 }
-"""What `export --quantize` may store the matrices as, by form."""
+"""Forms for other runtimes than transformers, and what `export --quantize` may store their matrices as."""
 
 
 def count(text: str) -> int:

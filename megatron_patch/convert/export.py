@@ -82,12 +82,12 @@ def _write(
 ) -> None:
     ids = write_tokenizer(tokenizer, folder, source.recipe.model)
     dtype = _write_shards(source, tensors, folder)
-    _write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype, ids))
+    write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype, ids))
     generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.unk, "do_sample": False}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     if form == "shared":
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
-    _write_json(folder / PROVENANCE_NAME, provenance(source, form))
+    write_json(folder / PROVENANCE_NAME, provenance(source, form))
     (folder / "recipe.yaml").write_text(source.recipe.to_yaml(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(source, form, scores), encoding="utf-8")
 
@@ -164,7 +164,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
     if tokenizer.suffix == ".model":
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     named = {"bos_token": BOS_TEXT, "eos_token": EOS_TEXT, "unk_token": UNK_TEXT, "pad_token": UNK_TEXT}
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": TOKENIZER_CLASS,
@@ -206,7 +206,7 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) 
         save_file(content, folder / name, metadata={"format": "pt"})
         share_like_folder(folder / name)
     if len(shards) > 1:
-        _write_json(
+        write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     return dtype
@@ -238,5 +238,5 @@ def provenance(source: WeightsSource, form: str) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")

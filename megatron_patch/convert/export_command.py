@@ -3,6 +3,7 @@
     CHECKPOINT FOLDER --form expanded      a Hugging Face folder for stock `LlamaForCausalLM`, an FFN in every layer
     CHECKPOINT FOLDER --form shared        the same with one FFN, for `trust_remote_code=True`
     CHECKPOINT FILE.gguf --form gguf       llama.cpp, Ollama, LM Studio; --quantize q4_0 and others
+    CHECKPOINT FOLDER --form onnx          ONNX Runtime, transformers.js; one FFN in the file; --quantize int8, int4
 
 Runs on one process without a GPU, whatever layout wrote the checkpoint; a few tensors are in memory at a time.
 """
@@ -54,6 +55,11 @@ def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         kept = write_gguf(checkpoint, args.output, tokenizer, args.quantize)
         if kept:
             print(f"{len(kept)} tensors of no whole blocks stay in f16: {', '.join(kept)}", file=sys.stderr)
+        return
+    if args.form == "onnx":
+        from megatron_patch.convert.onnx_folder import write_onnx
+
+        write_onnx(checkpoint, args.output, tokenizer, args.quantize)
         return
     scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
     export(checkpoint, args.output, args.form, tokenizer, scores)

@@ -213,8 +213,8 @@ class Transformers(Runtime):
         for _ in range(count):
             with self._torch.inference_mode():
                 answer = self._model(step, past_key_values=past, use_cache=True)
-            answer.logits[:, -1, self._eos] = -self._torch.inf
-            step, past = answer.logits[:, -1:].argmax(-1), answer.past_key_values
+                answer.logits[:, -1, self._eos] = -self._torch.inf
+                step, past = answer.logits[:, -1:].argmax(-1), answer.past_key_values
             yield int(step)
 
 
