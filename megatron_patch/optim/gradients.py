@@ -16,9 +16,9 @@ parallelism; otherwise every tensor-parallel rank computes the same gradient.
 
 Sharded parameters form buckets of neighbouring layers. A bucket's reduce-scatter starts during the backward pass of the
 last micro-batch, as soon as the gradient that leaves its lowest layer is computed: then every use of its weights, in
-every micro-batch and under any recomputation, has been added. The shared FFN's starts when all layers are done, the
-embedding's and the norms' at the end. What autograd knows of a parameter does not serve here: it reports a shared
-weight once a micro-batch without recomputation, and once a layer with it.
+every micro-batch and under any recomputation, has been added. The shared FFN's starts when the lowest layer's FFN is
+through, before that layer's attention; the embedding's and the norms' at the end. What autograd knows of a parameter
+does not serve here: it reports a shared weight once a micro-batch without recomputation, and once a layer with it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class GradientBuffer:
         """`flat_weights` is the flat tensor of which the group's parameters are views."""
         self._data_group = topology.data_group
         self.layers = group.layers
+        self.parameters = {id(parameter) for parameter in group.parameters}
         self._passes_left = 0
         self._reduction: dist.Work | None = None
         self._replicas: dist.ProcessGroup | None = None
@@ -104,12 +105,23 @@ class GradientBuffer:
             dist.all_reduce(self.shard, group=self._replicas)
 
 
-def reduce_during_backward(layers: Iterable[torch.nn.Module], buffers: Sequence[GradientBuffer]) -> None:
-    """Tell the buffers of each decoder layer when its backward pass of a micro-batch is done."""
+def reduce_during_backward(layers: Iterable[Any], buffers: Sequence[GradientBuffer]) -> None:
+    """Tell the buffers of each decoder layer when its backward pass of a micro-batch is done.
+
+    What a layer's FFN alone uses is told when that is through, before the layer's attention: so is a shared FFN, whose
+    module passes through each layer's turn.
+    """
+    watched: dict[torch.nn.Module, list[GradientBuffer]] = {}
     for layer in layers:
-        concerned = [b for b in buffers if layer.layer_number - 1 in b.layers]  # type: ignore[operator]
-        if concerned:
-            layer.register_forward_pre_hook(_watch(concerned), with_kwargs=True)
+        in_ffn = {id(parameter) for parameter in layer.mlp.parameters()}
+        for buffer in buffers:
+            if layer.layer_number - 1 in buffer.layers:
+                module = layer.mlp if buffer.parameters <= in_ffn else layer
+                concerned = watched.setdefault(module, [])
+                if buffer not in concerned:
+                    concerned.append(buffer)
+    for module, concerned in watched.items():
+        module.register_forward_pre_hook(_watch(concerned), with_kwargs=True)
 
 
 def _watch(buffers: Sequence[GradientBuffer]) -> Any:

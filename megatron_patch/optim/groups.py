@@ -5,6 +5,7 @@ Nothing here imports torch, so that `plan` counts the same groups at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
@@ -60,6 +61,21 @@ def parameter_groups(
         if bucket:
             group.layers |= _layers_before_reduction(whole, local_layers)
     return groups
+
+
+def forward_order(groups: Sequence[ParameterGroup[P]]) -> list[int]:
+    """Places in `groups`, a rank's, in the order in which a forward pass first waits for their weights."""
+    lowest = min((whole.layer for group in groups for whole in group.wholes if whole.layer is not None), default=0)
+    return sorted(range(len(groups)), key=lambda i: min(_first_use(whole, lowest) for whole in groups[i].wholes))
+
+
+def _first_use(whole: Whole, lowest: int) -> float:
+    """The layer that first uses it, from -1 for what stands before them all; `lowest` is the rank's first."""
+    if whole.kind in ("norm", "embedding"):
+        return -1.0
+    if whole.kind == "ffn":
+        return lowest + 0.5  # a shared one: after the attention of that layer
+    return math.inf if whole.layer is None else whole.layer
 
 
 def _backward_order(whole: Whole) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class FlatWeights:
 
 
 def gather_before_use(chunks: Sequence[torch.nn.Module], weights: Mapping[int, FlatWeights]) -> None:
-    """Let each embedding, decoder layer and output layer wait for its weights; `weights` by id of the parameter."""
+    """Let each embedding, decoder layer, FFN and output layer wait for its weights; `weights` by parameter's id."""
     for chunk in chunks:
         for module, users in _users(chunk):
             concerned = {id(w): w for user in users for p in user.parameters() if (w := weights.get(id(p)))}
@@ -50,10 +50,15 @@ def gather_before_use(chunks: Sequence[torch.nn.Module], weights: Mapping[int, F
 
 def _users(chunk: Any) -> Iterable[tuple[torch.nn.Module, list[torch.nn.Module]]]:
     """(module before whose forward pass to wait, modules whose weights it or what follows it uses) of a model chunk."""
+    ffns: list[torch.nn.Module] = []
     if chunk.pre_process:
         yield chunk.embedding, [chunk.embedding]
     for layer in chunk.decoder.layers:
-        yield layer, [layer]
+        # The FFN is awaited by itself: a shared one, whose bucket is not the attention's, under layer 0's attention.
+        yield layer, [module for name, module in layer.named_children() if name != "mlp"]
+        if layer.mlp not in ffns:
+            ffns.append(layer.mlp)
+            yield layer.mlp, [layer.mlp]
     if chunk.post_process:
         # The loss takes the output layer's weight without calling the layer (kernels/loss.py).
         yield chunk.decoder.final_layernorm, [chunk.decoder.final_layernorm, chunk.output_layer]

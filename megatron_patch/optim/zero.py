@@ -18,7 +18,7 @@ import torch
 
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.optim.gradients import GradientBuffer, local_norm_squared, reduce_during_backward
-from megatron_patch.optim.groups import parameter_groups
+from megatron_patch.optim.groups import forward_order, parameter_groups
 from megatron_patch.optim.weights import FlatWeights, gather_before_use
 from megatron_patch.parallel import device
 from megatron_patch.parallel.topology import Mpu, Topology
@@ -91,8 +91,7 @@ class ShardedOptimizer:
             for group, flat in zip(self.groups, self.zero.bit16_groups_flat, strict=True)
         ]
         self._weights = [FlatWeights(flat, topology) for flat in self.zero.bit16_groups_flat]
-        # Groups stand in the order of backward, except the norms of all layers, which the first layer waits for.
-        self._forward_order = sorted(range(len(self.groups)), key=lambda i: (self.groups[i].replication != "norm", -i))
+        self._forward_order = forward_order(self.groups)
         if topology.data_size > 1:
             of_parameter = {id(p): w for g, w in zip(self.groups, self._weights, strict=True) for p in g.parameters}
             gather_before_use(chunks, of_parameter)

@@ -10,7 +10,7 @@ computation alone, lies between llm-foundry's 1.3B (59.9 %, its scripts/train/be
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from megatron_patch.model import counts
 from megatron_patch.parallel.gpus import Gpu
@@ -34,44 +34,51 @@ BYTES_A_PARAMETER, BYTES_A_STATE = 4, 62
 class Computation:
     """Seconds of one pipeline stage's own work on a rank: of a micro-batch, and once a step."""
 
-    layer_forward: float
-    layer_backward: float
+    attention_forward: float  # of a layer: its norms, residuals and projections too
+    attention_backward: float
+    ffn_forward: float
+    ffn_backward: float
     layers: int
     loss: float  # logits and loss, both ways; 0 where the stage has none
     update: float
+
+    @property
+    def layer_forward(self) -> float:
+        return self.attention_forward + self.ffn_forward
+
+    @property
+    def layer_backward(self) -> float:
+        return self.attention_backward + self.ffn_backward
 
     @property
     def micro_batch(self) -> float:
         return self.layers * (self.layer_forward + self.layer_backward) + self.loss
 
     def scaled(self, factor: float) -> Computation:
-        return Computation(
-            self.layer_forward * factor,
-            self.layer_backward * factor,
-            self.layers,
-            self.loss * factor,
-            self.update * factor,
-        )
+        own = {part.name: getattr(self, part.name) * factor for part in fields(self)}
+        return Computation(**{**own, "layers": self.layers})
 
 
 def computation(place: Place, gpu: Gpu, parameters: int) -> Computation:
     """`parameters` are the scalars that the rank's groups hold (memory.parameter_groups)."""
     r, m, p = place.recipe, place.recipe.model, place.recipe.parallel
     products = gpu.matmul_flops * GEMM
-    ffn_weights = 3 * m.hidden_size * m.ffn_hidden_size // p.tensor
-    weights = 4 * m.hidden_size**2 // p.tensor + ffn_weights
-    ffn = 2 * ffn_weights * place.tokens / products
+    attention_weights, ffn_weights = 4 * m.hidden_size**2 // p.tensor, 3 * m.hidden_size * m.ffn_hidden_size // p.tensor
     padded = max(2 * HEAD_BLOCK, -(-m.head_dim // HEAD_BLOCK) * HEAD_BLOCK)
     share = (ATTENTION if r.run.deterministic else ATTENTION_FREE) * m.head_dim / padded
-    attention = 4 * m.hidden_size * m.sequence_length / 2 / p.tensor * place.tokens / (gpu.matmul_flops * share)
+    scores = 4 * m.hidden_size * m.sequence_length / 2 / p.tensor * place.tokens / (gpu.matmul_flops * share)
+    small = BYTES_A_HIDDEN * m.hidden_size * place.own_tokens / gpu.copy
     swiglu = BYTES_AN_FFN * m.ffn_hidden_size * place.tokens / p.tensor / gpu.copy
-    small = (BYTES_A_HIDDEN * m.hidden_size * place.own_tokens / gpu.copy + swiglu) / 3
-    forward = 2 * weights * place.tokens / products + attention + small
-    again = {"none": 0.0, "selective": ffn + swiglu / 3, "full": forward}[r.recompute]
+    # Backward takes twice as long as forward.
+    attention = 2 * attention_weights * place.tokens / products + scores + small / 3
+    ffn = 2 * ffn_weights * place.tokens / products + swiglu / 3
+    again = {"none": (0.0, 0.0), "selective": (0.0, ffn), "full": (attention, ffn)}[r.recompute]
     head = m.vocab_size * m.hidden_size // p.tensor
     return Computation(
-        layer_forward=forward,
-        layer_backward=2 * forward + again + BYTES_A_WEIGHT * weights / gpu.copy,
+        attention_forward=attention,
+        attention_backward=2 * attention + again[0] + BYTES_A_WEIGHT * attention_weights / gpu.copy,
+        ffn_forward=ffn,
+        ffn_backward=2 * ffn + again[1] + BYTES_A_WEIGHT * ffn_weights / gpu.copy,
         layers=place.layers,
         loss=(6 * head * place.tokens / products + BYTES_A_WEIGHT * head / gpu.copy) * place.is_last,
         update=(BYTES_A_PARAMETER + BYTES_A_STATE / place.data_size) * parameters / gpu.copy,

@@ -81,6 +81,7 @@ class Group:
     replication: str
     size: int  # scalars, padded for ZeRO
     layers: frozenset[int]  # after whose backward passes its gradients are whole; none: only at the end
+    turn: int  # in which its weights are gathered, from 0
 
     @property
     def during_backward(self) -> bool:
@@ -107,9 +108,11 @@ def parameter_groups(place: Place) -> list[Group]:
         for whole in whole_tensors(r.model).values()
         if _is_local(whole, place)
     ]
+    found = groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+    turns = {place: turn for turn, place in enumerate(groups.forward_order(found))}
     return [
-        Group(group.replication, -(-group.size // multiple) * multiple, frozenset(group.layers))
-        for group in groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+        Group(group.replication, -(-group.size // multiple) * multiple, frozenset(group.layers), turns[i])
+        for i, group in enumerate(found)
     ]
 
 

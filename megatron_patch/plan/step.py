@@ -126,35 +126,35 @@ def _step(place: Place, ranks: Ranks, own: Computation, exchanged: Mapping[str, 
 
 
 def _data_waits(place: Place, ranks: Ranks, own: Computation) -> dict[str, float]:
+    if place.data_size == 1:
+        return {"gradients": 0.0, "weights": 0.0}
     groups = parameter_groups(place)
 
     def duration(operation: Operation, element: int, group: Group) -> float:
         return ranks.seconds("data", operation, element * group.size)
 
-    # Backward: time 0 is its end, when the lowest layer is done.
+    def whole(group: Group) -> float:
+        """When its gradients are, seconds before the end of backward as a negative number."""
+        attention = own.attention_backward if group.replication == "ffn" else 0.0
+        return -min(group.layers) * own.layer_backward - attention if group.layers else 0.0
+
     through = float("-inf")
-    for group in sorted(groups, key=lambda group: -min(group.layers, default=-1)):
-        whole = -min(group.layers, default=0) * own.layer_backward
-        through = max(through, whole) + duration("reduce-scatter", FP32, group)
-    gradients = max(through, 0.0) if place.data_size > 1 else 0.0
-    if place.data_size == 1:
-        return {"gradients": 0.0, "weights": 0.0}
+    for group in sorted(groups, key=lambda group: (whole(group), not group.layers)):
+        through = max(through, whole(group)) + duration("reduce-scatter", FP32, group)
     # Update and forward: time 0 is the update's begin.
-    order = sorted(range(len(groups)), key=lambda i: (groups[i].replication != "norm", -i))  # as zero.py has it
     total, updated, free = sum(group.size for group in groups), 0.0, 0.0
-    arrives: dict[int, float] = {}
-    for i in order:
-        updated += own.update * groups[i].size / total
-        free = arrives[i] = max(free, updated) + duration("all-gather", place.element, groups[i])
+    arrives: list[tuple[Group, float]] = []
+    for group in sorted(groups, key=lambda group: group.turn):
+        updated += own.update * group.size / total
+        free = max(free, updated) + duration("all-gather", place.element, group)
+        arrives.append((group, free))
     now = own.update
     for layer in range(place.layers):
-        now = max([now, *(t for i, t in arrives.items() if _used_by(layer, groups[i]))]) + own.layer_forward
-    now = max([now, *arrives.values()])  # the output layer, which nothing else waits for
-    return {"gradients": gradients, "weights": now - own.update - place.layers * own.layer_forward}
-
-
-def _used_by(layer: int, group: Group) -> bool:
-    """Whether a layer, or the embedding before layer 0, waits for a group's weights."""
-    if not group.layers:
-        return True
-    return layer in group.layers
+        used = [(group, at) for group, at in arrives if layer in group.layers or not group.layers]
+        now = max([now, *(at for group, at in used if group.replication != "ffn")]) + own.attention_forward
+        now = max([now, *(at for group, at in used if group.replication == "ffn")]) + own.ffn_forward
+    now = max([now, *(at for _, at in arrives)])  # the output layer, which nothing else waits for
+    return {
+        "gradients": max(through, 0.0),
+        "weights": max(now - own.update - place.layers * own.layer_forward, 0.0),
+    }
