@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from data_tools.command_line import count, guarded
 from data_tools.dataset.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, DatasetManifest
 from data_tools.files.errors import DataError, ErrorPolicy
 
@@ -32,22 +31,6 @@ def _segments(text: str) -> range:
     if not chosen or chosen.start < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is an empty range")
     return chosen
-
-
-def _count(lowest: int, highest: int | None = None) -> Callable[[str], int]:
-    """A whole number from `lowest` on, up to `highest`."""
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = lowest - 1
-        if number < lowest or (highest is not None and number > highest):
-            bound = f"from {lowest} to {highest}" if highest is not None else f"of at least {lowest}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bound}")
-        return number
-
-    return read
 
 
 def _command(
@@ -77,7 +60,7 @@ def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help=f"at a bad {what} (stop)")
     parser.add_argument(
         "--max-rejected",
-        type=_count(0),
+        type=count(0),
         default=100,
         metavar="N",
         help=f"stop when more {what}s of a file are bad (100)",
@@ -89,12 +72,12 @@ def _add_sources(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--row-length", type=_count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
+    parser.add_argument("--row-length", type=count(1), metavar="N", help="ids a row (2049, or what mix.json says)")
     parser.add_argument(
-        "--vocab-size", type=_count(1, MAX_VOCAB_SIZE), metavar="N", help="ids are below it (the tokenizer's, or 32000)"
+        "--vocab-size", type=count(1, MAX_VOCAB_SIZE), metavar="N", help="ids are below it (the tokenizer's, or 32000)"
     )
     parser.add_argument(
-        "--num-segments", type=_count(1), metavar="N", help="how many there must be (as many as --input seems to have)"
+        "--num-segments", type=count(1), metavar="N", help="how many there must be (as many as --input seems to have)"
     )
 
 
@@ -119,9 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.model or .json")
     tokenize.add_argument("--source", metavar="NAME", help="--input holds this source alone")
     _add_sources(tokenize, "every source of it, where")
-    tokenize.add_argument("--row-length", type=_count(1), default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
+    tokenize.add_argument("--row-length", type=count(1), default=ROW_LENGTH, metavar="N", help="ids a row (2049)")
     tokenize.add_argument(
-        "--workers", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
+        "--workers", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
     _add_errors(tokenize, "document")
 
@@ -132,12 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--input rows --output segments --num-segments 360 --direct",
     )
     _add_output(mix)
-    mix.add_argument("--num-segments", type=_count(1), default=NUM_SEGMENTS, metavar="N", help="(360)")
+    mix.add_argument("--num-segments", type=count(1), default=NUM_SEGMENTS, metavar="N", help="(360)")
     mix.add_argument("--direct", action="store_true", help="write indexed binaries at once, no JSONL")
-    mix.add_argument(
-        "--held-out-per-source", type=_count(0), default=0, metavar="N", help="rows kept from training (0)"
-    )
-    mix.add_argument("--seed", type=_count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
+    mix.add_argument("--held-out-per-source", type=count(0), default=0, metavar="N", help="rows kept from training (0)")
+    mix.add_argument("--seed", type=count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
     _add_sources(mix, "the order of the sources is that of")
     _add_segment(mix, "once without it")
 
@@ -151,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(index)
     _add_sources(index, "without mix.json, the sources are")
     index.add_argument(
-        "--threads", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
+        "--threads", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
     )
     _add_errors(index, "row")
     _add_segment(index, "merge")
@@ -200,7 +181,7 @@ def _add_fetch_and_run(commands: argparse._SubParsersAction[argparse.ArgumentPar
     _add_output(run_parser)
     run_parser.add_argument("--config", type=Path, default=AMBER, metavar="YAML", help="the build (amber.yaml)")
     run_parser.add_argument(
-        "--workers", type=_count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
+        "--workers", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
     _add_errors(run_parser, "document or row")
 
@@ -231,17 +212,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _index(arguments)
     if arguments.command in ("fetch", "run"):
         return _fetch_or_run(arguments)
-    from data_tools.index.verify import stats_table, verify
+    from data_tools.index.verify import report, stats_table
 
     if arguments.command == "stats":
         print(stats_table(arguments.input))
         return 0
-    faults = verify(arguments.input, arguments.segment, arguments.against)
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if not faults:
-        print(f"{arguments.input}: all is as the manifest says")
-    return 1 if faults else 0
+    return report(arguments.input, arguments.segment, arguments.against)
 
 
 def _config(arguments: argparse.Namespace) -> BuildConfig:
@@ -361,31 +337,8 @@ def _say_dataset(folder: Path, manifest: DatasetManifest) -> None:
 
 
 def main() -> int:
-    """Entry point: errors in the data and of the file system are said in one or two lines, without a traceback."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # Slurm's time limit, a closed terminal: as Ctrl-C, unless ignored
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _interrupt)
-    try:
-        return run(build_parser().parse_args())
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.filename is None:  # not about a file: a fault of ours, whose place is wanted
-            raise
-        print(
-            f"error: {error.filename}: {error.strerror}\n  remedy: check the path, its permissions and its file system,"
-            " then run the same command again: finished work is kept",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        print("interrupted: the same command goes on, finished work is kept", file=sys.stderr)
-        return 128 + int(number)
-    return 1
-
-
-def _interrupt(number: int, _frame: object) -> None:
-    raise KeyboardInterrupt(number)
+    """Entry point."""
+    return guarded(lambda: run(build_parser().parse_args()))
 
 
 if __name__ == "__main__":

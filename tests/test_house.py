@@ -31,10 +31,10 @@ FLOORS = {
         {"dataset"},
         {"sources"},
         {"index"},
-        {"pack"},
-        {"build_config", "demo_corpus"},
-        {"run_all"},
-        {"build_amber"},
+        {"pack", "chat"},
+        {"build_config", "command_line", "demo_corpus"},
+        {"run_all", "demo_conversations"},
+        {"build_amber", "build_chat"},
     ),
 }
 ROOMS = [(package, room) for package, floors in FLOORS.items() for room in sorted(set().union(*floors))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,14 +10,18 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_tools.dataset.format import (
+    CHAT_TEMPLATE_NAME,
     HELD_OUT_NAME,
     MANIFEST_NAME,
+    MARKS,
     TABLE_2_BILLION_TOKENS,
     TOKEN_DTYPE,
     DatasetManifest,
     SegmentManifest,
     index_blocks,
+    pack_marks,
     segment_name,
+    unpack_marks,
 )
 from data_tools.dataset.segment_files import check_sizes, chosen_segments, source_counts
 from data_tools.files.digest import digest_file, new_digest, sha256_file
@@ -64,11 +69,25 @@ def verify(folder: Path, segments: range | None = None, against: Path | None = N
     return faults
 
 
+def report(folder: Path, segments: range | None = None, against: Path | None = None) -> int:
+    """`verify`, its faults on standard error; the exit code."""
+    faults = verify(folder, segments, against)
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if not faults:
+        print(f"{folder}: all is as the manifest says")
+    return 1 if faults else 0
+
+
 def _tokenizer_faults(folder: Path, manifest: DatasetManifest) -> Iterator[str]:
     if manifest.tokenizer is not None:
         path = folder / manifest.tokenizer.file
         if not path.is_file() or sha256_file(path) != manifest.tokenizer.sha256:
             yield f"{path}: missing or not the tokenizer of the manifest"
+    if manifest.chat is not None:
+        path = folder / CHAT_TEMPLATE_NAME
+        if not path.is_file() or sha256_file(path) != manifest.chat.template_sha256:
+            yield f"{path}: missing or not the chat template of the manifest"
 
 
 def segment_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
@@ -92,6 +111,8 @@ def segment_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
     yield from _id_faults(base.with_suffix(".bin"), record)
     yield from _source_faults(base.with_suffix(".src"), record)
     yield from _index_faults(base.with_suffix(".idx"), record)
+    if record.is_marked:
+        yield from _mark_faults(base, record)
 
 
 def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
@@ -168,6 +189,27 @@ def _index_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
             at += len(expected)
     if digest_file(path) != record.digests["idx"]:
         yield f"{path}: the manifest's digest is not that of this file\n  remedy: {REMEDY}"
+
+
+def _mark_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
+    """Rows begin with a conversation, something in each counts, and nothing does where a conversation begins."""
+    marks = {}
+    for suffix in MARKS:
+        path = base.with_suffix(f".{suffix}")
+        stored = np.fromfile(path, dtype=np.uint8).reshape(record.rows, -1)
+        digest = new_digest()
+        digest.update(stored.data)
+        yield from _digest_faults(path, record, digest)
+        marks[suffix] = unpack_marks(stored, record.row_length)
+        if len(beyond := np.flatnonzero((pack_marks(marks[suffix]) != stored).any(axis=1))):
+            yield f"{path}: row {beyond[0]}: marks behind the row's end\n  remedy: {REMEDY}"
+    for suffix, bad, what in (
+        ("starts", ~marks["starts"][:, 0], "no conversation begins with its first id"),
+        ("mask", ~marks["mask"].any(axis=1), "no id counts"),
+        ("mask", (marks["mask"] & marks["starts"]).any(axis=1), "an id counts with which a conversation begins"),
+    ):
+        if bad.any():
+            yield f"{base.with_suffix('.' + suffix)}: row {int(bad.argmax())}: {what}\n  remedy: {REMEDY}"
 
 
 def _digest_faults(path: Path, record: SegmentManifest, digest: Any) -> Iterator[str]:

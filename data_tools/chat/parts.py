@@ -1,0 +1,225 @@
+"""Files of conversations -> their ids, a part a file, kept until the data set is built from them.
+
+parts/part_00000.npz              ids and marks of a file's conversations, one after the other, and their lengths
+parts/part_00000.rejected.jsonl   bad conversations, where there are some and --on-error quarantine
+parts/part_00000.json             the part's manifest; written last
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_tools.chat.conversations import Line, conversation_files, messages_of, read_lines
+from data_tools.chat.template import ChatTokenizer
+from data_tools.dataset.format import TOOL_VERSION
+from data_tools.files.digest import digest_file, new_digest
+from data_tools.files.durable import unchanged, write_beside, write_whole
+from data_tools.files.errors import DataError, ErrorPolicy
+from data_tools.files.json_file import canonical_json, read_sealed, sealed
+from data_tools.files.progress import Progress
+from data_tools.sources.documents import Document, rejected_line
+
+PARTS = "parts"
+_BATCH = 256  # conversations at a time for a process
+_PR_SET_PDEATHSIG = 1
+_tokenizer: ChatTokenizer | None = None  # of a worker process
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files are read."""
+
+    tokenizer: Path
+    template: Path
+    vocab_size: int
+    identity: dict[str, Any]
+    """Names tokenizer, template and vocabulary in the parts' manifests."""
+    policy: ErrorPolicy
+    workers: int
+
+
+class Part(NamedTuple):
+    """Conversations of one file."""
+
+    file: str
+    ids: np.ndarray
+    """uint16, of all conversations."""
+    counted: np.ndarray
+    """bool, like `ids`."""
+    lengths: np.ndarray
+    """int64 [conversations]."""
+    rejected: int
+    digest: str
+    """Of the part's content."""
+
+
+class _Read(NamedTuple):
+    """Of a batch of lines: the good conversations' ids, marks and lengths, and the bad ones."""
+
+    ids: np.ndarray
+    counted: np.ndarray
+    lengths: list[int]
+    bad: list[Document]
+
+
+def read_parts(path: Path, output: Path, reading: Reading) -> list[Part]:
+    """The conversations of all files under `path`; those of files that an earlier run finished are not read again.
+
+    Raises:
+        DataError: a bad conversation under the policy `stop`, or too many; a file that cannot be read; a part made
+            from other input or with other options.
+    """
+    files = conversation_files(path)
+    folder = output / PARTS
+    folder.mkdir(parents=True, exist_ok=True)
+    root = path.parent if path.is_file() else path
+    names = [file.relative_to(root).as_posix() for file in files]
+    if extra := sorted(folder.glob("part_*.json"))[len(files) :]:
+        raise DataError(
+            f"is there, but the input has {len(files)} files",
+            file=extra[0],
+            remedy="use another --output, or remove the folder",
+        )
+    parts = []
+    with Progress("conversations", sum(file.stat().st_size for file in files), "B") as progress:
+        for number, (file, name) in enumerate(zip(files, names, strict=True)):
+            base = folder / f"part_{number:05d}"
+            if not base.with_suffix(".json").is_file():
+                _write(base, file, name, reading)
+            parts.append(_finished(base, file, name, reading))
+            progress.advance(file.stat().st_size)
+    return parts
+
+
+def _finished(base: Path, file: Path, name: str, reading: Reading) -> Part:
+    path = base.with_suffix(".json")
+    record = read_sealed(path, f"remove {base.name}.* to read {name} again")
+    expected = {"file": name, "input": digest_file(file), **reading.identity}
+    if {key: record.get(key) for key in expected} != expected:
+        raise DataError(
+            f"made from other input than {file}, or with other options",
+            file=path,
+            remedy="use another --output, or remove the folder",
+        )
+    content = base.with_suffix(".npz")
+    if not content.is_file() or digest_file(content) != record["content"]:
+        raise DataError("missing or not as its manifest says", file=content, remedy=f"remove {base.name}.* beside it")
+    with np.load(content, allow_pickle=False) as arrays:
+        return Part(
+            name, arrays["ids"], arrays["counted"], arrays["lengths"], int(record["rejected"]), str(record["content"])
+        )
+
+
+def _write(base: Path, file: Path, name: str, reading: Reading) -> None:
+    digest, bad = new_digest(), list[Document]()
+    ids, counted, lengths = [], [], list[int]()
+    with unchanged(file, file.stat().st_size):
+        for read in _encoded(read_lines(file, digest), reading):
+            for document in read.bad:
+                if not reading.policy.quarantine:
+                    raise DataError(
+                        document.reason,
+                        file=file,
+                        place=document.place,
+                        remedy="mend or remove the conversation, or set such ones aside with --on-error quarantine",
+                    )
+                bad.append(document)
+                if len(bad) > reading.policy.max_rejected:
+                    raise DataError(
+                        f"more than {reading.policy.max_rejected} bad conversations, the last: {document.reason}",
+                        file=file,
+                        place=document.place,
+                        remedy="look at the file's form, or raise --max-rejected",
+                    )
+            ids.append(read.ids)
+            counted.append(read.counted)
+            lengths += read.lengths
+    with write_beside(base.with_suffix(".npz")) as stream:
+        np.savez(
+            stream,
+            ids=np.concatenate([np.zeros(0, dtype="<u2"), *ids]),
+            counted=np.concatenate([np.zeros(0, dtype=bool), *counted]),
+            lengths=np.array(lengths, dtype="<i8"),
+        )
+    rejected = base.with_suffix(".rejected.jsonl")
+    if bad:
+        write_whole(rejected, b"".join(rejected_line(name, document) for document in bad))
+    record = {
+        "file": name,
+        # A compressed file's lines have another digest than its bytes, by which a finished part knows it again.
+        "input": digest_file(file),
+        "lines": digest.hexdigest(),
+        "conversations": len(lengths),
+        "rejected": len(bad),
+        "content": digest_file(base.with_suffix(".npz")),
+        "tool_version": TOOL_VERSION,
+        **reading.identity,
+    }
+    write_whole(base.with_suffix(".json"), canonical_json(sealed(record)))
+
+
+def _encoded(lines: Iterator[Line], reading: Reading) -> Iterator[_Read]:
+    """Batches of lines, encoded, in order; by processes where more than one is wanted."""
+    batches = iter(lambda: list(islice(lines, _BATCH)), [])
+    arguments = (reading.tokenizer, reading.template, reading.vocab_size)
+    if reading.workers == 1:
+        tokenizer = ChatTokenizer(*arguments)
+        yield from (_encode(batch, tokenizer) for batch in batches)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(reading.workers, context, initializer=_begin, initargs=arguments) as pool:
+        waiting: deque[Future[_Read]] = deque()
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(_encode_in_worker, batch))
+                if len(waiting) > 2 * reading.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker process was killed, perhaps for want of memory", file="--workers", remedy="use fewer"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin(tokenizer: Path, template: Path, vocab_size: int) -> None:
+    global _tokenizer
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says how it ends
+    _tokenizer = ChatTokenizer(tokenizer, template, vocab_size)
+
+
+def _encode_in_worker(batch: list[Line]) -> _Read:
+    assert _tokenizer is not None
+    return _encode(batch, _tokenizer)
+
+
+def _encode(batch: list[Line], tokenizer: ChatTokenizer) -> _Read:
+    good, bad = [], []
+    for line in batch:
+        try:
+            if line.reason:
+                raise ValueError(line.reason)
+            good.append(tokenizer.encode(messages_of(line.value)))
+        except ValueError as error:
+            bad.append(Document(line.place, "", line.raw, str(error)))
+    return _Read(
+        np.concatenate([np.zeros(0, dtype="<u2"), *(c.ids for c in good)]),
+        np.concatenate([np.zeros(0, dtype=bool), *(c.counted for c in good)]),
+        [len(c.ids) for c in good],
+        bad,
+    )
