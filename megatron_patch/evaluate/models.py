@@ -109,14 +109,14 @@ def find(model: str) -> list[Candidate]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """A run's milestones, or the finished checkpoints of any other folder, by number and name.
 
-    Restart points are left out, since most of them are gone soon, and so is what a resume has set aside.
+    Restart points are left out, since most of them are gone soon, and so is what was set aside.
     """
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = [p for p in inside.iterdir() if (p / MARKER_NAME).is_file() and not _PASSING.fullmatch(p.name)]
     return sorted(found, key=lambda p: (int("".join(re.findall(r"\d+$", p.name)) or 0), p.name))
 
 
-_PASSING = re.compile(r"step_\d+|.*\.(broken|partial)")
+_PASSING = re.compile(r"step_\d+|.*\.(broken|partial|earlier(_\d+)?)")
 
 
 def _restart_point(run: Path) -> str:

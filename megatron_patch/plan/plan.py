@@ -139,5 +139,6 @@ class Plan:
         every = c.milestone_steps
         if every is None:
             every = ROWS_PER_SEGMENT // self.settings.batch.global_batch_size
-        total = self.steps // every if every else 0
-        return total, total // c.full_milestone_every if c.full_milestone_every else 0
+        whole = self.steps // every if every else 0
+        total = whole + bool(every and self.steps % every)  # a last step is one, whatever its number
+        return total, whole // c.full_milestone_every if c.full_milestone_every else 0

@@ -193,7 +193,7 @@ class _Attempt:
             resolved.watchdog.hang_minutes, resolved.run_folder, place.rank, place.world_size, status
         )
         self._trainer = Trainer(resolved, place, num_micro_batches)
-        self._keeper = Keeper(resolved, place, self._trainer.optimizer, order, status)
+        self._keeper = Keeper(resolved, place, self._trainer.optimizer, order, total, status)
         self._hang.beat("resume")
         self._state = self._keeper.resume(segments.digest, accept_changes)
         status.resumed(step=self._state.step, samples=self._state.samples, tokens=self._state.tokens)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from pathlib import Path
 
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.optim.zero import ShardedOptimizer
 from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
-from megatron_patch.run.milestones import Milestone
+from megatron_patch.run.milestones import TABLE_NAME
 from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train.cadence import Cadence
-from megatron_patch.train.checkpoint.format import MARKER_NAME, State
+from megatron_patch.train.checkpoint.format import MARKER_NAME, Contents, State
+from megatron_patch.train.checkpoint.milestones import milestone_of, missing_lines, numbers_taken
 from megatron_patch.train.checkpoint.resume import resume
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from megatron_patch.train.checkpoint.save import Saved, Saver
@@ -26,17 +28,29 @@ class Keeper:
     """A run's checkpoints by its recipe's cadence and retention. Every rank makes one and calls it alike."""
 
     def __init__(
-        self, recipe: Recipe, topology: Topology, optimizer: ShardedOptimizer, order: SampleOrder, status: StatusFile
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        optimizer: ShardedOptimizer,
+        order: SampleOrder,
+        total_steps: int,
+        status: StatusFile,
     ) -> None:
         self._recipe, self._topology, self._optimizer = recipe, topology, optimizer
-        self._order, self._status = order, status
+        self._order, self._total_steps, self._status = order, total_steps, status
         self._cadence = Cadence(recipe.checkpoint, order.steps_per_segment)
         self._folder = RunFolder(recipe)
         self._saver = Saver(recipe, topology, optimizer)
+        self._are_numbered = True  # whether milestones have numbers; where those are taken, each is named by its step
+        self._owes_end = False  # whether the step resumed from is the last one and has no milestone yet
         self._newest: int | None = None  # step of the newest restart point begun or resumed from
 
     def resume(self, data_digest: str, accept_changes: bool) -> State:
-        """Restore the newest good checkpoint; the state of step 0 where there is none. See `checkpoint.resume`."""
+        """Restore the newest good checkpoint; the state of step 0 where there is none. See `checkpoint.resume`.
+
+        Completes the table of milestones.
+        """
+        channel = SideChannel(_SLOWEST_VERIFY)
         found = resume(
             self._recipe,
             data_digest,
@@ -44,18 +58,30 @@ class Keeper:
             accept_changes,
             self._optimizer,
             self._topology,
-            SideChannel(_SLOWEST_VERIFY),
+            channel,
             note if self._topology.rank == 0 else lambda _: None,
         )
+        steps, self._are_numbered = channel.from_first(self._milestones() if self._topology.rank == 0 else None)
         if found is None:
             return State(step=0, samples=0, tokens=0, optimizer_step=0, data_digest=data_digest)
         if self._topology.rank == 0:
             for folder in self._folder.restart_points()[:1]:
                 step = int(folder.name.removeprefix("step_"))
                 self._status.checkpoint(folder.name, step, (folder / MARKER_NAME).stat().st_mtime)
+        # It may have stood there when more steps were planned.
+        self._owes_end = found.step == self._total_steps and found.step not in steps
         # A milestone it went on from is no restart point: `finish` must leave one.
         self._newest = found.step if self._folder.restart_point(found.step).exists() else None
         return found.model_copy(update={"data_digest": data_digest})
+
+    def _milestones(self) -> tuple[list[int], bool]:
+        """Steps of those there are, and whether the next ones may go on with their numbers. Writes missing lines."""
+        for line in missing_lines(self._folder, self._order):
+            self._folder.record(line)
+            note(f"{self._folder.path}/{TABLE_NAME}: the line of {line.name} was missing; written")
+        if taken := numbers_taken(self._folder, self._cadence):
+            note(f"{taken}: it stays, and those to come are named by their steps")
+        return [int(row["step"]) for row in self._folder.recorded()], not taken
 
     def after_step(self, state: State, due: bool) -> bool:
         """Begin the saves that fall on this step; `due`: the clock asks for a restart point. True where one was begun.
@@ -66,7 +92,10 @@ class Keeper:
         milestone = self._cadence.milestone(state.step)
         if milestone is not None:
             number, contents = milestone
-            self._saver.save(self._folder.milestone(number), self._complete(state), contents, self._milestone_durable)
+            folder = self._folder.milestone(number) if self._are_numbered else self._folder.milestone_at(state.step)
+            self._milestone(folder, state, contents)
+        elif state.step == self._total_steps:
+            self._end_milestone(state)
         if due or self._cadence.restart_point_due(state.step):
             self._restart_point(state)
             return True
@@ -74,9 +103,20 @@ class Keeper:
 
     def finish(self, state: State) -> None:
         """Leave a durable restart point of this state. Raises CheckpointError where it cannot be written."""
+        if self._owes_end:
+            self._end_milestone(state)
+            self._owes_end = False
         if self._newest != state.step:
             self._restart_point(state)
         self._saver.wait()
+
+    def _end_milestone(self, state: State) -> None:
+        if self._cadence.falls_between(state.step):
+            self._milestone(self._folder.milestone_at(state.step), state, "weights")
+
+    def _milestone(self, folder: Path, state: State, contents: Contents) -> None:
+        complete, earlier = self._complete(state), self._folder.keep_earlier
+        self._saver.save(folder, complete, contents, self._milestone_durable, earlier)
 
     def _restart_point(self, state: State) -> None:
         folder = self._folder.restart_point(state.step)
@@ -92,20 +132,9 @@ class Keeper:
         _report(saved, f"; deleted {', '.join(deleted)}" if deleted else "")
 
     def _milestone_durable(self, saved: Saved) -> None:
-        step = saved.state.step
-        first = (step - self._cadence.milestone_steps) // self._order.steps_per_segment
-        self._folder.record(
-            Milestone(
-                name=saved.folder.name,
-                step=step,
-                samples=saved.state.samples,
-                tokens=saved.state.tokens,
-                segments=f"{first}-{(step - 1) // self._order.steps_per_segment}",
-                wall_time=datetime.now(UTC).isoformat(timespec="seconds"),
-                contents=saved.contents,
-                digest=saved.digest,
-            )
-        )
+        cadence, order = self._cadence, self._order
+        line = milestone_of(saved.folder, saved.state, saved.contents, saved.digest, cadence, order, time.time())
+        self._folder.record(line)
         _report(saved, "")
 
 

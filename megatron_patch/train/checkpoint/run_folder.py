@@ -1,16 +1,20 @@
 """The checkpoints of one run: which there are, which are kept, which is the newest.
 
-    RUN/checkpoints/step_00000120/    a restart point: full, the last K are kept
-    RUN/checkpoints/ckpt_007/         a milestone: kept for ever; weights alone, every M-th full
-    RUN/checkpoints/checkpoints.csv   the milestones
-    RUN/checkpoints/latest            name of the newest restart point, for people and scripts; `train` looks itself
-    RUN/checkpoints/NAME.broken       set aside: by a resume that fell back to an earlier one, or not what its name says
+    RUN/checkpoints/step_00000120/       a restart point: full, the last K are kept
+    RUN/checkpoints/ckpt_007/            a milestone: kept for ever; weights alone, every M-th full
+    RUN/checkpoints/ckpt_step_00061036/  a milestone without a number: of a last step with which no interval ends, or
+                                         where another interval has given its number to another step
+    RUN/checkpoints/ckpt_007.earlier/    a milestone whose step was done again, otherwise, after the run had gone back
+    RUN/checkpoints/checkpoints.csv      the milestones
+    RUN/checkpoints/latest               name of the newest restart point, for people and scripts; `train` looks itself
+    RUN/checkpoints/NAME.broken          set aside: a resume fell back to an earlier one, or it is not what it is called
 
 Only rank 0 changes anything here.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -19,11 +23,13 @@ from data_tools.files.durable import write_whole
 from megatron_patch.recipe import Recipe
 from megatron_patch.run import milestones
 from megatron_patch.run.milestones import TABLE_NAME, Milestone
-from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, read_index
+from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, Marker, read_index, read_marker
 from megatron_patch.train.checkpoint.write import remove
 
 LATEST_NAME = "latest"
-_CHECKPOINT = re.compile(r"(step|ckpt)_\d+")
+_CHECKPOINT = re.compile(r"(step|ckpt|ckpt_step)_\d+")
+_MILESTONE = re.compile(r"ckpt_\d{3,}|ckpt_step_\d{8,}")
+_EARLIER = "earlier"
 
 
 class RunFolder:
@@ -39,6 +45,14 @@ class RunFolder:
     def milestone(self, number: int) -> Path:
         return self.path / f"ckpt_{number:03d}"
 
+    def milestone_at(self, step: int) -> Path:
+        """A milestone's folder where a number could be another step's: a run that goes on for longer gives the next."""
+        return self.path / f"ckpt_step_{step:08d}"
+
+    def milestones(self) -> list[Path]:
+        """Finished ones, by name."""
+        return sorted(p for p in self._folders() if _MILESTONE.fullmatch(p.name) and _is_finished(p))
+
     def restart_points(self) -> list[Path]:
         """Finished ones, newest first."""
         found = [p for p in self._folders() if re.fullmatch(r"step_\d{8,}", p.name) and _is_finished(p)]
@@ -47,14 +61,13 @@ class RunFolder:
     def candidates(self) -> list[Path]:
         """Folders that training may go on from, newest first: restart points and full milestones."""
         by_step = [(int(p.name.removeprefix("step_")), 1, p) for p in self.restart_points()]
-        for folder in self._folders():
-            if re.fullmatch(r"ckpt_\d{3,}", folder.name) and _is_finished(folder):
-                try:
-                    index = read_index(folder)
-                except CheckpointError:
-                    continue  # whoever opens that milestone is told; the run goes on from another
-                if index.contents == "full":
-                    by_step.append((index.state.step, 0, folder))
+        for folder in self.milestones():
+            try:
+                index = read_index(folder)
+            except CheckpointError:
+                continue  # whoever opens that milestone is told; the run goes on from another
+            if index.contents == "full":
+                by_step.append((index.state.step, 0, folder))
         return [folder for _, _, folder in sorted(by_step, reverse=True)]
 
     def sweep(self) -> list[str]:
@@ -62,7 +75,7 @@ class RunFolder:
 
         Call it only while nothing is being written.
         """
-        recorded = {row["name"] for row in milestones.read(self.path / TABLE_NAME)[0]}
+        recorded = {row["name"] for row in self.recorded()}
         done = []
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             name, is_folder, named = path.name, path.is_dir(), _CHECKPOINT.fullmatch(path.name)
@@ -74,6 +87,10 @@ class RunFolder:
                 remove(path)
                 done.append(f"{name.removeprefix('.').removesuffix('.partial')}: was never finished; removed")
         return done
+
+    def recorded(self) -> list[dict[str, str]]:
+        """Lines of the table of milestones."""
+        return milestones.read(self.path / TABLE_NAME)[0]
 
     def set_aside(self, path: Path) -> str:
         """Keep what is no good checkpoint for inspection, out of the way of later ones; returns its new name."""
@@ -103,6 +120,17 @@ class RunFolder:
         for old in surplus:
             remove(old)
         return [old.name for old in surplus]
+
+    def keep_earlier(self, folder: Path, marker: Marker) -> None:
+        """Move a milestone of other content out of the way of the one that `marker` describes; it is not deleted."""
+        try:
+            if not _is_finished(folder) or read_marker(folder).digest == marker.digest:
+                return
+        except CheckpointError:
+            pass  # damaged, but perhaps not beyond use
+        numbers = ("" if n == 1 else f"_{n}" for n in itertools.count(1))
+        aside = (folder.with_name(f"{folder.name}.{_EARLIER}{number}") for number in numbers)
+        folder.rename(next(path for path in aside if not path.exists()))
 
     def record(self, milestone: Milestone) -> None:
         """Write a milestone's line, in place of an earlier one of its name (a rewound run passes it again).

@@ -29,6 +29,7 @@ from megatron_patch.train.checkpoint.format import (
     Contents,
     Fragment,
     Index,
+    Marker,
     State,
     StoredFile,
     What,
@@ -110,18 +111,25 @@ class Saver:
         moments = self._optimizer.moments(0)
         return int(moments["step"].item()) if moments else 0
 
-    def save(self, folder: Path, state: State, contents: Contents, durable: Callable[[Saved], None]) -> None:
+    def save(
+        self,
+        folder: Path,
+        state: State,
+        contents: Contents,
+        durable: Callable[[Saved], None],
+        make_way: Callable[[Path, Marker], None] = lambda folder, marker: None,
+    ) -> None:
         """Begin to write `folder`; waits first until the save before is durable.
 
-        `durable` is called on rank 0, by the writing thread, once the marker is on disk. Raises CheckpointError where
-        the save before failed.
+        `durable` is called on rank 0, by the writing thread, once the marker is on disk; `make_way` before, see
+        `write.finish`. Raises CheckpointError where the save before failed.
         """
         started = time.perf_counter()
         self.wait()
         self._optimizer.gather()  # a gather under way still writes to the flat weights
         tensors = self._copy.fill(stored_whats(contents, self._recipe.precision))
         stall = time.perf_counter() - started
-        arguments = (folder, state, contents, tensors, durable, started, stall)
+        arguments = (folder, state, contents, tensors, durable, make_way, started, stall)
         self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -154,6 +162,7 @@ class Saver:
         contents: Contents,
         tensors: dict[str, torch.Tensor],
         durable: Callable[[Saved], None],
+        make_way: Callable[[Path, Marker], None],
         started: float,
         stall: float,
     ) -> None:
@@ -180,7 +189,7 @@ class Saver:
                     environment=environment(),
                     tensors=index_tensors(beside, files, self._recipe, contents),
                 )
-                marker = finish(beside, folder, files, index)
+                marker = finish(beside, folder, files, index, make_way)
             except (ValueError, OSError) as error:
                 problem = _told(f"not written: {me}", error)
             else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -159,18 +159,28 @@ def index_tensors(
     return index
 
 
-def finish(beside: Path, final: Path, files: dict[str, StoredFile], index: Index) -> Marker:
-    """Index, rename and marker, each durable before the next; takes the place of an earlier folder of that name."""
+def finish(
+    beside: Path,
+    final: Path,
+    files: dict[str, StoredFile],
+    index: Index,
+    make_way: Callable[[Path, Marker], None] = lambda folder, marker: None,
+) -> Marker:
+    """Index, rename and marker, each durable before the next; takes the place of an earlier folder of that name.
+
+    `make_way` may move that folder elsewhere, once the new marker's digest can be compared with its own.
+    """
     write_whole(beside / INDEX_NAME, to_json(index))
     files = {
         **files,
         INDEX_NAME: StoredFile(bytes=(beside / INDEX_NAME).stat().st_size, xxh3_128=digest_file(beside / INDEX_NAME)),
     }
     fsync_folder(beside)
+    marker = Marker.of(files)
+    make_way(final, marker)
     remove(final)
     beside.rename(final)
     fsync_folder(final.parent)
-    marker = Marker.of(files)
     write_whole(final / MARKER_NAME, to_json(marker))
     return marker
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.evaluate.models import checkpoints_in
 from megatron_patch.recipe import load
 from megatron_patch.run.milestones import Milestone
 from megatron_patch.train.cadence import Cadence
 from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
+from megatron_patch.train.checkpoint.format import read_marker
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from tests.train.checkpoint.compare import history, newest
 from tests.train.job import Job, write_data_set
@@ -79,6 +81,65 @@ def test_the_table_of_milestones(finished: Path) -> None:
     for row in rows:
         with open_checkpoint(finished / "checkpoints" / row["name"]) as milestone:
             assert row["digest"] == milestone.digest
+
+
+def table(run: Path) -> dict[str, dict[str, str]]:
+    """Lines of the table of milestones by name, without the time at which they were written."""
+    with (run / "checkpoints/checkpoints.csv").open(newline="") as stream:
+        return {row["name"]: {**row, "wall_time": ""} for row in csv.DictReader(stream)}
+
+
+def test_another_interval_neither_replaces_nor_renumbers_a_milestone(
+    finished: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """Every 4 steps: ckpt_001, step 20's, would be step 8's. And the last step is a milestone whatever its number."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    said = Job(1, settings(data_folder, run, "checkpoint.milestone_steps=4", "run.steps=33"), tmp_path / "log").run()
+    assert (
+        "ckpt_000 is the milestone of step 10; every 4 steps (checkpoint.milestone_steps) it would be step 4's" in said
+    )
+    ours, before = table(run), table(finished)
+    assert {name: ours[name] for name in before} == before
+    added = {name: (row["step"], row["segments"]) for name, row in ours.items() if name not in before}
+    assert added == {"ckpt_step_00000032": ("32", "1-1"), "ckpt_step_00000033": ("33", "1-1")}
+    for name, row in ours.items():
+        with open_checkpoint(run / "checkpoints" / name) as milestone:
+            assert (milestone.digest, milestone.step) == (row["digest"], int(row["step"]))
+    # Ended where more steps were planned: the step it stands at is the last one now, and so a milestone.
+    (run / "checkpoints/checkpoints.csv").unlink()
+    shutil.rmtree(run / "checkpoints/ckpt_step_00000033")
+    Job(1, settings(data_folder, run, "checkpoint.milestone_steps=4", "run.steps=33"), tmp_path / "log").run()
+    assert table(run) == ours, "lines that a full disk or a kill kept from being written are made up for"
+
+
+def test_a_milestone_of_other_content_is_kept_beside_the_one_of_its_name(
+    finished: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """The run goes back to step 20 and passes step 30 again, with another learning rate."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("step_00000028", "step_00000030"):
+        shutil.rmtree(run / "checkpoints" / name)
+    lines = (run / "checkpoints/checkpoints.csv").read_text().splitlines(keepends=True)
+    (run / "checkpoints/checkpoints.csv").write_text("".join(lines[:2]))  # without those of steps 20 and 30
+    changed = settings(data_folder, run, "checkpoint.milestone_steps=10", "optimizer.learning_rate=1e-3")
+    said = Job(1, changed, tmp_path / "log", accept_changes=True).run()
+    assert "checkpoints.csv: the line of ckpt_001 was missing; written" in said
+    ours, before = table(run), table(finished)
+    assert [ours[name] == before[name] for name in before] == [True, True, False]
+    for name, digest in (("ckpt_002.earlier", before["ckpt_002"]["digest"]), ("ckpt_002", ours["ckpt_002"]["digest"])):
+        with open_checkpoint(run / "checkpoints" / name) as milestone:
+            assert (milestone.step, milestone.digest) == (30, digest)
+    assert [p.name for p in checkpoints_in(run)] == ["ckpt_000", "ckpt_001", "ckpt_002"], "those that eval scores"
+    folder, marker = (
+        RunFolder(load("recipes/demo.yaml", [f"run.folder={run}"])),
+        read_marker(run / "checkpoints/ckpt_000"),
+    )
+    folder.keep_earlier(folder.milestone(0), marker)
+    assert folder.milestone(0).is_dir(), "one of the same content is in nobody's way"
+    folder.keep_earlier(folder.milestone(2), marker)
+    assert {p.name for p in folder.path.glob("ckpt_002*")} == {"ckpt_002.earlier", "ckpt_002.earlier_2"}
 
 
 def test_a_checkpoint_that_was_moved_and_linked_to_is_read_and_not_deleted(
