@@ -153,6 +153,9 @@ class Watchdog(Section):
     spike: Literal["ignore", "log", "stop", "skip"] = Field(description="Loss above spike_zscore of the window.")
     spike_zscore: float = Field(gt=0, description="Standard deviations above the mean of the window.")
     spike_window: int = Field(ge=8, description="Steps the mean and deviation are taken over.")
+    skip_limit: int = Field(  # a default: recipes from before it are in run folders and checkpoints
+        default=10, gt=0, description="Updates withheld in a row after which `skip` stops, or learns the new level."
+    )
     hang_minutes: float = Field(
         ge=0, le=_YEAR, description="A step longer than this dumps every stack and ends the job; 0: off."
     )

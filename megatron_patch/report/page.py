@@ -121,6 +121,8 @@ def _header(run: Run) -> str:
         ("MFU", f"{_lately(run, 'mfu'):.1%}" if last.get("mfu") is not None else "- <small>peak unknown</small>"),
         ("Restarts", f"{len(run.restarts)} <small>{_span(sum(r.lost for r in run.restarts))} lost</small>"),
     ]
+    if status.get("withheld"):
+        tiles.append(("Updates withheld", f"{status['withheld']:,}"))
     if state in ("running", "starting") and status.get("eta_seconds") is not None:
         tiles.append(("Left", _span(status["eta_seconds"])))
     model = run.recipe.model

@@ -27,7 +27,7 @@ from megatron_patch.run.log import is_number
 Decision = Literal["go", "again", "complete", "stop", "give-up", "busy"]
 
 STOP_NAME = "STOP"
-_NUMBERS = ("updated", "step", "total_steps", "samples", "tokens")
+_NUMBERS = ("updated", "step", "total_steps", "samples", "tokens", "withheld")
 REFUSED = "refused: "
 """How the reason of an attempt begins that ended before its first step because its input does not fit."""
 

@@ -110,6 +110,8 @@ class Standing:
             f"step         {s.get('step', 0):,} of {s.get('total_steps', 0):,}",
             f"tokens       {s.get('tokens', 0):,}",
         ]
+        if s.get("withheld"):
+            lines.append(f"withheld     {s['withheld']:,} updates (skipped by the watchdog; log.jsonl says why)")
         if is_number(s.get("loss")):
             lines.append(f"loss         {s['loss']:.4f}, {s.get('tokens_per_second', 0):,.0f} tokens/s")
         lines += [

@@ -7,6 +7,7 @@ samples, tokens      rows consumed, labels trained on
 loss                 nats a token, of the last step
 tokens_per_second    of the job, lately
 eta_seconds          to the last step at that rate
+withheld             updates that the watchdog withheld since step 0
 checkpoint           newest durable restart point: name, step, time; null before the first
 rank, node           who wrote the reason
 ranks, layout        world size; for people

@@ -199,7 +199,8 @@ class _Attempt:
         status.resumed(step=self._state.step, samples=self._state.samples, tokens=self._state.tokens)
         if place.rank == 0:
             write_whole(resolved.run_folder / "recipe.yaml", resolved.to_yaml().encode())
-        self._losses = LossWatch(resolved.watchdog, self._state.spike_window)
+        withheld = self._state.step - self._state.optimizer_step
+        self._losses = LossWatch(resolved.watchdog, self._state.spike_window, self._state.withheld, withheld)
         self._slow = SlowWatch(resolved.watchdog.slow_factor)
         dealt = {
             "data_parallel_rank": place.data_rank,
@@ -229,7 +230,13 @@ class _Attempt:
             self._loader.close()
             if self._log:
                 self._log.close()
-        step = self._state.step
+        step, withheld = self._state.step, self._losses.withheld
+        if step == self._total and 2 * withheld > step:
+            raise TrainingError(
+                f"all {step} steps are done, but {withheld} of their updates were withheld: the model has learnt from "
+                "less than half of its rows. log.jsonl says why and which; mend the cause and train in another "
+                "run.folder"
+            )
         if step < self._total:
             self._status.end("stopped", f"{self._stop}; a checkpoint of step {step} is durable", step=step)
             if self._log:
@@ -269,7 +276,8 @@ class _Attempt:
         self._losses.judge(result.loss, result.grad_norm, result.applied)
         self._report_loss(queued.number, result.applied)
         batch = self._resolved.batch.global_batch_size
-        self._state = self._state.after_batch(batch, batch * self._resolved.model.sequence_length, self._losses.window)
+        tokens = batch * self._resolved.model.sequence_length
+        self._state = self._state.after_batch(batch, tokens, self._losses.window, self._losses.in_a_row)
         if self._log:
             seconds = queued.step.end.since(self._last_end)
             self._log.step(queued.number, result.loss, result.grad_norm, queued.rate, seconds)
@@ -280,6 +288,7 @@ class _Attempt:
                 loss=result.loss,
                 tokens_per_second=self._log.tokens_per_second,
                 eta_seconds=self._log.eta_seconds,
+                withheld=self._losses.withheld,
             )
         self._last_end = queued.step.end
         if (verdict := self._slow.check(queued.computed.since(queued.begun))) is not None:
@@ -298,12 +307,13 @@ class _Attempt:
         if self._losses.action == "go on":
             return
         segment, rows = self._order.batch(self._state.samples)
+        losses = self._losses
         if self._log:
-            self._log.remarkable(number, self._losses.reason, applied, segment, rows.tolist())
+            self._log.remarkable(number, losses.reason, applied, losses.withheld, segment, rows.tolist())
         if self._losses.action == "stop":
             self._hang.beat("saving the last good step")
             self._keeper.finish(self._state)
-            raise _stopped(number, self._losses.reason, segment, rows.tolist())
+            raise _stopped(number, losses.reason, len(losses.in_a_row), segment, rows.tolist())
 
     def _score(self, number: int) -> None:
         shares = _beating(self._held_out, self._hang, number)
@@ -319,9 +329,15 @@ def _beating(shares: Iterable[BatchShare], hang: HangWatch, step: int) -> Iterat
         yield share
 
 
-def _stopped(step: int, reason: str, segment: int, rows: list[int]) -> TrainingError:
+def _stopped(step: int, reason: str, in_a_row: int, segment: int, rows: list[int]) -> TrainingError:
+    remedy = (
+        "or resume with watchdog.non_finite=skip watchdog.spike=skip"
+        if in_a_row == 1
+        else f"those of the {in_a_row - 1} steps before are in log.jsonl. Where they are sound, the weights are not: "
+        "move the checkpoints since away and go on from an earlier one with a lower optimizer.learning_rate. To skip "
+        "more, raise watchdog.skip_limit"
+    )
     return TrainingError(
         f"step {step}: {reason}; the update was not made, the step before is saved. Its batch is segment {segment}, "
-        f"rows {rows}. Look at those rows (python data_tools/build_amber.py verify), or resume with "
-        "watchdog.non_finite=skip watchdog.spike=skip"
+        f"rows {rows}. Look at those rows (python data_tools/build_amber.py verify), {remedy}"
     )

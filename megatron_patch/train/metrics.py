@@ -84,13 +84,16 @@ class Log:
         self._write({"step": step, "held_out_loss": _finite(loss), "time": time.time()})
         print(f"step {step}  held-out loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.1f}", flush=True)
 
-    def remarkable(self, step: int, reason: str, applied: bool, segment: int, rows: list[int]) -> None:
-        """Log what the watchdog found about a step, with the row numbers of its batch in their segment."""
-        found = {"reason": reason, "applied": applied, "segment": segment, "rows": rows}
+    def remarkable(self, step: int, reason: str, applied: bool, withheld: int, segment: int, rows: list[int]) -> None:
+        """Log what the watchdog found about a step, with the row numbers of its batch in their segment.
+
+        `withheld` counts the updates of the run that were withheld, this one included.
+        """
+        found = {"reason": reason, "applied": applied, "withheld": withheld, "segment": segment, "rows": rows}
         self._write({"step": step, "watchdog": found, "time": time.time()})
         note(
-            f"step {step}: {reason}{'' if applied else '; the update was withheld'}. Its rows of segment {segment} "
-            "are in log.jsonl"
+            f"step {step}: {reason}{'' if applied else f'; the update was withheld, {withheld} by now'}. Its rows of "
+            f"segment {segment} are in log.jsonl"
         )
 
     def close(self) -> None:

@@ -25,18 +25,32 @@ class LossWatch:
 
     The device withholds the update of a step that is not finite, or whose loss is above `ceiling` (train/step.py);
     what else follows is decided here, once the host has read the numbers.
+
+    Skipping has an end. After `skip_limit` updates withheld in a row the run stops, unless their losses show that the
+    data have changed for good: all of them finite, and closer to each other than to what was usual. Then they are what
+    the next losses are compared with.
     """
 
-    def __init__(self, policy: Watchdog, window: Iterable[float] = ()) -> None:
-        """`window` holds the losses that a checkpoint carries on."""
+    def __init__(
+        self, policy: Watchdog, window: Iterable[float] = (), in_a_row: Iterable[float | None] = (), withheld: int = 0
+    ) -> None:
+        """`window`, `in_a_row` and the number of updates `withheld` so far are those that a checkpoint carries on."""
         self._policy = policy
         self._window = deque(window, maxlen=policy.spike_window)
+        self._in_a_row = list(in_a_row)
+        self.withheld = withheld
         self.action: Action = "go on"
         self.reason = ""
 
     @property
     def window(self) -> list[float]:
+        """Losses of the last steps that were trained on."""
         return list(self._window)
+
+    @property
+    def in_a_row(self) -> list[float | None]:
+        """Losses of the steps withheld since the last one that was not; None where a step was not finite."""
+        return list(self._in_a_row)
 
     @property
     def ceiling(self) -> Ceiling | None:
@@ -51,7 +65,8 @@ class LossWatch:
     def judge(self, loss: float, grad_norm: float, applied: bool) -> None:
         """Leaves in `action` and `reason` what to do about a step; a loss that was trained on joins the window."""
         self.action, self.reason = "go on", ""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not finite:
             self.action, self.reason = self._policy.non_finite, f"loss {loss}, gradient norm {grad_norm}"
         elif self._policy.spike != "ignore" and (usual := self._spike()) and loss - usual.mean > usual.margin:
             self.action = self._policy.spike
@@ -62,6 +77,24 @@ class LossWatch:
             )
         if applied:
             self._window.append(loss)
+            self._in_a_row.clear()
+            return
+        self._in_a_row.append(loss if finite else None)
+        self.withheld += 1
+        if self.action == "skip" and len(self._in_a_row) >= self._policy.skip_limit:
+            self._end_skipping()
+
+    def _end_skipping(self) -> None:
+        alike = [loss for loss in self._in_a_row if loss is not None]
+        count = len(self._in_a_row)
+        nearby = len(alike) == count and max(alike) - min(alike) <= min(alike) - statistics.fmean(self._window)
+        if nearby:
+            self.reason += f"; the {count} withheld in a row are alike, so the data have changed: the next are applied"
+            self._window = deque(alike, maxlen=self._policy.spike_window)
+            self._in_a_row.clear()
+        else:
+            self.action = "stop"
+            self.reason += f"; {count} updates in a row were withheld (watchdog.skip_limit)"
 
 
 class SlowWatch:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.recipe import load
+from megatron_patch.run.status import Standing
 from megatron_patch.train.hang import EXIT_CODE
 from megatron_patch.train.step import Trainer
 from megatron_patch.train.watchdog import LossWatch, SlowWatch
@@ -65,6 +66,29 @@ def test_what_is_not_finite_is_judged_by_its_policy(loss: float, norm: float) ->
     for non_finite in ("stop", "skip"):
         watch = LossWatch(policy(non_finite=non_finite))
         assert judged(watch, loss, norm) == non_finite and watch.window == []
+
+
+def test_a_lasting_shift_is_learnt() -> None:
+    """What the data are from some row on becomes what the next losses are compared with; one wild batch does not."""
+    watch = LossWatch(policy(spike="skip", skip_limit=5), noisy(8))
+    shifted = [7.0 + 0.1 * math.sin(i) for i in range(20)]
+    assert [judged(watch, loss) for loss in shifted] == ["skip"] * 5 + ["go on"] * 15
+    assert watch.withheld == 5 and watch.window == shifted[-8:] and watch.in_a_row == []
+    assert judged(watch, 11.0) == "skip", "above the new level too"
+    assert judged(watch, 7.0) == "go on" and watch.in_a_row == [], "one that is trained on begins a new count"
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [[7.0, 8.0, 12.0, 30.0, 9.0], [7.0, 7.0, math.nan, 7.0, 7.0], [math.inf] * 5, [4.0, 5.0, 6.0, 7.0, 8.0]],
+    ids=["wild", "one not finite", "not finite", "rising"],
+)
+def test_skipping_has_an_end(losses: list[float]) -> None:
+    watch = LossWatch(policy(spike="skip", non_finite="skip", skip_limit=5), noisy(8))
+    assert [judged(watch, loss) for loss in losses[:3]] == ["skip"] * 3
+    resumed = LossWatch(policy(spike="skip", non_finite="skip", skip_limit=5), watch.window, watch.in_a_row, 3)
+    assert [judged(resumed, loss) for loss in losses[3:]] == ["skip", "stop"], "a resume does not begin a new count"
+    assert "5 updates in a row were withheld (watchdog.skip_limit)" in resumed.reason and resumed.withheld == 5
 
 
 def test_a_slow_step_is_measured_against_the_median() -> None:
@@ -127,6 +151,34 @@ def test_skip_goes_on_and_records_the_rows(data_folder: Path, tmp_path: Path) ->
     assert [step for step, _ in found] == [3, 7]
     assert all(not f["applied"] and f["segment"] == 0 and len(f["rows"]) == 8 for _, f in found)
     assert len(history(run)) == 12
+
+
+def test_skipping_ends_and_a_run_that_withheld_most_updates_is_not_completed(data_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    skip = ["watchdog.non_finite=skip", "watchdog.skip_limit=3"]
+    assert Job(2, settings(data_folder, run, *skip), tmp_path / "log", poison(4, 5, 6)).wait()[0] == 1
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["withheld"]) == ("failed", 5, 2)
+    for said in (
+        "step 6: loss ",
+        "3 updates in a row were withheld",
+        "segment 0, rows [",
+        "raise watchdog.skip_limit",
+    ):
+        assert said in status["reason"]
+    assert (newest(run).step, newest(run).state.optimizer_step, newest(run).state.withheld) == (5, 3, [None, None])
+    # The count goes on where the checkpoint says: the first step after it is the third.
+    assert Job(2, settings(data_folder, run, *skip), tmp_path / "log", poison(1)).wait()[0] == 1
+    assert newest(run).step == 5
+    job = Job(2, settings(data_folder, run, *skip[:1]), tmp_path / "log", poison(1, 2, 4, 5, 6))
+    assert job.wait()[0] == 1
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["withheld"]) == ("failed", 12, 7)
+    assert "all 12 steps are done, but 7 of their updates were withheld" in status["reason"]
+    assert "withheld     7 updates" in "\n".join(Standing.of(run).lines())
+    found = [r["watchdog"] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "watchdog" in r]
+    assert [record["withheld"] for record in found] == list(range(1, 8))
+    assert newest(run).step == 12
 
 
 def test_the_window_goes_on_after_a_resume(data_folder: Path, tmp_path: Path) -> None:

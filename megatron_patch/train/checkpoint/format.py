@@ -103,9 +103,10 @@ class State(_Json):
     optimizer_step: _Count = Field(description="AdamW updates done, for its bias correction.")
     data_digest: str | None = Field(description="Digest of the data set's manifest; null: not from a data set.")
     spike_window: list[float] = Field(default=[], description="Losses the watchdog compares the next one with.")
+    withheld: list[float | None] = Field(default=[], description="Losses withheld in a row; null: not finite.")
     accepted_changes: list[str] = Field(default=[], description="Changes that --accept-changes let pass, in order.")
 
-    def after_batch(self, rows: int, tokens: int, spike_window: list[float]) -> State:
+    def after_batch(self, rows: int, tokens: int, spike_window: list[float], withheld: list[float | None]) -> State:
         """One step on; `optimizer_step` is filled in when it is saved."""
         return self.model_copy(
             update={
@@ -113,6 +114,7 @@ class State(_Json):
                 "samples": self.samples + rows,
                 "tokens": self.tokens + tokens,
                 "spike_window": spike_window,
+                "withheld": withheld,
             }
         )
 
