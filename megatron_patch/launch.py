@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_tools.files.bounded_json import load_bounded
 
@@ -31,27 +31,37 @@ class LaunchError(ValueError):
     """A process that cannot take its place among the ranks: names the variable and what to do."""
 
 
+class WaitEnded(Exception):
+    """A rank that was asked to end while it waited for others: says by what, and for whom it waited."""
+
+
 def setup_environment(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where they are missing.
 
     torchrun has set them already. In a Slurm step they come from SLURM_*; anywhere else the process is a world of one.
     A batch script is no step: SLURM_PROCID is set there too, but no other rank would ever come.
-    Raises LaunchError where RANK is set but the others that torchrun sets with it are not, or make no sense.
+    Raises LaunchError where some of what a launcher sets together is set and the rest is not, or makes no sense: such a
+    process would wait for ranks that nobody starts, or train as if it were alone.
     """
     if "RANK" in environment:
         _check_place(environment)
         return
+    for name in _PLACE[1:]:
+        if name in environment:
+            raise LaunchError(
+                f"{name} is set in the environment, but RANK is not; start with torchrun or srun, or unset {name} to "
+                "run alone"
+            )
     if "SLURM_STEP_ID" in environment:
-        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-        place = {
-            "RANK": environment["SLURM_PROCID"],
-            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
-            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
-            "MASTER_PORT": str(job_port(int(environment["SLURM_JOB_ID"]))),
-        }
+        place = _place_in_step(environment)
+        _check_place(place)
     else:
+        for name in _MPI_SIZES:
+            if environment.get(name, "1") != "1":
+                raise LaunchError(
+                    f"{name} is {environment[name]} in the environment: mpirun has started as many processes, but does "
+                    f"not say which is which; start with torchrun or srun, or unset {name} to run alone"
+                )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -61,19 +71,48 @@ def setup_environment(environment: MutableMapping[str, str] = os.environ) -> Non
         environment.setdefault(name, value)
 
 
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAST_PORT = 65535
+
+
+def _place_in_step(environment: Mapping[str, str]) -> dict[str, str]:
+    remedy = "start with srun, or unset SLURM_STEP_ID to run alone"
+    try:
+        tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
+            "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+            "MASTER_PORT": str(job_port(int(environment["SLURM_JOB_ID"]))),
+        }
+    except KeyError as error:
+        raise LaunchError(f"SLURM_STEP_ID is set in the environment, but {error.args[0]} is not; {remedy}") from None
+    except (ValueError, IndexError) as error:
+        raise LaunchError(f"SLURM_* variables of the environment do not describe a step ({error}); {remedy}") from None
+
+
 def _check_place(environment: Mapping[str, str]) -> None:
     remedy = "start with torchrun or srun, or unset RANK to run alone"
     place: dict[str, int] = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+    for name in _PLACE:
         text = environment.get(name)
         if text is None:
             raise LaunchError(f"RANK is set in the environment, but {name} is not; {remedy}")
-        if not text.isdecimal():
+        if not text.isdecimal() or len(text) > 9:
             raise LaunchError(f"{name} is {text!r} in the environment, not a number; {remedy}")
         place[name] = int(text)
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if place[rank] >= place[size]:
             raise LaunchError(f"{rank} is {place[rank]}, but {size} is {place[size]}; {remedy}")
+    if place["LOCAL_WORLD_SIZE"] > place["WORLD_SIZE"]:
+        local, world = place["LOCAL_WORLD_SIZE"], place["WORLD_SIZE"]
+        raise LaunchError(f"LOCAL_WORLD_SIZE is {local}, but WORLD_SIZE is {world}; {remedy}")
+    port = environment.get("MASTER_PORT")
+    if port and not (port.isdecimal() and len(port) < 6 and int(port) <= _LAST_PORT):
+        raise LaunchError(f"MASTER_PORT is {port!r} in the environment, not a port up to {_LAST_PORT}; {remedy}")
 
 
 def raise_file_limit() -> None:
@@ -102,9 +141,22 @@ def check_threads(number: int) -> None:
                 thread.join()
 
 
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line (on standard output) that may get lost: a terminal that is gone or a full disk ends no training."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        nowhere = os.open(
+            os.devnull, os.O_WRONLY
+        )  # or what is buffered would fail again, at the end with exit code 120
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def complain(text: str) -> None:
     """Say on standard error why this process ends, and to torchrun, whose own last words repeat it then."""
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):

@@ -22,6 +22,8 @@ STEP = {
     "SLURM_STEP_NODELIST": "dgx[03-04,11]",
 }
 
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
 
 def test_a_slurm_step_becomes_ranks() -> None:
     environment = dict(STEP)
@@ -81,6 +83,30 @@ def test_half_a_place_among_the_ranks_is_refused(changes: dict[str, str | None],
     place = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **changes}
     with pytest.raises(launch.LaunchError, match=f"{reason}.*torchrun"):
         launch.setup_environment({name: value for name, value in place.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK is not; .*unset WORLD_SIZE"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set in the environment, but RANK is not"),
+        ({**STEP, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE is set in the environment, but RANK is not"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4 .*mpirun .*torchrun"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_ID is set in the environment, but SLURM_STEP_TASKS_PER_NODE is not"),
+        ({k: v for k, v in STEP.items() if k != "SLURM_PROCID"}, "but SLURM_PROCID is not"),
+        ({**STEP, "SLURM_NODEID": "7"}, "do not describe a step"),
+        ({**STEP, "SLURM_PROCID": "20"}, "RANK is 20, but WORLD_SIZE is 20"),
+        ({**TORCHRUN, "MASTER_PORT": "29500x"}, "MASTER_PORT is '29500x' in the environment, not a port"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE is 8, but WORLD_SIZE is 4"),
+        ({**TORCHRUN, "WORLD_SIZE": "9" * 5000}, "not a number"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else value[:40],
+)
+def test_what_another_launcher_has_left_is_refused(environment: dict[str, str], reason: str) -> None:
+    with pytest.raises(launch.LaunchError, match=reason):
+        launch.setup_environment(dict(environment))
 
 
 def test_ports_of_neighbouring_jobs_differ_and_stay_out_of_the_ephemeral_range() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 
 from megatron_patch.launch import LaunchError
 from megatron_patch.parallel.gpus import PEAK_FLOPS
+from megatron_patch.parallel.meeting import meet
 
+_SLOWEST_START = timedelta(minutes=10)  # between the first rank's start and the last one's
 HAS_GPU = torch.cuda.is_available()
 
 if not HAS_GPU:
@@ -56,10 +59,13 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def init_process_group(timeout: timedelta) -> None:
+def init_process_group(
+    timeout: timedelta, patience: timedelta = _SLOWEST_START, asked: Callable[[], str | None] = lambda: None
+) -> None:
     """Join the job named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; a job of one rank needs no port.
 
-    Raises LaunchError where the ranks cannot meet there.
+    `timeout` is that of a collective. Ranks wait for each other for `patience`, or until `asked` returns a reason to
+    give up. Raises LaunchError where they cannot meet, WaitEnded where `asked` ended it.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that `flight_record` remembers
     backend = "nccl" if HAS_GPU else "gloo"
@@ -72,12 +78,8 @@ def init_process_group(timeout: timedelta) -> None:
         if not address or not port:
             raise LaunchError("MASTER_ADDR and MASTER_PORT say where ranks meet, but are not set; start with torchrun")
         try:
-            store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-                # torchrun --max-restarts keeps its store, with addresses of ranks that are gone. Its agents count
-                # restarts each for itself, so that the number is common to all ranks on one node alone.
-                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = torch.distributed.PrefixStore(f"restart_{restart}", store)
+            store = meet(address, int(port), patience, asked)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             # Without device_id: with it NCCL would make every one of mcore's groups at once, and out of one another.
             torch.distributed.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout

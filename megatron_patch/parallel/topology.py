@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -67,11 +67,17 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
     return world_size // model_ranks
 
 
-def join(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> None:
+def join(
+    parallel: Parallel,
+    timeout: timedelta = timedelta(minutes=10),
+    asked: Callable[[], str | None] = lambda: None,
+) -> None:
     """Join the process group, unless that was done.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them.
-    Raises RecipeError where the layout does not divide the world, LaunchError where the group cannot be made.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them. `timeout` is that of a
+    collective; `asked` is called while ranks wait for each other and may end it with a reason.
+    Raises RecipeError where the layout does not divide the world, LaunchError where the group cannot be made, WaitEnded
+    where `asked` ended the wait.
     """
     data_parallel_size(parallel, dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]))
     if parallel.tensor > 1:
@@ -82,7 +88,7 @@ def join(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> None
     if not dist.is_initialized():
         check_threads(_THREADS)
         with _named():
-            device.init_process_group(timeout)
+            device.init_process_group(timeout, asked=asked)
 
 
 def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> Topology:

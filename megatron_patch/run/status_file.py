@@ -109,4 +109,4 @@ class StatusFile:
             if must:
                 raise
             if self._rank == 0:
-                print(f"{self.path}: cannot be written ({error})", file=sys.stderr, flush=True)
+                launch.say(f"{self.path}: cannot be written ({error})", sys.stderr)

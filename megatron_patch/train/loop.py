@@ -21,6 +21,7 @@ from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe, RecipeError
 from megatron_patch.run.attempts import REFUSED
 from megatron_patch.run.status_file import StatusFile
+from megatron_patch.train import signals
 from megatron_patch.train.alike import check_alike
 from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import Keeper
@@ -74,12 +75,12 @@ def main(args: argparse.Namespace) -> int:
     try:
         if resolved.run.deterministic:
             device.make_deterministic()
-        topology.join(resolved.parallel)
+        topology.join(resolved.parallel, asked=signals.ends_waiting)
         check_alike(resolved, segments.digest)  # ranks of other layouts would wait for each other's groups
         place = topology.initialize(resolved.parallel)
         if is_first:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
-            print(f"{resolved.to_yaml()}# {layout}", flush=True)
+            launch.say(f"{resolved.to_yaml()}# {layout}")
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
     except (TrainingError, CheckpointError, KernelError, RecipeError) as error:
         refused = isinstance(error, ResumeRefused | KernelError | RecipeError)
@@ -90,6 +91,10 @@ def main(args: argparse.Namespace) -> int:
     except launch.LaunchError as error:
         status.fail(str(error))
         raise
+    except launch.WaitEnded as error:
+        status.end("stopped", str(error))
+        launch.complain(f"stopped on rank {os.environ['RANK']}: {error}")
+        return 1  # the launcher ends those that were not asked
     except DataError as error:  # a row that this rank alone has read
         status.fail(str(error))
         launch.complain(f"stopped on rank {os.environ['RANK']}: {error}")
@@ -98,7 +103,7 @@ def main(args: argparse.Namespace) -> int:
         if device.lost_peer(error):
             status.fail(f"another rank is gone; the launcher says how it ended ({error})")
             if is_first:
-                print(f"stopped: another rank is gone; why is above or in {status.path}", file=sys.stderr)
+                launch.say(f"stopped: another rank is gone; why is above or in {status.path}", sys.stderr)
             return 1
         status.fail(f"{type(error).__name__}: {error}")
         raise

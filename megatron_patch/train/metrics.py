@@ -8,6 +8,7 @@ from collections import deque
 from datetime import timedelta
 from typing import Any
 
+from megatron_patch.launch import say
 from megatron_patch.model import counts
 from megatron_patch.parallel import device
 from megatron_patch.recipe import Recipe, RecipeError
@@ -72,17 +73,16 @@ class Log:
         if step % self._recipe.run.log_interval == 0 or step == self._total_steps:
             left = timedelta(seconds=round(self.eta_seconds))
             share = "" if mfu is None else f"  MFU {mfu:.1%}"
-            print(
+            say(
                 f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}  tokens {record['tokens']:,}"
                 f"  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {learning_rate:.2e}"
-                f"  {rate:,.0f} tokens/s{share}  ETA {left}",
-                flush=True,
+                f"  {rate:,.0f} tokens/s{share}  ETA {left}"
             )
 
     def held_out(self, step: int, loss: float) -> None:
         """Log a held-out loss (nats a token) after `step`."""
         self._write({"step": step, "held_out_loss": _finite(loss), "time": time.time()})
-        print(f"step {step}  held-out loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.1f}", flush=True)
+        say(f"step {step}  held-out loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.1f}")
 
     def remarkable(self, step: int, reason: str, applied: bool, withheld: int, segment: int, rows: list[int]) -> None:
         """Log what the watchdog found about a step, with the row numbers of its batch in their segment.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from megatron_patch.launch import say
+
 
 def note(text: str) -> None:
     """A line on standard error about something that is not a step."""
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)

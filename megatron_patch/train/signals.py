@@ -7,6 +7,7 @@ is only remembered. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -17,25 +18,42 @@ from types import FrameType
 _TERM, _USR1, _SAVE, _BUDGET = 1, 1 << 11, 1 << 22, 1 << 23
 MAX_RANKS = _USR1 - 1
 
-_NUMBERS = {signal.SIGTERM: _TERM, signal.SIGINT: _TERM, signal.SIGUSR1: _USR1}
+_NUMBERS = {signal.SIGTERM: _TERM, signal.SIGINT: _TERM, signal.SIGHUP: _TERM, signal.SIGUSR1: _USR1}
 _received: set[int] = set()
+_moments: dict[int, float] = {}  # when each of them came first
+# Seconds for which a rank with nothing to save still waits for others after a signal: they may be about to come, and
+# one step makes an orderly end. SIGUSR1 comes minutes before a time limit, the others seconds before the kill.
+_WAITS = {signal.SIGUSR1: 60.0}
+_SHORT_WAIT = 2.0
 STARTED = time.monotonic()
 # Seconds within which one Ctrl-C may arrive twice, from the terminal and from torchrun.
 _ECHO = 1.0
 
 
 def hold() -> None:
-    """From now on SIGTERM, SIGUSR1 and Ctrl-C are remembered instead of ending the process.
+    """From now on SIGTERM, SIGUSR1, SIGHUP (the terminal is gone) and Ctrl-C are remembered and end no process.
 
-    Repeated ones do no harm, but for a second Ctrl-C: it ends the process at once (KeyboardInterrupt).
+    Repeated ones do no harm, but for a second Ctrl-C: it ends the process at once (KeyboardInterrupt). What `nohup`
+    has the process ignore stays ignored.
     """
     for number in _NUMBERS:
-        signal.signal(number, _remember)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _remember)
     signal.signal(signal.SIGINT, _interrupt)
 
 
 def _remember(number: int, _: FrameType | None) -> None:
     _received.add(number)
+    _moments.setdefault(number, time.monotonic())
+
+
+def ends_waiting() -> str | None:
+    """The signal that a rank which waits for others obeys now; None where none came, or only a moment ago."""
+    now = time.monotonic()
+    for number, moment in list(_moments.items()):
+        if now - moment >= _WAITS.get(signal.Signals(number), _SHORT_WAIT):
+            return signal.Signals(number).name
+    return None
 
 
 _interrupted: float | None = None  # moment of the first Ctrl-C
@@ -49,7 +67,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _remember(number, frame)
         if os.environ.get("RANK", "0") == "0":
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"Ctrl-C: a checkpoint is saved after the step under way; Ctrl-C again ends at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"Ctrl-C: a checkpoint is saved after the step under way; Ctrl-C again ends at once\n")
     elif now - _interrupted > _ECHO:
         raise KeyboardInterrupt
 
@@ -90,9 +109,10 @@ class Requests:
     def decide(self, total: float) -> Decision:
         """What the sum over all ranks asks for."""
         asked = int(total)
+        ends = "SIGHUP" if signal.SIGHUP in _received else "SIGTERM or Ctrl-C"  # ranks are sent the same one
         reasons = [
             f"{name} on {count} of {self._world_size} ranks"
-            for name, count in (("SIGTERM or Ctrl-C", asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
+            for name, count in ((ends, asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
             if count
         ]
         if asked & _BUDGET:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import pty
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -114,6 +118,40 @@ def test_a_signal_from_outside_while_it_trains(data_folder: Path, tmp_path: Path
     job.run()
     assert "SIGTERM or Ctrl-C on 1 of 4 ranks" in json.loads((run / "status.json").read_text())["reason"]
     assert newest(run).step == len(history(run))
+
+
+def test_a_terminal_that_is_gone_costs_its_lines_and_leaves_a_checkpoint(data_folder: Path, tmp_path: Path) -> None:
+    """As when an ssh session drops: SIGHUP to every rank, and what they print fails from then on."""
+    run = tmp_path / "run"
+    ours, theirs = pty.openpty()
+
+    def before(rank: int) -> None:
+        os.close(ours)
+        sys.stdout = sys.stderr = os.fdopen(theirs, "w", buffering=1)
+
+    job = Job(RANKS, run_settings(data_folder, run), tmp_path / "log", before)
+    os.close(theirs)
+    threading.Thread(target=drain, args=(ours,), daemon=True).start()
+    job.wait_for(lambda: (run / "log.jsonl").exists() and "step" in (run / "log.jsonl").read_text())
+    os.close(ours)
+    job.signal(signal.SIGHUP)
+    job.run()
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "stopped" and re.match(rf"SIGHUP on [1-{RANKS}] of {RANKS} ranks", status["reason"])
+    assert newest(run).step == status["step"] == len(history(run))
+
+
+def drain(terminal: int) -> None:
+    """What is printed is read, or the ranks would wait; until the terminal is closed."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    script = "import signal; from megatron_patch.train import signals; signals.hold(); print(int(signal.getsignal(1)))"
+    hold = subprocess.run(["nohup", sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert hold.stdout.split() == ["1"], "SIG_IGN"
 
 
 def test_ctrl_c_saves_although_torchrun_repeats_it(data_folder: Path, tmp_path: Path) -> None:
