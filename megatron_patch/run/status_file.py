@@ -99,6 +99,9 @@ class StatusFile:
         if content.get("state") not in ("failed", "stopped", "completed"):
             self._content = {**content, **self._content}
             self._write({"state": "failed", "reason": reason, "rank": self._rank, "node": platform.node()})
+        elif self._rank == 0 and content["state"] == "failed" and self._content:
+            # The other rank wrote what it had read here, which is up to some seconds old.
+            self._write({name: content[name] for name in ("state", "reason", "rank", "node") if name in content})
 
     def _write(self, content: dict[str, Any], must: bool = False) -> None:
         self._content |= {**content, "updated": time.time()}

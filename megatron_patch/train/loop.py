@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> int:
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
     except (TrainingError, CheckpointError, KernelError, RecipeError) as error:
         refused = isinstance(error, ResumeRefused | KernelError | RecipeError)
-        status.fail(REFUSED + str(error) if refused else str(error))
+        if is_first or not isinstance(error, TrainingError):  # which every rank raises, and the first one knows most
+            status.fail(REFUSED + str(error) if refused else str(error))
         if is_first:
             launch.complain(f"{'refused' if refused else 'stopped'}: {error}")
         return 2 if refused else 1

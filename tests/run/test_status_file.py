@@ -27,10 +27,12 @@ def test_the_first_rank_to_fail_is_the_cause(tmp_path: Path) -> None:
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("starting", 0)
     first.progress(step=1, loss=2.0)  # slurm/launch.sh asks the file whether a step was done
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("running", 1)
+    first.progress(step=4, loss=1.5)  # not written: the one before was a moment ago
     third.fail("it broke")
     first.fail("connection closed by peer")
     said = status_of(tmp_path)
     assert (said["state"], said["reason"], said["rank"], said["total_steps"]) == ("failed", "it broke", 3, 9)
+    assert (said["step"], said["loss"]) == (4, 1.5), "whoever fails first, the first rank knows how far it came"
     first.start(total_steps=9)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["reason"]) == ("starting", None)
 
