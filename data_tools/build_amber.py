@@ -56,14 +56,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
 
 
-def _add_errors(parser: argparse.ArgumentParser, what: str) -> None:
+def _add_errors(parser: argparse.ArgumentParser, what: str, whole: str) -> None:
     parser.add_argument("--on-error", choices=("stop", "quarantine"), default="stop", help=f"at a bad {what} (stop)")
     parser.add_argument(
         "--max-rejected",
         type=count(0),
         default=100,
         metavar="N",
-        help=f"stop when more {what}s of a file are bad (100)",
+        help=f"stop when more {what}s of a {whole} are bad (100)",
     )
 
 
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     tokenize.add_argument(
         "--workers", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
-    _add_errors(tokenize, "document")
+    _add_errors(tokenize, "document", "source")
 
     mix = _command(
         commands,
@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     index.add_argument(
         "--threads", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="parsing threads"
     )
-    _add_errors(index, "row")
+    _add_errors(index, "row", "segment")
     _add_segment(index, "merge")
 
     merge = _command(
@@ -183,7 +183,7 @@ def _add_fetch_and_run(commands: argparse._SubParsersAction[argparse.ArgumentPar
     run_parser.add_argument(
         "--workers", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes"
     )
-    _add_errors(run_parser, "document or row")
+    _add_errors(run_parser, "document or row", "source or segment")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ def _rebuild_data_error(message: str, file: str, place: str, remedy: str) -> Dat
 
 @dataclass(frozen=True)
 class ErrorPolicy:
-    """What to do about a bad document or row: stop at the first, or set up to `max_rejected` of a file aside."""
+    """About bad documents or rows: stop at the first, or set up to `max_rejected` of a source or segment aside."""
 
     quarantine: bool = False
     max_rejected: int = 100

@@ -49,7 +49,7 @@ def test_one_file_builds_it_all(small_corpus: Path, tmp_path: Path, direct: bool
     [
         ({"rows": 3}, "rows: Extra inputs are not permitted"),
         ({"num_segments": 0}, "num_segments: Input should be greater than or equal to 1"),
-        ({"sources": {"github": "x"}}, "github is no source of Amber"),
+        ({"sources": {"a/b": "x"}}, "'a/b' is no source's name"),
         ({"sources": {"c4": "none"}}, "none: c4: not there"),
         ({"tokenizer": "none.model"}, "none.model: tokenizer: not there"),
         ({"num_segments": True}, "num_segments: Input should be a valid integer"),

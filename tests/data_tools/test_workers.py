@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_tools.conftest import ROOT, build_amber
+from tests.data_tools.conftest import ROOT
 from tests.data_tools.test_durability import terminal_signals, tree
 
 
@@ -26,9 +26,18 @@ def raw(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Units that a small corpus has several of.
+PROGRAM = """import sys
+from data_tools.pack import units
+units.PACK_BYTES = 1 << 20
+from data_tools.build_amber import main
+sys.exit(main())
+"""
+
+
 def command(raw: Path, corpus: Path, out: Path) -> list[str]:
     return [
-        *("tokenize", "--source", "book", "--input", str(raw), "--output", str(out)),
+        *(sys.executable, "-c", PROGRAM, "tokenize", "--source", "book", "--input", str(raw), "--output", str(out)),
         *("--tokenizer", str(corpus / "tokenizer.json"), "--workers", "2"),
     ]
 
@@ -36,7 +45,7 @@ def command(raw: Path, corpus: Path, out: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def undisturbed(raw: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("undisturbed")
-    build_amber(*command(raw, corpus, out))
+    subprocess.run(command(raw, corpus, out), cwd=ROOT, check=True)
     return tree(out)
 
 
@@ -72,7 +81,7 @@ def test_however_it_ends_no_worker_is_left_and_the_next_run_goes_on(
 ) -> None:
     out = tmp_path / "rows"
     stage = subprocess.Popen(
-        [sys.executable, "data_tools/build_amber.py", *command(raw, corpus, out)],
+        command(raw, corpus, out),
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=terminal_signals,
     )  # fmt: skip
     while not list(out.glob("book/part_*.tokens.partial")):
@@ -93,5 +102,5 @@ def test_however_it_ends_no_worker_is_left_and_the_next_run_goes_on(
     for handle in handles:
         assert select.select([handle], [], [], 60)[0]  # it has ended
         os.close(handle)
-    build_amber(*command(raw, corpus, out))
+    subprocess.run(command(raw, corpus, out), cwd=ROOT, check=True)
     assert tree(out) == undisturbed
