@@ -13,6 +13,22 @@ fi
 count=$1
 shift
 chain=chain-$(date +%s)-$$
+submitted() {
+    squeue --noheader --states=all --user="$(id -un)" --format="%i %k" |
+        awk -v chain="$chain" '$2 == chain {print $1}'
+}
 for ((i = 0; i < count; i++)); do
-    sbatch --dependency=singleton --no-requeue --comment="$chain" --export="ALL,MOBILLAMA_CHAIN=$chain" "$@"
+    if ! sbatch --dependency=singleton --no-requeue --comment="$chain" --export="ALL,MOBILLAMA_CHAIN=$chain" \
+        ${SITE_TIME_LIMIT:+--time="$SITE_TIME_LIMIT"} "$@"; then
+        # An answer that came too late: what counts is whether the job is there.
+        until there=$(submitted); do
+            echo "slurm/chain.sh: Slurm's controller does not answer; trying again" >&2
+            sleep 5
+        done
+        if (($(wc -w <<<"$there") <= i)); then
+            echo "slurm/chain.sh: $i of $count jobs of $chain are submitted, see above;" \
+                "${there:+cancel them before you submit a chain again: scancel ${there//$'\n'/ }}" >&2
+            exit 1
+        fi
+    fi
 done

@@ -54,13 +54,67 @@ unset SLURM_EXPORT_ENV    # sbatch --export=NONE: this shell starts bare, its ra
 # An alert that cannot be sent ends no run.
 alert() { (set +u && site_alert "$@") || log "site_alert in slurm/site.sh failed with status $?"; }
 
+# A signal to the whole job, as before a preemption, ends a sleep too, which must not end this script.
+pause() { sleep "$1" || true; }
+
+# Slurm's clients wait seconds for its controller, a failover takes minutes.
+await_controller() {
+    until scontrol ping >/dev/null 2>&1; do
+        log "Slurm's controller does not answer; trying again" >&2
+        pause 5
+    done
+}
+
+# What Slurm was asked is judged by what it did, never by a client's exit status: the request may end the client that
+# made it, be answered too late, or be done already.
+
+# ask_slurm: sets `standing`, what Slurm says of this attempt: runs, back (the job is in the queue again) or ended.
+ask_slurm() {
+    local job failures=0
+    standing=ended
+    until job=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID "); do
+        if ((++failures == 5)); then return; fi    # the controller answers and knows no such job
+        pause 1
+        await_controller
+    done
+    if [[ $job =~ \ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
+        standing=back
+    elif [[ $job =~ \ JobState=(PENDING|REQUEUE|SPECIAL_EXIT) ]]; then
+        standing=back
+    elif [[ $job =~ \ JobState=(RUNNING|SUSPENDED|STOPPED|SIGNALING|CONFIGURING|RESIZING|STAGE_OUT) ]]; then
+        standing=runs
+    fi
+}
+
+# Where Slurm no longer runs this attempt, that its steps failed says nothing about nodes, data or recipe.
+leave_if_over() {
+    ask_slurm
+    case $standing in
+    back)
+        log "Slurm has put this job back in the queue"
+        exit 0
+        ;;
+    ended)
+        log "Slurm has ended this job and does not put it back; submit the template again to go on"
+        exit 1
+        ;;
+    esac
+}
+
 # The other jobs of a chain, which bear its name as their comment, have nothing left to do.
 end_chain() {
-    if [[ -n ${MOBILLAMA_CHAIN:-} ]]; then
-        squeue --noheader --states=PENDING --user="$(id -un)" --format="%i %k" |
-            awk -v chain="$MOBILLAMA_CHAIN" '$2 == chain {print $1}' | xargs --no-run-if-empty scancel ||
-            log "the jobs of $MOBILLAMA_CHAIN that still wait could not be cancelled"
-    fi
+    if [[ -z ${MOBILLAMA_CHAIN:-} ]]; then return; fi
+    local tries waiting
+    for tries in 1 2 3 4; do
+        await_controller
+        if waiting=$(squeue --noheader --states=PENDING --user="$(id -un)" --format="%i %k" |
+            awk -v chain="$MOBILLAMA_CHAIN" '$2 == chain {print $1}'); then
+            if [[ -z $waiting ]]; then return; fi
+            # shellcheck disable=SC2086  # one word a job
+            ((tries == 4)) || scancel $waiting || true
+        fi
+    done
+    log "jobs of $MOBILLAMA_CHAIN still wait and could not be cancelled; scancel them:" "${waiting//$'\n'/ }"
 }
 
 give_up() {
@@ -70,30 +124,27 @@ give_up() {
     exit 1
 }
 
-# Slurm's clients wait seconds for its controller, a failover takes minutes.
-await_controller() {
-    until scontrol ping >/dev/null 2>&1; do
-        log "Slurm's controller does not answer; trying again" >&2
-        sleep 5
-    done
-}
-
-# patiently COMMAND...: a command has failed when it did so twice while the controller answered.
-patiently() {
-    local failures=0
-    while ! ("$@"); do
-        if scontrol ping >/dev/null 2>&1; then
-            if ((++failures == 2)); then return 1; fi
-        else
-            await_controller
-        fi
-    done
-}
+# The number of an array's last task is the array's too, and would name all of its tasks.
+this_job=$SLURM_JOB_ID
+if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
 
 requeue() {
+    local tries
     log "putting the job back in the queue"
-    patiently scontrol requeue "$SLURM_JOB_ID" ||
-        give_up "Slurm does not put this job back (--no-requeue?): submit it again, or use slurm/chain.sh"
+    for tries in 1 2 3; do
+        scontrol requeue "$this_job" || true
+        ask_slurm
+        if [[ $standing == back ]]; then return; fi
+        leave_if_over
+        pause "$tries"
+    done
+    give_up "Slurm does not put this job back (--no-requeue?): submit it again, or use slurm/chain.sh"
+}
+
+# Another job of a chain goes on where this one ends.
+put_back() {
+    [[ -n ${MOBILLAMA_CHAIN:-} ]] || requeue
+    exit 0
 }
 
 # step OPTION... -- COMMAND...: a job step in the site's environment or container. Takes the place of the shell, so that
@@ -173,7 +224,7 @@ check() {
             done
         done
         if ((${#started[@]} == 0)); then break; fi
-        sleep 1
+        pause 1
     done
     for first in "${!started[@]}"; do kill -KILL "${started[$first]}" || true; done
     unset MASTER_ADDR WORLD_SIZE LOCAL_WORLD_SIZE
@@ -182,6 +233,9 @@ check() {
         echo "${nodes%%[[:space:]]*}: ended without a verdict on the others" >"$folder/bad"
     fi
     if [[ -s $folder/bad ]]; then
+        leave_if_over
+        # A preemption's grace time: Slurm asks the steps of the check to end too.
+        if [[ -n ${asked_to_stop:-} ]]; then put_back; fi
         log "bad nodes:"$'\n'"$(cat "$folder/bad")"
         alert "bad nodes found by job $SLURM_JOB_ID" "$(cat "$folder/bad")"
     fi
@@ -241,18 +295,26 @@ trap ask_to_stop TERM
 trap 'grep -qs "\"state\": \"running\"" "${run:-}/status.json" || too_early=yes; ask_to_stop' USR1
 
 not_started=$SITE_LOGS/not_started.$SLURM_JOB_ID    # a line for each time in a row
-# shellcheck disable=SC2086  # one word a node
-answer=$(here python -m megatron_patch.run.attempts begin "$recipe" "${overrides[@]}" \
-    --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || {
-    # 2 is the refusal; else Slurm started nothing: after two nodes died at once, 22.05 brings a job back without its GPUs.
-    if (($? != 2 && ${SLURM_RESTART_COUNT:-0})) && [[ -z $asked_to_stop ]] && echo "$attempt_job" >>"$not_started" &&
+# An answer counts, however the step that brought it ended; 2 is a refusal; else Slurm started nothing: once more.
+for tries in 1 2; do
+    code=0
+    # shellcheck disable=SC2086  # one word a node
+    answer=$(here python -m megatron_patch.run.attempts begin "$recipe" "${overrides[@]}" \
+        --series "$series" --limit "$SITE_ATTEMPTS" --nodes $nodes) || code=$?
+    if [[ -n $answer || $code == 2 ]]; then break; fi
+    leave_if_over
+    if [[ -n $asked_to_stop ]]; then put_back; fi
+done
+if [[ -z $answer ]]; then
+    # After two nodes died at once, 22.05 brings a job back without its GPUs.
+    if ((code != 2 && ${SLURM_RESTART_COUNT:-0})) && echo "$attempt_job" >>"$not_started" &&
         (($(wc -l <"$not_started") < SITE_ATTEMPTS)); then
         requeue
         exit
     fi
     log "not started, for the reason above; submit the template again when it is mended"
     exit 2
-}
+fi
 rm -f "$not_started"
 read -r decision attempt run <<<"$answer"
 case $decision in
@@ -312,16 +374,17 @@ status=0
 wait "$training" || status=$?
 log "the ranks ended with status $status"
 
-if ! decision=$(patiently here python -m megatron_patch.run.attempts end "$run" --series "$series" \
-    --limit "$SITE_ATTEMPTS"); then
-    log "Slurm has ended this job, or see above; unless it is put back (preemption), submit the template again to go on"
-    exit 1
-fi
+for tries in 1 2; do
+    decision=$(here python -m megatron_patch.run.attempts end "$run" --series "$series" --limit "$SITE_ATTEMPTS") || true
+    if [[ -n $decision ]]; then break; fi
+    leave_if_over
+done
+if [[ -z $decision ]]; then give_up "no step could be started to decide how the run goes on, see above"; fi
 case $decision in
 again)
     [[ -z $too_early ]] ||
         give_up "Slurm's early signal came before the first step: ask for more --time (SBATCH_TIMELIMIT)"
-    [[ -n ${MOBILLAMA_CHAIN:-} ]] || requeue
+    put_back
     ;;
 complete | stop) end_chain ;;
 *) give_up "see the reason above and in $run/status.json" ;;

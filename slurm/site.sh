@@ -14,7 +14,17 @@ grep -q $'\r' "${BASH_SOURCE[0]:-$0}" && echo 'slurm/site.sh has Windows line en
 # export SBATCH_QOS=normal
 # export SBATCH_RESERVATION=mobillama
 # export SBATCH_CONSTRAINT=fat            # e.g. the feature that marks A100-80GB nodes
-# export SBATCH_TIMELIMIT=1-00:00:00      # where the partition or QOS allows less than the templates' days
+# Where the partition or QOS allows less than the days of the long templates (pretrain_*, evaluate), which alone take it:
+# their jobs put themselves back. SBATCH_TIMELIMIT would hold for every template, a check of half an hour too.
+# export SITE_TIME_LIMIT=1-00:00:00
+sbatch() {
+    case " $* " in
+    *[/\ ]pretrain_*.sbatch\ * | *[/\ ]evaluate.sbatch\ *)
+        command sbatch ${SITE_TIME_LIMIT:+"--time=$SITE_TIME_LIMIT"} "$@"
+        ;;
+    *) command sbatch "$@" ;;
+    esac
+}
 
 # ---- Where things lie; all on a file system that every node sees -----------------------------------------------------
 # CDPATH, a shell's own cd and zsh (whose sourced file is $0) must not change it.

@@ -137,9 +137,13 @@ def test_conda_and_the_image_install_what_is_pinned_and_tested() -> None:
     assert pip["pip"][:2] == ["-c constraints.txt", "-e .[eval]"]
     pins = (ROOT / "constraints.txt").read_text() + (ROOT / "pyproject.toml").read_text()
     assert not [package for package in pip["pip"][2:] if package not in pins], "repeated, not decided, here"
-    image = re.search(r"^FROM nvidia/cuda:(\d+)\..*-ubuntu(.*)$", (ROOT / "slurm/Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = (ROOT / "slurm/Dockerfile").read_text()
+    image = re.search(r"^FROM nvidia/cuda:(\d+\.\d+)\..*-ubuntu(.*)$", dockerfile, re.MULTILINE)
     admitted = re.search(r'^requires-python = "(.*?)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert image is not None and admitted is not None
     assert versions["python"] in SpecifierSet(admitted[1])
     assert {"22.04": "3.10", "24.04": "3.12"}[image[2]] in SpecifierSet(admitted[1]), "the Python of that Ubuntu"
-    assert {image[1]} == {versions[name].split(".")[0] for name in ("cuda-nvcc", "cuda-libraries-dev")}
+    # apex compiles with exactly the CUDA that torch's wheel is built for.
+    assert {image[1]} == {versions[name] for name in ("cuda-nvcc", "cuda-libraries-dev")}
+    compiled = [re.findall(r"flash-attn==(\S+)", text) for text in ((ROOT / "environment.yml").read_text(), dockerfile)]
+    assert len(compiled[0]) == 1 and compiled[0] == compiled[1]

@@ -136,12 +136,15 @@ def finished_segment(base: Path, plan: DatasetPlan, source: dict[str, Any]) -> S
     if not path.is_file():
         return None
     manifest = SegmentManifest.read(path)
-    made_from = {name: manifest.input.get(name) for name in source}
-    if (made_from, manifest.row_length, manifest.vocab_size) != (source, plan.row_length, plan.vocab_size):
+    asked = {**source, "row_length": plan.row_length, "vocab_size": plan.vocab_size}
+    made = {name: manifest.input.get(name) for name in source}
+    made |= {"row_length": manifest.row_length, "vocab_size": manifest.vocab_size}
+    if unlike := [f"{name} was {made[name]!r}, now {asked[name]!r}" for name in asked if made[name] != asked[name]]:
         raise DataError(
-            "made from other input or with other settings",
+            f"made from other input or with other settings: {'; '.join(unlike)}",
             file=path,
-            remedy=f"use another --output, or remove {base.name}.* to build it again",
+            remedy="give every command the options that it was built with, use another --output, or remove "
+            f"{base.name}.* to build it again",
         )
     check_same_sources(manifest, plan.sources, path)
     check_sizes(base, manifest)

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.run import checks
 from megatron_patch.run.attempts import attempts, checkpoint_step, read_status
 from megatron_patch.run.log import is_number, records
 
@@ -25,6 +26,9 @@ _LAST_DAY = 1e11  # seconds since 1970: of the calendar's years of four digits
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, nargs="?", help="a run folder; none: every run below --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs are (runs)")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("logs"), metavar="FOLDER", help="where checks of nodes are (logs)"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,6 +43,10 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(Standing.of(args.run).lines()))
         return 0
     runs = sorted(path.parent for path in args.runs.glob("*/status.json"))
+    of_checks = checks.lines(args.runs, args.logs)
+    if not runs and of_checks:
+        print(*of_checks, sep="\n")
+        return 0
     if not runs:
         print(f"{args.runs}: no runs; name a run folder, or the folder of runs with --runs", file=sys.stderr)
         return 2
@@ -48,6 +56,8 @@ def main(args: argparse.Namespace) -> int:
             print(Standing.of(run).row())
         except OSError as error:  # another's run, of which this user may not read all, ends no listing
             print(f"{run.name:<28} unreadable  {error.filename}: {error.strerror}")
+    if of_checks:
+        print("", *of_checks, sep="\n")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
@@ -87,6 +88,15 @@ class Site:
         text = site.read_text()
         assert text.count(line) == 1, f"site.sh no longer has the line {line!r}"
         site.write_text(text.replace(line, edited))
+
+    def put_before(self, program: str, script: str) -> None:
+        """Jobs find `script` in the place of a Slurm client; `$real` is the client itself."""
+        gate = self.folder / "gate"
+        if not gate.exists():
+            gate.mkdir()
+            self.edit("cd / && ", f"PATH={shlex.quote(str(gate))}:$PATH; cd / && ")
+        (gate / program).write_text(f"#!/bin/bash\nreal={shutil.which(program)}\n{script}\n")
+        (gate / program).chmod(0o755)
 
     def submit(self, template: str, *options: str, arguments: tuple[str, ...] = ()) -> int:
         """Source site.sh and sbatch a template from a folder that is not the repository; returns the job's number.

@@ -46,15 +46,17 @@ def test_the_sweep_follows_a_training_job(cluster: Cluster, scratch: Path, data:
     sweep = ("--benchmarks", BENCHMARKS, "--tokenizer", str(evaluation_data / "tokenizer.model"), "--every", "1")
     job = site.submit("evaluate.sbatch", arguments=("runs/mobillama_05b", *sweep))
 
-    # One task is put back in the queue in the middle, as before its time limit.
+    # One task is put back in the queue in the middle, as before its time limit: the one whose number is the array's.
     finished = site.folder / "evaluations"
     wait_for(lambda: list(finished.glob("*/tasks/*.json")), "a first task of the sweep", 240)
-    cluster.command("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    [task] = [i for i in (0, 1) if cluster.task(job, i)["JobId"] == str(job)]
+    cluster.command("scancel", "--batch", "--signal=USR1", f"{job}_{task}")
     site.finish(training, timeout=400)
     wait_for(lambda: not cluster.command("squeue", "-h", "-j", str(job)).strip(), "the sweep to end", 400)
 
     output = "".join(p.read_text() for p in (site.folder / "logs").glob("evaluate-*.out"))
     assert output.count("putting the job back in the queue") == 1, output
+    assert sorted(cluster.task(job, i)["Restarts"] for i in (0, 1)) == ["0", "1"], output
     assert output.count("the run is complete; 4 milestones have their scores") == 2, output
     done = Counter(f"{m[1]} {m[2]}" for m in re.finditer(r"--(ckpt_\d+): (\S+) done", output))
     assert done == {f"ckpt_{n:03d} {task}": 1 for n in range(4) for task in TASKS}, output

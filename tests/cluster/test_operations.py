@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from site_folder import NUM_SEGMENTS, SHAPE, Site, write_raw_rows
 from slurm_cluster import Cluster, wait_for
 
@@ -88,19 +88,69 @@ def test_what_the_site_must_mend_is_said_and_not_tried_again(cluster: Cluster, s
     assert (sourced.returncode, sourced.stderr) == (2, "slurm/site.sh has Windows line ends; dos2unix mends it\n")
 
 
+def hold_a_step_of_the_check(site: Site) -> tuple[Path, Path]:
+    """A file that is there once the first step of the check of dgx02 is held, and one that lets it go on."""
+    held, opened = site.folder / "held", site.folder / "opened"
+    quoted_held, quoted_opened = shlex.quote(str(held)), shlex.quote(str(opened))
+    waits = f"touch {quoted_held}; until [[ -e {quoted_opened} ]]; do sleep 0.1; done"
+    is_first = f'[[ $* == *"--nodelist=dgx02 "*" check "* && ! -e {quoted_held} ]]'
+    site.put_before("srun", f'{is_first} && {{ {waits}; }}\nexec $real "$@"')
+    return held, opened
+
+
+def note_alerts(site: Site) -> Path:
+    """A file that is there once somebody has been alerted."""
+    local, alerts = "    local subject=$1 text=$2\n", site.folder / "alerts"
+    site.edit(local, f'{local}    echo "$subject: $text" >>{shlex.quote(str(alerts))}; return\n')
+    return alerts
+
+
+def test_what_slurm_did_counts_and_not_what_its_clients_say_of_it(cluster: Cluster, scratch: Path, data: Path) -> None:
+    """The requeue ends the client that asked for it; every step of the launcher's own ends badly behind its answer."""
+    site = make_site(cluster, scratch / "clients", data, steps=200)
+    alerts = note_alerts(site)
+    site.put_before("scontrol", '[[ $1 == requeue ]] || exec $real "$@"\n$real "$@"; kill -TERM $$')
+    site.put_before("srun", '[[ $* == *run.attempts* ]] || exec $real "$@"\n$real "$@"; exit 1')
+    job = site.submit("pretrain_05b.sbatch", "--nodes=1")
+    site.wait_for_step(job, 20)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job))
+    output = site.finish(job)
+    assert "given up" not in output and not alerts.exists(), output
+    assert output.count("putting the job back in the queue") == 1
+    assert site.status()["state"] == "completed" and cluster.job(job)["Restarts"] == "1"
+
+
+def test_nodes_are_not_judged_by_a_check_that_slurm_ended(cluster: Cluster, scratch: Path, data: Path) -> None:
+    """Put back while one of its steps has not begun: every step ends without an answer."""
+    site = make_site(cluster, scratch / "interrupted_check", data, preflight="yes")
+    alerts = note_alerts(site)
+    held, _ = hold_a_step_of_the_check(site)
+    job = site.submit("pretrain_05b.sbatch", "--nodelist=dgx01,dgx02", "--nodes=2")
+    wait_for(held.exists, "a step of the check to begin", 60)
+    cluster.command("scontrol", "requeue", str(job))
+    output = site.finish(job)
+    assert "Slurm has put this job back in the queue" in output
+    assert "bad nodes" not in output and "given up" not in output and not alerts.exists(), output
+
+
+def test_a_chain_counts_the_jobs_that_slurm_has(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "late", data)
+    site.put_before("sbatch", '$real "$@"; exit 1')
+    chain = 'source "$1/slurm/site.sh"; PATH=$1/gate:$PATH; export SITE_TIME_LIMIT=1:00:00; "$1/slurm/chain.sh" 2 '
+    chain += '--nodes=1 --begin=now+1hour "$1/slurm/pretrain_05b.sbatch"'
+    answer = cluster.command("bash", "-c", chain, "x", site.folder)
+    jobs = [int(line.split()[-1]) for line in answer.splitlines() if line.startswith("Submitted")]
+    assert len(jobs) == 2 and {cluster.job(job)["TimeLimit"] for job in jobs} == {"01:00:00"}, answer
+    site.put_before("sbatch", '[[ -e $0.once ]] && exit 1\ntouch "$0.once"; exec $real "$@"')
+    with pytest.raises(AssertionError, match=r"1 of 2 jobs of chain-\S+ are submitted.*scancel") as refused:
+        cluster.command("bash", "-c", chain, "x", site.folder)
+    cluster.command("scancel", *map(str, jobs), str(refused.value).split()[-1])
+
+
 def test_a_controller_away_during_the_check_makes_no_node_look_bad(cluster: Cluster, scratch: Path) -> None:
     site = Site(cluster, scratch / "failover")
     # Its second step is held until the controller is gone.
-    gate, held, opened = site.folder / "gate", site.folder / "held", site.folder / "opened"
-    gate.mkdir()
-    script = f"""\
-#!/bin/sh
-case "$*" in *"--nodelist=dgx02 "*" check "*) touch '{held}'; until [ -e '{opened}' ]; do sleep 0.1; done ;; esac
-exec {shutil.which("srun")} "$@"
-"""
-    (gate / "srun").write_text(script)
-    (gate / "srun").chmod(0o755)
-    site.edit("cd / && ", f"PATH={shlex.quote(str(gate))}:$PATH; cd / && ")
+    held, opened = hold_a_step_of_the_check(site)
     job = site.submit("preflight.sbatch", "--nodelist=dgx01,dgx02", "--nodes=2")
     wait_for(held.exists, "a step of the check to begin", 60)
     cluster.stop_controller()

@@ -338,8 +338,10 @@ def test_segments_of_another_data_set_and_too_many_of_them_are_not_merged(amber:
     index(amber)
     (amber / "train_001.jsonl.gz").write_bytes(gzip.compress(b"\n".join(lines_of(8)), 1))
     plan = plan_dataset(amber, ROW_LENGTH, None)
-    with pytest.raises(DataError, match=r"segment_001\.json: made from other input"):
+    with pytest.raises(DataError, match=r"segment_001\.json: made from other .*: bytes was \d+, now \d+\n"):
         merge(amber, out, plan)
+    with pytest.raises(DataError, match=rf"settings: row_length was {ROW_LENGTH}, now 2049\n"):
+        merge(amber, out, plan_dataset(amber, 2049, None))
     (amber / "train_002.jsonl.zst").unlink()
     (amber / "train_001.jsonl.gz").unlink()
     for command in (merge, lambda *arguments: index_in_process(*arguments, ErrorPolicy())):
