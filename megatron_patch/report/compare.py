@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from data_tools.files.bounded_json import is_number
 from data_tools.files.durable import write_beside
 from megatron_patch.model import counts
 from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
@@ -114,17 +115,17 @@ def _trained(folder: Path, evaluations: Path) -> Row:
     run = read_run(folder, evaluations)
     hours = memory = tokens = None
     if run.steps:
-        first, last = run.steps[0], run.steps[-1]
+        first, last = run.steps.first, run.steps.last
         seconds = last["time"] - first["time"] + first["seconds"]
-        hours = seconds / 3600 * run.status["ranks"] if "ranks" in run.status else None
-        memory = max((s["memory"] for s in run.steps if s.get("memory") is not None), default=None)
+        hours = seconds / 3600 * run.status["ranks"] if is_number(run.status.get("ranks")) else None
+        memory = max((value for _, _, value in run.steps.curves["memory"].points()), default=None)
         tokens = last["tokens"]
     average = next((s["average"]["value"] for s in reversed(run.scores) if s["average"]), None)
     return _model(run.recipe, str(run.status.get("state", "not started")), tokens, hours, memory, average)
 
 
 def _model(
-    recipe: Recipe, source: str, tokens: int | None, hours: float | None, memory: int | None, accuracy: float | None
+    recipe: Recipe, source: str, tokens: int | None, hours: float | None, memory: float | None, accuracy: float | None
 ) -> Row:
     return Row(
         recipe.name,

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.dataset.format import TABLE_2_BILLION_TOKENS
+from data_tools.files.bounded_json import is_number
 from megatron_patch.evaluate.suite import BENCHMARKS
 from megatron_patch.model import counts
 from megatron_patch.report.read import Run
-from megatron_patch.report.series import Axes, curve
+from megatron_patch.report.series import Axes, Thinned, curve
 from megatron_patch.results import amount, axis_unit
 
 _ASSETS = Path(__file__).parent
 _FOLDED_ROWS = 12
 """A longer table opens on demand."""
-_CURVES = (  # title, unit, key of the log, logarithmic, from zero
-    ("Gradient norm", "before clipping", "grad_norm", True, False),
-    ("Learning rate", "", "learning_rate", False, True),
-    ("Tokens per second", "of the job", "tokens_per_second", False, True),
-    ("MFU", "percent of the dense bf16 peak", "mfu_percent", False, True),
-    ("Memory", "GB, highest on rank 0", "memory_gb", False, True),
+_CURVES = (  # title, unit, key of the log, times, logarithmic, from zero
+    ("Gradient norm", "before clipping", "grad_norm", 1.0, True, False),
+    ("Learning rate", "", "learning_rate", 1.0, False, True),
+    ("Tokens per second", "of the job", "tokens_per_second", 1.0, False, True),
+    ("MFU", "percent of the dense bf16 peak", "mfu", 100.0, False, True),
+    ("Memory", "GB, highest on rank 0", "memory", 1e-9, False, True),
 )
 
 
@@ -37,7 +38,7 @@ def render(run: Run, page: Path) -> str:
     data = {
         "charts": charts + score_charts,
         "restarts": [
-            {"from": axes.at(r.time - r.lost, at := _tokens_of(run, r.step)), "to": axes.at(r.time, at)}
+            {"from": axes.at(r.time - r.lost, at := run.tokens_of(r.step)), "to": axes.at(r.time, at)}
             for r in run.restarts
         ],
     }
@@ -102,13 +103,13 @@ def _choice(axes: Axes) -> str:
 def _axes(run: Run) -> Axes:
     if not run.steps:
         return Axes.of(0.0, 0.0, 0.0)
-    first, last = run.steps[0], run.steps[-1]
+    first, last = run.steps.first, run.steps.last
     start = first["time"] - first["seconds"]
     return Axes.of(start, last["time"] - start, last["tokens"])
 
 
 def _header(run: Run) -> str:
-    status, last = run.status, run.steps[-1] if run.steps else {}
+    status, last = run.status, run.steps.last
     state, reason = str(status.get("state", "not started")), str(status.get("reason") or "")
     total = status.get("total_steps") or run.recipe.run.steps or 0
     step = last.get("step", 0)
@@ -116,14 +117,14 @@ def _header(run: Run) -> str:
         ("Step", f"{step:,}" + (f" <small>of {total:,}</small>" if total else "")),
         ("Tokens", amount(last.get("tokens", 0))),
         ("Loss", _loss(last.get("loss"))),
-        ("Held-out loss", _loss(run.held_out[-1]["held_out_loss"] if run.held_out else None)),
+        ("Held-out loss", _loss(run.last_held_out)),
         ("Tokens per second", f"{_lately(run, 'tokens_per_second'):,.0f}" if run.steps else "-"),
         ("MFU", f"{_lately(run, 'mfu'):.1%}" if last.get("mfu") is not None else "- <small>peak unknown</small>"),
         ("Restarts", f"{len(run.restarts)} <small>{_span(sum(r.lost for r in run.restarts))} lost</small>"),
     ]
-    if status.get("withheld"):
+    if is_number(status.get("withheld")) and status["withheld"]:
         tiles.append(("Updates withheld", f"{status['withheld']:,}"))
-    if state in ("running", "starting") and status.get("eta_seconds") is not None:
+    if state in ("running", "starting") and is_number(status.get("eta_seconds")):
         tiles.append(("Left", _span(status["eta_seconds"])))
     model = run.recipe.model
     parameters = counts.parameters(model)
@@ -141,28 +142,20 @@ def _header(run: Run) -> str:
 def _when(run: Run) -> str:
     if not run.steps:
         return ""
-    first, last = run.steps[0]["time"] - run.steps[0]["seconds"], run.steps[-1]["time"]
+    first, last = run.steps.first["time"] - run.steps.first["seconds"], run.steps.last["time"]
     return f"{_utc(first)} to {_utc(last)} ({_span(last - first)})."
 
 
 def _charts(run: Run, axes: Axes) -> tuple[list[dict[str, Any]], list[str]]:
     if not run.steps:
         return [], []
-    steps = [
-        {
-            **s,
-            "mfu_percent": None if s.get("mfu") is None else 100 * s["mfu"],
-            "memory_gb": None if s.get("memory") is None else s["memory"] / 1e9,
-        }
-        for s in run.steps
-    ]
-    held_out = [{**r, "tokens": _tokens_of(run, r["step"])} for r in run.held_out]
-    loss = [curve("training", steps, "loss", axes)]
-    loss += [curve("held out", held_out, "held_out_loss", axes)] if held_out else []
+    curves = run.steps.curves
+    loss = [curve("training", curves["loss"], axes)]
+    loss += [curve("held out", run.held_out, axes)] if run.held_out.last else []
     charts: list[dict[str, Any]] = [{"curves": loss, "log": True}]
     titles = [("Loss", "nats a token")]
-    for title, unit, key, log, zero in _CURVES:
-        drawn = curve("", steps, key, axes)
+    for title, unit, key, scale, log, zero in _CURVES:
+        drawn = curve("", curves[key], axes, scale)
         if drawn["values"]:
             charts.append({"curves": [drawn], "log": log, "zero": zero})
             titles.append((title, unit))
@@ -174,11 +167,12 @@ def _score_charts(run: Run, first: int) -> tuple[list[dict[str, Any]], list[str]
     figures: list[str] = []
     axes = Axes.of(0.0, 0.0, max((s["tokens"] for s in run.scores), default=0.0))
     for title, name in [("Average of nine", None), *((b.column, b.name) for b in BENCHMARKS)]:
-        points = [
-            {"time": 0.0, "tokens": s["tokens"], "value": c["value"]} for s in run.scores if (c := _score(s, name))
-        ]
-        if points:
-            charts.append({"curves": [curve("", points, "value", axes)], "axis": "tokens"})
+        points = Thinned()
+        for s in run.scores:
+            if score := _score(s, name):
+                points.add(0.0, s["tokens"], score["value"])
+        if points.last:
+            charts.append({"curves": [curve("", points, axes)], "axis": "tokens"})
             figures.append(_figure(first + len(figures), title, ""))
     return charts, figures
 
@@ -198,7 +192,7 @@ def _figure(number: int, title: str, unit: str) -> str:
 def _restarts(run: Run) -> str:
     if not run.restarts:
         return "<p>None: every step was made in one go.</p>"
-    whole = run.steps[-1]["time"] - run.steps[0]["time"]
+    whole = run.steps.last["time"] - run.steps.first["time"]
     lost = sum(r.lost for r in run.restarts)
     share = f"{lost / whole:.1%}" if whole else "0%"
     head = f"<p>{len(run.restarts)}, which cost {_span(lost)}, {share} of the run (shaded above).</p>"
@@ -289,12 +283,8 @@ def _loss(value: float | None) -> str:
 
 def _lately(run: Run, key: str) -> float:
     """Mean over the last 50 steps."""
-    values = [s[key] for s in run.steps[-50:] if s.get(key) is not None]
+    values = [s[key] for s in run.steps.lately if s.get(key) is not None]
     return float(sum(values) / len(values))
-
-
-def _tokens_of(run: Run, step: int) -> int:
-    return step * run.recipe.batch.global_batch_size * run.recipe.model.sequence_length
 
 
 def _span(seconds: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +12,11 @@ from typing import Any
 from data_tools.dataset.format import MANIFEST_NAME, DatasetManifest
 from megatron_patch import launch
 from megatron_patch.recipe import Recipe, load
+from megatron_patch.report.series import Thinned
 from megatron_patch.results import read_scores
 from megatron_patch.run import milestones
 from megatron_patch.run.attempts import attempts, read_status
-from megatron_patch.run.log import is_step, records
+from megatron_patch.run.log import is_number, is_step, records
 
 _LONGEST_SAVE = 10.0
 """Seconds that a save may hold up the loop; ranks that start again need longer on any cluster."""
@@ -38,21 +41,52 @@ class Restart:
     lost: float
 
 
+CURVES = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "memory")
+"""Numbers of a step that are drawn; the last two are null, or not there, without a GPU."""
+
+
+@dataclass
+class Steps:
+    """What a report says of the steps of a log, however many they are. False before the first."""
+
+    first: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    count: int = 0
+    lately: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
+    curves: dict[str, Thinned] = field(default_factory=lambda: {name: Thinned() for name in CURVES})
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.first = self.first or record
+        self.last = record
+        self.count += 1
+        self.lately.append(record)
+        time, tokens = record["time"], record["tokens"]
+        for name, curve in self.curves.items():
+            if is_number(value := record.get(name)):
+                curve.add(time, tokens, value)
+
+
 @dataclass
 class Run:
-    """A run folder as read. `steps` and `held_out` are records of log.jsonl; `mix` is rows by source."""
+    """A run folder as read. `held_out` are losses, the newest beside them (None: not finite); `mix` rows by source."""
 
     folder: Path
     recipe: Recipe
     status: dict[str, Any]
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    held_out: list[dict[str, Any]] = field(default_factory=list)
-    remarks: list[dict[str, Any]] = field(default_factory=list)
+    steps: Steps = field(default_factory=Steps)
+    held_out: Thinned = field(default_factory=Thinned)
+    last_held_out: float | None = None
     restarts: list[Restart] = field(default_factory=list)
     milestones: list[dict[str, str]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     mix: dict[str, int] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+
+    def tokens_of(self, step: int) -> int:
+        return step * self.recipe.batch.global_batch_size * self.recipe.model.sequence_length
 
 
 def read_run(folder: Path, evaluations: Path) -> Run:
@@ -66,17 +100,19 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise ReportError(f"{folder}: no recipe.yaml in it; name a run's folder, e.g. runs/mobillama_05b")
     run = Run(folder, load(folder / "recipe.yaml"), read_status(folder))
-    logged = [record for record in records(folder / "log.jsonl") if "time" in record]
-    for record in logged:
-        if is_step(record):
-            run.steps.append(record)
-        elif "held_out_loss" in record:
-            run.held_out.append(record)
-        elif "watchdog" in record:
-            run.remarks.append(record)
     started = attempts(folder)
-    starts = [a["started"] for a in started]
-    run.restarts = restarts(run.steps, [*starts, *unrecorded_starts(logged, starts)])
+    restarts = Restarts([a["started"] for a in started])
+    for record in records(folder / "log.jsonl"):
+        if "time" not in record:
+            continue
+        if is_step(record):
+            run.steps.add(record)
+        elif "held_out_loss" in record:
+            run.last_held_out = record["held_out_loss"]
+            if run.last_held_out is not None:
+                run.held_out.add(record["time"], run.tokens_of(record["step"]), run.last_held_out)
+        restarts.add(record)
+    run.restarts = restarts.found
     run.milestones, _ = milestones.read(folder / "checkpoints" / milestones.TABLE_NAME)
     digests = {m["digest"] for m in run.milestones}
     run.scores = [s for s in read_scores(evaluations) if s["digest"] in digests]
@@ -85,34 +121,45 @@ def read_run(folder: Path, evaluations: Path) -> Run:
     return run
 
 
-def restarts(steps: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[Restart]:
-    """Pairs each start of the ranks after the first with the steps around it."""
-    found: list[Restart] = []
-    for start in sorted(starts)[1:]:
-        after = next((i for i, s in enumerate(steps) if s["time"] >= start), None)
-        if after is None:
-            continue
-        step, before = steps[after], steps[after - 1] if after else None
-        begun = step["time"] - step["seconds"]
-        if not found or found[-1].step != step["step"] - 1:
-            found.append(Restart(begun, step["step"] - 1, max(begun - (before["time"] if before else start), 0.0)))
-    return found
+class Restarts:
+    """Starts of the ranks after the first, each with the steps around it, from records in the order of the log.
 
-
-def unrecorded_starts(logged: Sequence[dict[str, Any]], starts: Sequence[float]) -> list[float]:
-    """Starts by hand, of which only Slurm's launcher keeps records: gaps of the log that hold none of `starts`.
-
-    A step's time begins where the record before it ends, but for a save, and a first step where the ranks are ready.
+    `recorded` are the starts that Slurm's launcher knows of. Others, by hand, are gaps of the log that hold none of
+    them: a step's time begins where the record before it ends, but for a save, and a first step where the ranks are
+    ready.
     """
-    found = []
-    steps = [(i, r["time"] - r["seconds"]) for i, r in enumerate(logged) if "seconds" in r]
-    if steps and not any(start <= steps[0][1] for start in starts):
-        found.append(steps[0][1])
-    for i, begun in steps:
-        before = logged[i - 1]["time"] if i else begun
-        if begun - before > _LONGEST_SAVE and not any(before < start <= begun for start in starts):
-            found.append(begun)
-    return found
+
+    def __init__(self, recorded: Sequence[float]) -> None:
+        self.found: list[Restart] = []
+        self._recorded = sorted(recorded)
+        self._told = 0  # of the recorded ones, those before the newest step
+        self._first = True  # the next start is the run's first
+        self._before: float | None = None  # time of the record before
+        self._step_before: float | None = None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """A record with its `time`; those with `seconds` are steps."""
+        if "seconds" in record:
+            begun = record["time"] - record["seconds"]
+            upto = bisect_right(self._recorded, record["time"], lo=self._told)
+            starts = self._recorded[self._told : upto]
+            self._told = upto
+            if self._is_unrecorded(begun):
+                starts = sorted([*starts, begun])
+            if self._first and starts:
+                starts, self._first = starts[1:], False
+            if starts and (not self.found or self.found[-1].step != record["step"] - 1):
+                lost = begun - (starts[0] if self._step_before is None else self._step_before)
+                self.found.append(Restart(begun, record["step"] - 1, max(lost, 0.0)))
+            self._step_before = record["time"]
+        self._before = record["time"]
+
+    def _is_unrecorded(self, begun: float) -> bool:
+        upto = bisect_right(self._recorded, begun)
+        if self._step_before is None:
+            return upto == 0
+        assert self._before is not None
+        return begun - self._before > _LONGEST_SAVE and bisect_right(self._recorded, self._before) == upto
 
 
 def _mix(recipe: Recipe) -> dict[str, int] | None:

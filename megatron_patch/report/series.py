@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_patch.results import axis_unit
 
 MOST_POINTS = 1600
+Point = tuple[float, float, float]
+"""Time in seconds since 1970, tokens (or what stands for them), value."""
 
 
-def thin(records: Sequence[dict[str, Any]], key: str, most: int = MOST_POINTS) -> list[dict[str, Any]]:
-    """At most `most` records in order; of each stretch the lowest and the highest value of `key` stay.
+@dataclass
+class Thinned:
+    """Points that come one after the other, at most `most` (a multiple of 4) kept; of each stretch lowest and highest.
 
-    Records without the value are left out.
+    Stretches grow as points come, so that memory does not: a whole run has 768,000.
     """
-    known = [r for r in records if r.get(key) is not None]
-    if len(known) <= most:
-        return known
-    kept = []
-    stretches = most // 2
-    for i in range(stretches):
-        stretch = known[i * len(known) // stretches : (i + 1) * len(known) // stretches]
-        ends = {id(r): r for r in (min(stretch, key=lambda r: r[key]), max(stretch, key=lambda r: r[key]))}
-        kept += sorted(ends.values(), key=lambda r: r["time"])
-    return kept
+
+    most: int = MOST_POINTS
+    last: Point | None = None
+    _ends: list[tuple[Point, ...]] = field(default_factory=list)
+    _open: list[Point] = field(default_factory=list)
+    _width: int = 1
+
+    def add(self, time: float, tokens: float, value: float) -> None:
+        self.last = (time, tokens, value)
+        while not self._open and len(self._ends) * min(self._width, 2) >= self.most:
+            pairs = zip(self._ends[::2], self._ends[1::2], strict=True)
+            self._ends = [_extremes([*first, *second]) for first, second in pairs]
+            self._width *= 2
+        self._open.append(self.last)
+        if len(self._open) == self._width:
+            self._ends.append(_extremes(self._open))
+            self._open = []
+
+    def points(self) -> list[Point]:
+        """In the order in which they came."""
+        return [point for ends in self._ends for point in ends] + list(_extremes(self._open) if self._open else ())
+
+
+def _extremes(points: list[Point]) -> tuple[Point, ...]:
+    if len(points) == 1:
+        return (points[0],)
+    low, high = (pick(range(len(points)), key=lambda i: points[i][2]) for pick in (min, max))
+    return tuple(points[i] for i in sorted({low, high}))
 
 
 @dataclass(frozen=True)
@@ -48,9 +68,9 @@ class Axes:
         return {"time": round((time - self.start) / self.seconds, 5), "tokens": round(tokens / self.tokens, 5)}
 
 
-def curve(name: str, records: Sequence[dict[str, Any]], key: str, axes: Axes) -> dict[str, Any]:
-    """A curve for the page: its points' places on both axes and values. Records hold `time`, `tokens` and `key`."""
-    points = [(axes.at(r["time"], r["tokens"]), r[key]) for r in thin(records, key)]
+def curve(name: str, thinned: Thinned, axes: Axes, scale: float = 1.0) -> dict[str, Any]:
+    """A curve for the page: its points' places on both axes and values, these times `scale`."""
+    points = [(axes.at(time, tokens), value * scale) for time, tokens, value in thinned.points()]
     return {
         "name": name,
         "time": [at["time"] for at, _ in points],

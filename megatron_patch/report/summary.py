@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,7 +20,8 @@ from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
 from megatron_patch.model import counts
 from megatron_patch.recipe import Recipe, load
-from megatron_patch.run.log import is_step, records
+from megatron_patch.report.series import Thinned
+from megatron_patch.run.log import accepted_backwards, is_step
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
 
@@ -54,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
     print(f"\nsample         {args.prompt!r} continued by step {checkpoint.step} at temperature 0.8:\n")
     print("\n".join("    " + line for line in text.splitlines()))
     curve = args.run / "loss.png"
-    _draw(history, curve, unigram_loss(segments, recipe.data.held_out_rows) if history.held_out else None)
+    _draw(history, curve, unigram_loss(segments, recipe.data.held_out_rows) if history.has_held_out else None)
     print(f"\nloss curve     {curve}")
     return 0
 
@@ -75,22 +77,43 @@ def _newest(run: Path) -> Checkpoint:
 
 @dataclass(frozen=True)
 class History:
-    """RUN/log.jsonl: the last record of each step (a resumed run repeats the steps after its checkpoint)."""
+    """RUN/log.jsonl without the steps that a resume made again: the first and the newest step, and what is drawn.
 
-    steps: dict[int, dict]
-    held_out: dict[int, float | None]
+    Attributes:
+        seconds: spent on its steps.
+        loss, held_out: against tokens and against steps, the newest first.
+        has_held_out, last_held_out: whether any was logged, and the newest; None where it was not finite.
+    """
+
+    first: dict[str, Any]
+    last: dict[str, Any]
+    seconds: float
+    loss: Thinned
+    held_out: Thinned
+    has_held_out: bool
+    last_held_out: float | None
 
     @classmethod
     def read(cls, path: Path) -> History:
-        steps, held_out = {}, {}
-        for record in records(path):
+        """Raises ValueError where no step has been logged, OSError where there is no log."""
+        first, last, last_held_out = None, None, None
+        seconds, has_held_out = 0.0, False
+        loss, held_out = Thinned(), Thinned()
+        for record in accepted_backwards(path):
             if "held_out_loss" in record:
-                held_out[record["step"]] = record["held_out_loss"]
+                value = record["held_out_loss"]
+                last_held_out = last_held_out if has_held_out else value
+                has_held_out = True
+                if value is not None:
+                    held_out.add(0.0, record["step"], value)
             elif is_step(record):
-                steps[record["step"]] = record
-        if not steps:
+                first, last = record, last or record
+                seconds += record["seconds"]
+                if record["loss"] is not None:
+                    loss.add(record["time"], record["tokens"], record["loss"])
+        if first is None or last is None:
             raise ValueError(f"{path}: holds no step yet; train first")
-        return cls(steps, held_out)
+        return cls(first, last, seconds, loss, held_out, has_held_out, last_held_out)
 
 
 def unigram_loss(segments: Segments, held_out_rows: int) -> float:
@@ -105,8 +128,7 @@ def unigram_loss(segments: Segments, held_out_rows: int) -> float:
 
 def _table(recipe: Recipe, history: History, segments: Segments) -> str:
     model, parallel = recipe.model, recipe.parallel
-    first, last = (history.steps[pick(history.steps)] for pick in (min, max))
-    seconds = sum(r["seconds"] for r in history.steps.values())
+    first, last, seconds = history.first, history.last, history.seconds
     parameters = counts.parameters(model)
     ffn = f"1 FFN shared by {model.num_layers} layers" if model.shared_ffn else f"{model.num_layers} FFNs"
     rows = [
@@ -119,8 +141,8 @@ def _table(recipe: Recipe, history: History, segments: Segments) -> str:
         ),
         ("loss", f"{_loss(first['loss'])} -> {_loss(last['loss'])} nats/token"),
     ]
-    if history.held_out:
-        held_out = history.held_out[max(history.held_out)]
+    if history.has_held_out:
+        held_out = history.last_held_out
         unigram = unigram_loss(segments, recipe.data.held_out_rows)
         rows.append(("held-out loss", f"{_loss(held_out)} nats/token over {recipe.data.held_out_rows} rows"))
         comparison = f"{unigram:.4f} nats/token"
@@ -140,18 +162,19 @@ def _loss(value: float | None) -> str:
 
 def _draw(history: History, path: Path, unigram: float | None) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    tokens_a_step = next(iter(history.steps.values()))["tokens"] / next(iter(history.steps))
+    tokens_a_step = history.last["tokens"] / history.last["step"]
+    points = history.loss.points()
     axes.plot(
-        [r["tokens"] for r in history.steps.values()],
-        [r["loss"] for r in history.steps.values()],
+        [tokens for _, tokens, _ in points],
+        [value for _, _, value in points],
         color="tab:blue",
         alpha=0.5,
         label="training loss",
     )
-    if history.held_out:
+    if held_out := history.held_out.points():
         axes.plot(
-            [step * tokens_a_step for step in history.held_out],
-            [math.nan if loss is None else loss for loss in history.held_out.values()],
+            [step * tokens_a_step for _, step, _ in held_out],
+            [value for _, _, value in held_out],
             color="tab:orange",
             marker="o",
             label="held-out loss",

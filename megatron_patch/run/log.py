@@ -1,4 +1,7 @@
-"""Reading RUN/log.jsonl: one JSON object a line, each with its `step` (train/metrics.py writes it)."""
+"""Reading RUN/log.jsonl: one JSON object a line, each with its `step` (train/metrics.py writes it).
+
+The log of a whole run has 768,000 lines, 208 MB: readers take a line at a time and keep none.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +10,56 @@ import operator
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO
 
+import orjson
+
+from data_tools.files.bounded_json import is_number, parse_bounded
 from data_tools.files.plain_file import open_plain
 
 DAMAGED = (ValueError, KeyError, TypeError)  # what `record_of` raises
+MOST_LINE_BYTES = 1 << 20
 _NUMBERS = ("time", "seconds", "samples", "tokens", "tokens_per_second", "learning_rate")
 _NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value read from JSON is a finite number, as a float holds it: Python reads `NaN` and 400 digits too."""
-    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+_BLOCK_BYTES = 1 << 20
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a log; a last line that is still being written is left out."""
-    with open_plain(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.endswith(b"\n"):
-                return
+    """(line number, line) of a log; a last line that is still being written is left out.
+
+    Of a line of more than a MiB, which no training writes, the beginning, which is no record.
+    """
+    with open_plain(path) as stream:
+        number = 0
+        while line := stream.readline(MOST_LINE_BYTES):
+            number += 1
+            rest = line
+            while not rest.endswith(b"\n"):
+                if not (rest := stream.readline(MOST_LINE_BYTES)):
+                    return
             yield number, line
 
 
 def record_of(line: bytes) -> dict[str, Any]:
     """The record of a line. Raises one of DAMAGED where it is none."""
-    record: dict[str, Any] = json.loads(line)
+    record: dict[str, Any] = _json(line)
     operator.index(record["step"])
-    for name in (*_NUMBERS, *_NUMBERS_OR_NULL):
-        if name in record and not is_number(value := record[name]) and not (value is None and name in _NUMBERS_OR_NULL):
-            raise TypeError(f"{name} is {value!r}, not a number")
+    for name in _NUMBERS:
+        if name in record and not is_number(record[name]):
+            raise TypeError(f"{name} is not a number")
+    for name in _NUMBERS_OR_NULL:
+        if (value := record.get(name)) is not None and not is_number(value):
+            raise TypeError(f"{name} is not a number")
     return record
+
+
+def _json(line: bytes) -> Any:
+    if line.count(b"{") + line.count(b"[") > 8:
+        return parse_bounded(line)
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)  # which reads NaN, so that the number is named and not the line
 
 
 def is_step(record: dict[str, Any]) -> bool:
@@ -60,3 +82,39 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             print(f"{place}: damaged, no record of a step; left out", file=sys.stderr)
         else:
             yield record
+
+
+def accepted_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of the history that counts, newest first: of steps made again after a resume the last ones.
+
+    A record counts where no step before it, in the direction of reading, has its number or a lower one. Damaged lines
+    are left out. Raises OSError where there is no log.
+    """
+    lowest = sys.maxsize
+    with open_plain(path) as stream:
+        for _, line in lines_backwards(stream):
+            try:
+                record = record_of(line)
+            except DAMAGED:
+                continue
+            if record["step"] < lowest:
+                yield record
+                if "seconds" in record:
+                    lowest = record["step"]
+
+
+def lines_backwards(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(where it ends, line), the last whole one first; of one of more than a MiB nothing that is a record."""
+    place = end = stream.seek(0, 2)
+    rest, is_whole = b"", False  # what a last line lacks is its newline
+    while place:
+        place -= (size := min(_BLOCK_BYTES, place))
+        stream.seek(place)
+        block, upto = stream.read(size), size
+        while (newline := block.rfind(b"\n", 0, upto)) >= 0:
+            if is_whole:
+                yield end, block[newline + 1 : upto] + rest
+            end, upto, rest, is_whole = place + newline + 1, newline, b"", True
+        rest = (block[:upto] + rest)[-MOST_LINE_BYTES:]
+    if is_whole:
+        yield end, rest

@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_patch.run import checks
 from megatron_patch.run.attempts import attempts, checkpoint_step, read_status
-from megatron_patch.run.log import is_number, records
+from megatron_patch.run.log import is_number
+from megatron_patch.run.pace import Pace
 
 # A running job writes its status every few seconds; after this long it is not running, whatever the file says.
 SILENCE = 600.0
@@ -70,21 +71,20 @@ class Standing:
     num_attempts: int
     checkpoint: int
     started: float | None  # seconds since 1970, of the first attempt
-    stepping: float  # seconds spent on steps of the accepted history
+    pace: Pace
 
     @classmethod
     def of(cls, run: Path) -> Standing:
-        steps = _steps(run / "log.jsonl")
-        starts = attempts(run)
+        pace, starts = Pace.of(run / "log.jsonl"), attempts(run)
         started = [start["started"] for start in starts]
-        started += [first["time"] - first["seconds"] for first in list(steps.values())[:1]]
+        started += [] if pace.started is None else [pace.started]
         return cls(
             run=run,
             status=_told(run),
             num_attempts=len(starts) or 1,
             checkpoint=checkpoint_step(run),
             started=min(started, default=None),
-            stepping=sum(step["seconds"] for step in steps.values()),
+            pace=pace,
         )
 
     @property
@@ -101,7 +101,7 @@ class Standing:
         """Share of the time since the first attempt began that went into steps that count."""
         if self.started is None or not self.status or self.status["updated"] <= self.started:
             return None
-        return min(self.stepping / (self.status["updated"] - self.started), 1.0)
+        return min(self.pace.stepping / (self.status["updated"] - self.started), 1.0)
 
     @property
     def eta(self) -> str:
@@ -127,7 +127,8 @@ class Standing:
         lines += [
             f"ETA          {self.eta}",
             "checkpoint   " + (f"step {self.checkpoint:,}" if self.checkpoint else "none yet"),
-            f"effective    {effective} of the time since the first attempt",
+            f"effective    {effective} of the time since the first attempt"
+            + (", estimated from places of the log" if self.pace.is_estimate else ""),
         ]
         if s.get("reason"):
             lines.append(f"last word    {s['reason']}")
@@ -143,14 +144,14 @@ class Standing:
 
 
 def _told(run: Path) -> dict[str, Any]:
-    """RUN/status.json; empty where it is damaged."""
+    """RUN/status.json; empty where it is damaged, without what is of a type that no training writes."""
     status = read_status(run)
-    return status if 0 <= status.get("updated", -1) < _LAST_DAY else {}
-
-
-def _steps(log: Path) -> dict[int, dict[str, Any]]:
-    """Step records by step; of a step that was done again the last one."""
-    return {record["step"]: record for record in records(log) if "seconds" in record}
+    if not 0 <= status.get("updated", -1) < _LAST_DAY:
+        return {}
+    texts, numbers = ("reason", "node"), ("loss", "tokens_per_second", "ranks", "rank", "eta_seconds")
+    odd = {name for name in texts if not isinstance(status.get(name), str)}
+    odd |= {name for name in numbers if not is_number(status.get(name))}
+    return {name: value for name, value in status.items() if name not in odd}
 
 
 def _ago(moment: float) -> str:

@@ -8,14 +8,15 @@ from pathlib import Path
 
 from megatron_patch.recipe import load
 from megatron_patch.report.page import embed, render
-from megatron_patch.report.read import Run
+from megatron_patch.report.read import Run, Steps
 
 MARKUP = "<b onclick='x'>\u65e5\u672c & \"<script>"
 
 
 def test_texts_of_a_run_are_text() -> None:
     recipe = load("recipes/demo.yaml").model_copy(update={"name": MARKUP})
-    steps = [{"step": 1, "loss": 2.0, "time": 10.0, "seconds": 1.0, "tokens": 99, "tokens_per_second": 99.0}]
+    steps = Steps()
+    steps.add({"step": 1, "loss": 2.0, "time": 10.0, "seconds": 1.0, "tokens": 99, "tokens_per_second": 99.0})
     milestone = dict.fromkeys(("name", "segments", "contents", "wall_time", "digest"), MARKUP)
     score = {"value": 1.0, "stderr": None, "stock": None}
     run = Run(

@@ -11,14 +11,21 @@ import pytest
 from PIL import Image
 
 from megatron_patch.__main__ import main
-from megatron_patch.report.read import read_run, restarts, unrecorded_starts
-from megatron_patch.report.series import Axes, thin
+from megatron_patch.report.read import Restart, Restarts, read_run
+from megatron_patch.report.series import Axes, Thinned
 from megatron_patch.report.summary import History
 
 
 def steps(*ends: float) -> list[dict[str, float]]:
     """Steps of a second each that ended at these times."""
     return [{"step": i, "seconds": 1.0, "time": end} for i, end in enumerate(ends, 1)]
+
+
+def restarts(records: list[dict[str, float]], starts: list[float]) -> list[Restart]:
+    found = Restarts(starts)
+    for record in records:
+        found.add(record)
+    return found.found
 
 
 def test_a_restart_costs_the_time_without_a_kept_step() -> None:
@@ -46,19 +53,16 @@ def test_starts_by_hand_are_read_off_the_log() -> None:
         *steps(11, 12), {"step": 2, "held_out_loss": 1.0, "time": 72.0},
         *[{**s, "step": s["step"] + 2} for s in steps(73, 79, 109, 110)],
     ]  # fmt: skip
-    made = [r for r in records if "seconds" in r]
-    found = unrecorded_starts(records, [])
-    assert found == [10.0, 108.0]
-    (only,) = restarts(made, found)
-    assert (only.step, only.lost) == (4, 29.0)
-    assert unrecorded_starts(records, [5.0, 90.0]) == []  # Slurm's launcher has recorded both
-    assert unrecorded_starts(records, [90.0]) == [10.0]
+    (only,) = restarts(records, [])
+    assert (only.time, only.step, only.lost) == (108.0, 4, 29.0)
+    assert restarts(records, [5.0, 90.0]) == restarts(records, [90.0]) == [only]  # Slurm's launcher has recorded it
 
 
 def test_real_run(run: Path, evaluations: Path) -> None:
     found = read_run(run, evaluations)
-    assert [s["step"] for s in found.steps] == list(range(1, 61))
-    assert [h["step"] for h in found.held_out] == [20, 40, 60]
+    tokens = 20 * 8 * found.recipe.model.sequence_length
+    assert [tokens for _, tokens, _ in found.steps.curves["loss"].points()] == [i * tokens / 20 for i in range(1, 61)]
+    assert [at for _, at, _ in found.held_out.points()] == [tokens, 2 * tokens, 3 * tokens]
     (restart,) = found.restarts
     assert restart.step in (12, 24, 36, 48)  # the newest restart point that was durable when it was killed
     assert restart.lost > 0
@@ -79,7 +83,9 @@ def test_damaged_records_are_left_out(
     table.write_text(table.read_text() + "ckpt_900,9\n")
     read = read_run(damaged, evaluations)
     assert (read.steps, read.milestones) == (whole.steps, whole.milestones) and whole.milestones
-    assert list(History.read(damaged / "log.jsonl").steps) == [step["step"] for step in whole.steps]
+    history = History.read(damaged / "log.jsonl")
+    assert (history.first, history.last) == (whole.steps.first, whole.steps.last)
+    assert history.loss.points() == whole.steps.curves["loss"].points()[::-1]
     assert f"{damaged / 'log.jsonl'}, line 2: damaged" in capsys.readouterr().err
     shutil.rmtree(damaged / "environment")
     newest = max((damaged / "checkpoints").glob("*/index.json"), key=lambda file: file.stat().st_mtime)
@@ -99,13 +105,18 @@ def test_a_damaged_data_set_is_named(run: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_thin_keeps_every_peak() -> None:
-    records = [{"time": float(i), "value": 1.0} for i in range(10_000)]
-    records[1234]["value"], records[7777]["value"], records[5]["value"] = 9.0, -3.0, None  # type: ignore[assignment]
-    kept = thin(records, "value", 100)
-    assert len(kept) <= 100
-    assert {9.0, -3.0} <= {r["value"] for r in kept}
-    assert [r["time"] for r in kept] == sorted(r["time"] for r in kept)
-    assert thin(records[:50], "value", 100) == [r for r in records[:50] if r["value"] is not None]
+    values = [1.0] * 10_000
+    values[1234], values[7777], values[9999] = 9.0, -3.0, 7.0
+    thinned, most = Thinned(100), 0
+    for i, value in enumerate(values):
+        thinned.add(float(i), 2.0 * i, value)
+        most = max(most, len(thinned.points()))
+        if i == 99:
+            assert thinned.points() == [(float(i), 2.0 * i, 1.0) for i in range(100)], "so few are all kept"
+    kept = thinned.points()
+    assert most == 100 and len(kept) > 40
+    assert {9.0, -3.0, 7.0} <= {value for _, _, value in kept}
+    assert [time for time, _, _ in kept] == sorted(time for time, _, _ in kept)
 
 
 def test_units_suit_the_run() -> None:
@@ -135,7 +146,7 @@ def test_compare(run: Path, evaluations: Path, tmp_path: Path, capsys: pytest.Ca
     assert "| completed |" in lines["demo"]
     assert lines["demo"].endswith("| 32.00 |")
     hours_of_run = lines["demo"].split(" | ")[4]
-    first, *_, last = read_run(run, evaluations).steps
+    first, last = (found := read_run(run, evaluations).steps).first, found.last
     assert float(hours_of_run) == pytest.approx((last["time"] - first["time"] + first["seconds"]) / 3600, rel=1e-3)
     words = image.read_text()
     for title in ("Parameters (B)", "Tokens (B)", "GPU hours", "Memory (GB)", "Accuracy", "demo (completed)"):
@@ -171,5 +182,6 @@ def test_numbers_that_were_not_finite_and_a_line_cut_short(
     assert main(["status", str(copy)]) == 0
     assert "loss" not in capsys.readouterr().out
     history = History.read(copy / "log.jsonl")
-    assert (history.steps[60]["loss"], history.held_out[60]) == (None, None)
-    assert json.loads(lines[1])["step"] not in history.steps
+    assert (history.last["step"], history.last["loss"], history.last_held_out) == (60, None, None)
+    steps_drawn = {round(tokens / history.last["tokens"] * 60) for _, tokens, _ in history.loss.points()}
+    assert steps_drawn == set(range(1, 60)) - {json.loads(lines[1])["step"]}

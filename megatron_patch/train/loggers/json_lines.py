@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from data_tools.files.durable import full_disk_named, write_whole
-from megatron_patch.run.log import records
+from data_tools.files.durable import full_disk_named, write_beside
+from data_tools.files.plain_file import open_plain
+from megatron_patch.run.log import DAMAGED, lines_backwards, record_of
+
+_END_BYTES = 1 << 20
 
 
 class JsonLines:
@@ -34,9 +38,47 @@ class JsonLines:
             self._lines.close()
 
 
-def _keep_until(step: int, lines: Path) -> None:
-    """Drop records of later steps, a last line that a killed process left unfinished, and what is no record."""
-    if not lines.exists():
+def _keep_until(step: int, log: Path) -> None:
+    """Drop records of later steps, a last line that a killed process left unfinished, and what is no record.
+
+    A run's log is long and steps grow, so its end alone is read: a MiB, and on to the first record that stays. Into a
+    new file: what an attempt before still sends to a service, it reads from the old one.
+    """
+    if not log.exists():
         return
-    kept = [json.dumps(record) + "\n" for record in records(lines) if record["step"] <= step]
-    write_whole(lines, "".join(kept).encode())
+    with open_plain(log) as old:
+        size = old.seek(0, 2)
+        head, tail, damaged = 0, [], []
+        for end, line in lines_backwards(old):
+            try:
+                is_kept = record_of(line)["step"] <= step
+            except DAMAGED:
+                damaged.append(end)
+                continue
+            if is_kept and size - end > _END_BYTES:
+                head = end
+                break
+            if is_kept:
+                tail.append(line + b"\n")
+        if head + sum(map(len, tail)) == size:
+            return
+        for end in reversed(damaged):
+            number = _count_lines(old, end)
+            print(f"{log}, line {number}: damaged, no record of a step; left out", file=sys.stderr)
+        old.seek(0)
+        with write_beside(log) as new:
+            for block in _blocks(old, head):
+                new.write(block)
+            new.writelines(reversed(tail))
+
+
+def _count_lines(stream: BinaryIO, end: int) -> int:
+    stream.seek(0)
+    return sum(block.count(b"\n") for block in _blocks(stream, end))
+
+
+def _blocks(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """The next `size` bytes, or as many as there are."""
+    while size and (block := stream.read(min(size, 1 << 22))):
+        size -= len(block)
+        yield block
