@@ -34,7 +34,7 @@ VERBS = {
     "plan": Verb(
         "megatron_patch.plan.command",
         "what a recipe needs on a cluster: memory, time, bytes, storage",
-        "python -m megatron_patch plan recipes/mobillama_05b.yaml --nodes 20 --gpus a100-80g",
+        "python -m megatron_patch plan recipes/mobillama_05b.yaml --nodes 20 --gpus a100-80g-2-ports",
     ),
     "check": Verb(
         "megatron_patch.preflight.command",

@@ -23,6 +23,11 @@ def count(text: str) -> int:
     return number
 
 
+def counts(text: str) -> list[int]:
+    """Whole numbers of at least 1, divided by commas: 1,2,4."""
+    return [count(part) for part in text.split(",")]
+
+
 def share(text: str) -> float:
     """A number of at least a millionth and at most 1."""
     if not 1e-6 <= (number := float(text)) <= 1:

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from megatron_patch import recipe
-from megatron_patch.arguments import amount
+from megatron_patch.arguments import amount, counts
 from megatron_patch.parallel.gpus import GIB
+from megatron_patch.plan import energy, scale
+from megatron_patch.plan.energy import add_energy
 from megatron_patch.plan.hardware import add_hardware, hardware
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.plan import Plan
@@ -29,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart-minutes", type=amount, default=5, help="assumed loss a restart, beside redone steps (5)"
     )
+    add_energy(parser)
+    parser.add_argument("--scale", type=counts, metavar="N,N,...", help="a table and a curve over numbers of nodes")
+    parser.add_argument("--output", type=Path, help="picture of --scale (scaling_NAME.svg)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -38,8 +43,17 @@ def main(args: argparse.Namespace) -> int:
         if args.recipe is None:
             print(table(on))
             return 0
-        plan = Plan.of(recipe.load(args.recipe, args.overrides), on, args.restart_minutes)
-        print(text(plan))
+        settings = recipe.load(args.recipe, args.overrides)
+        if args.scale is not None:
+            found = scale.plans(settings, on, args.scale)
+            print(scale.table(found))
+            image = args.output or Path(f"scaling_{settings.name}.svg")
+            scale.draw(found, image)
+            print(f"{image}: written", file=sys.stderr)
+            return 0
+        plan = Plan.of(settings, on, args.restart_minutes)
+        used = energy.planned(plan.gpu_hours, on.gpu.watts, args.utilisation, energy.Site(args.pue, args.grid))
+        print(text(plan, f"{used}: GPUs at {args.utilisation:.0%} of {on.gpu.watts:.0f} W"))
     except (RecipeError, ValueError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_patch.arguments import amount, count, share
 from megatron_patch.parallel.gpus import GPUS, Gpu
+from megatron_patch.plan import measured
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Hardware:
     gpu: Gpu
     mfu: float | None = None
     """Model FLOP utilisation of the computation alone, in place of what was measured (compute.py)."""
+    rates: str = "data sheets and published figures (parallel/gpus.py)"
+    """Where the GPU's and the network's rates are from."""
 
     @property
     def ranks(self) -> int:
@@ -39,12 +43,18 @@ def add_hardware(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--ports", type=count, metavar="N", help="network ports of a node, where not those of --gpus")
     parser.add_argument("--port-gbits", type=amount, metavar="GB/S", help="line rate of a port, Gb/s")
     parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="FOLDER",
+        help="of a `check`: its rates instead of published ones",
+    )
+    parser.add_argument(
         "--mfu", type=share, help="model FLOP utilisation of the computation alone (as measured: plan/compute.py)"
     )
 
 
 def hardware(args: argparse.Namespace) -> Hardware:
-    """Of what `add_hardware` parsed. Raises ValueError where half of a network is named."""
+    """Of what `add_hardware` parsed. Raises ValueError where half of a network is named or nothing was measured."""
     gpu = GPUS[args.gpus]
     if (args.ports is None) != (args.port_gbits is None):
         raise ValueError("--ports and --port-gbits go together: the number of a node's ports and the line rate of each")
@@ -54,4 +64,7 @@ def hardware(args: argparse.Namespace) -> Hardware:
         gpu = gpu.with_ports(args.ports, args.port_gbits)
     if args.gpus_per_node is not None:
         gpu = gpu.with_ranks(args.gpus_per_node)
-    return Hardware(args.nodes, args.gpus, gpu, args.mfu)
+    if args.measured is None:
+        return Hardware(args.nodes, args.gpus, gpu, args.mfu)
+    gpu, rates = measured.apply(gpu, args.measured)
+    return Hardware(args.nodes, args.gpus, gpu, args.mfu, rates)

@@ -8,7 +8,7 @@ from megatron_patch.plan.memory import Memory, memory
 from megatron_patch.plan.plan import GPU_HOURS_BETWEEN_FAILURES, RESERVED, Plan
 
 
-def text(plan: Plan) -> str:
+def text(plan: Plan, energy: str) -> str:
     s = plan.settings
     n, p = counts.parameters(s.model), s.parallel
     first = plan.places[0]
@@ -29,6 +29,7 @@ def text(plan: Plan) -> str:
         "",
         *_step_lines(plan),
         f"run                 {plan.days:.1f} days, {plan.gpu_hours / 1e3:.1f}K GPU hours",
+        f"energy              {energy}",
         f"failures            {plan.failures:.1f} expected; effective time {plan.effective_share:.1%}",
         "",
         *_storage_lines(plan),
@@ -89,14 +90,15 @@ def _storage_lines(plan: Plan) -> list[str]:
 def _assumed(plan: Plan) -> str:
     gpu, mfu = plan.gpu, plan.hardware.mfu
     pace = (
-        f"matrix products at {gpu.matmul_flops / 1e12:.0f} TFLOP/s and copies at {gpu.copy / 1e12:.2f} TB/s, of which "
+        f"matrix products at {gpu.matmul_flops / 1e12:.4g} TFLOP/s and copies at {gpu.copy / 1e12:.3g} TB/s, of which "
         "a step reaches the shares measured on an H100 (plan/compute.py)"
         if mfu is None
         else f"{mfu:.0%} MFU of the computation alone"
     )
     return (
-        f"{pace}; NVLink {gpu.network.nvlink / 1e9:.0f} GB/s a GPU, all ports of a node {gpu.network.node / 1e9:.1f} "
-        f"GB/s, latencies of NCCL's own table (plan/collectives.py); {RESERVED / GIB:.0f} GiB reserved for CUDA, NCCL "
-        f"and fragments; a failure every {GPU_HOURS_BETWEEN_FAILURES:,.0f} GPU hours (7.9 h at 1,024 GPUs), each "
-        f"losing half a checkpoint interval and {plan.restart_minutes:g} minutes"
+        f"rates: {plan.hardware.rates}; {pace}; NVLink {gpu.network.nvlink / 1e9:.3g} GB/s a GPU, all ports of a node "
+        f"{gpu.network.node / 1e9:.3g} GB/s, latencies {gpu.network.latency:.3g} times NCCL's own table "
+        f"(plan/collectives.py); {RESERVED / GIB:.0f} GiB reserved for CUDA, NCCL and fragments; a failure every "
+        f"{GPU_HOURS_BETWEEN_FAILURES:,.0f} GPU hours (7.9 h at 1,024 GPUs), each losing half a checkpoint interval "
+        f"and {plan.restart_minutes:g} minutes"
     )

@@ -43,10 +43,14 @@ class Size:
     gemm: int  # side of the square matrices
     copy: int  # bytes
     file: int  # bytes a node writes and reads back
-    all_reduce: int  # bytes
+    all_reduce: tuple[int, ...]  # bytes, rising; the last one is what nodes are judged by
 
 
-SIZE = Size(8192, 4 * GIB, 4 * GIB, GIB) if device.HAS_GPU else Size(256, 2**24, 2**23, 2**18)
+SIZE = (
+    Size(8192, 4 * GIB, 4 * GIB, (2**10, 2**20, 2**25, GIB))
+    if device.HAS_GPU
+    else Size(256, 2**24, 2**23, (2**10, 2**14, 2**18))
+)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -220,7 +224,8 @@ def driver_complaint(num_ranks: int) -> str:
 
 
 def measure_all_reduce(meeting: Path, host: str, rank: int, world_size: int, patience: float) -> Result:
-    """Bus bandwidth in bytes/s of an all-reduce over `world_size` ranks (2 (n-1)/n x bytes / seconds).
+    """Bus bandwidth in bytes/s of an all-reduce over `world_size` ranks (2 (n-1)/n x bytes / seconds), and the seconds
+    of each size.
 
     The first of them opens a store on a free port of its node and names it in the file `meeting`.
     """
@@ -235,13 +240,14 @@ def measure_all_reduce(meeting: Path, host: str, rank: int, world_size: int, pat
     dist.init_process_group(
         "nccl" if device.HAS_GPU else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout
     )
-    tensor = torch.ones(SIZE.all_reduce // 4, device=device.current())
+    tensor = torch.ones(SIZE.all_reduce[-1] // 4, device=device.current())
     dist.all_reduce(tensor)
     if not torch.all(tensor == world_size):
         raise ArithmeticError("the sum of ones over ranks is not their number")
-    seconds = best_seconds(lambda: dist.all_reduce(tensor), repeats=3)
+    seconds = {size: best_seconds(partial(dist.all_reduce, tensor[: size // 4]), repeats=3) for size in SIZE.all_reduce}
     dist.barrier()  # leave together: the store lives in the first rank
-    return {"all_reduce": 2 * (world_size - 1) / world_size * SIZE.all_reduce / seconds}
+    largest = SIZE.all_reduce[-1]
+    return {"all_reduce": 2 * (world_size - 1) / world_size * largest / seconds[largest], "seconds": seconds}
 
 
 def wait_for_file(path: Path, patience: float) -> Any:

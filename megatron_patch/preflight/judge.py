@@ -7,7 +7,8 @@ The judge runs in one place, a thread of the first rank, and talks to the ranks 
     F/round0.plan.json    the judge, when all have answered or the deadline is over: groups of ranks to all-reduce
     F/round0.RANK.json    every rank of a group: its bandwidth or error; likewise round1, round2, then "all"
     F/bad, F/good         the verdict for shell scripts: `HOST: reason` and `HOST` lines
-    F/verdict.json        the same; written last
+    F/measured.json       what the fit nodes reach, for `plan --measured F`
+    F/verdict.json        the verdict again; written last
 """
 
 from __future__ import annotations
@@ -60,7 +61,25 @@ def judge(folder: Path, hosts: Sequence[str], limits: Limits) -> None:
         good = []
     (folder / "bad").write_text("".join(f"{host}: {why}\n" for host, why in sorted(bad.items())))
     (folder / "good").write_text("".join(f"{host}\n" for host in good))
+    everyone = [rank for host in good for rank in ranks[host]]
+    launch.write_json(folder / "measured.json", measured(answers, _collect(folder, "all", everyone, 0), hosts))
     launch.write_json(folder / "verdict.json", {"good": good, "bad": bad})
+
+
+def measured(nodes: Answers, together: Answers, hosts: Sequence[str]) -> dict[str, Any]:
+    """What the slowest of the fit ranks reaches, which all others wait for; `together`: their common all-reduce.
+
+    Keys: device, ranks, nodes; gemm in FLOP/s, copy and disk in bytes/s; all_reduce, seconds by bytes.
+    """
+    fit = [nodes[rank] for rank in together]
+    sizes: Sequence[int] = next(([*answer["seconds"]] for answer in together.values() if "seconds" in answer), [])
+    return {
+        "device": fit[0]["device"] if fit else None,
+        "ranks": len(fit),
+        "nodes": len({hosts[rank] for rank in together}),
+        **{what: min((a[what] for a in fit if what in a), default=None) for what in ("gemm", "copy", "disk")},
+        "all_reduce": {size: max(a["seconds"][size] for a in together.values() if "seconds" in a) for size in sizes},
+    }
 
 
 def unfit_nodes(hosts: Sequence[str], answers: Answers, limits: Limits) -> dict[str, str]:

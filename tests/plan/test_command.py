@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -263,3 +264,51 @@ def test_the_papers_models_side_by_side() -> None:
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in text.splitlines()[2:7]}
     assert rows["baseline2"][1:3] == ["542,148,608", "0.52B"]
     assert rows["large_base"][4] == rows["mobillama_05b"][4] == "7.73"
+
+
+def test_scale_draws_the_curve_and_names_its_efficiency(tmp_path: Path) -> None:
+    image = tmp_path / "scaling.svg"
+    code, text, error = plan_of(
+        "recipes/mobillama_05b.yaml", "--gpus", "a100-80g-2-ports", "--scale", "1,2,20,40", "--output", str(image)
+    )
+    assert code == 0, error
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
+    assert [row[0] for row in rows] == ["1", "2", "20", "40"]
+    efficiency = [float(row[8].rstrip("%")) for row in rows]
+    assert efficiency[0] == 100 and efficiency[2] >= 97  # the goal for the paper's nodes
+    for row, share in zip(rows, efficiency, strict=True):
+        a_gpu = float(row[7].replace(",", ""))
+        assert a_gpu == pytest.approx(float(row[6].replace(",", "")) / int(row[1]), rel=1e-3)
+        assert share == pytest.approx(100 * a_gpu / float(rows[0][7].replace(",", "")), abs=0.06)
+    assert rows[3][2:4] == ["1 x 3", "16.7%"]  # 320 ranks have 2.5 rows each
+    assert "efficiency" in text and "<!-- GPUs -->" in image.read_text()
+    assert plan_of("recipes/mobillama_05b.yaml", "--scale", "1", "--output", str(tmp_path / "x.none"))[0] == 2
+
+
+def test_energy_is_power_times_time_times_the_site() -> None:
+    _, text, _ = plan_of(
+        "recipes/mobillama_05b.yaml", "--gpus", "h100", "--pue", "1.5", "--grid", "0.1", "--utilisation", "0.5"
+    )
+    hours = float(re.search(r"([\d.]+)K GPU hours", text)[1]) * 1e3  # type: ignore[index]
+    kwh, carbon = (float(n.replace(",", "")) for n in re.search(r"([\d,.]+) kWh, ([\d,.]+) kg CO2e", text).groups())  # type: ignore[union-attr]
+    assert kwh == pytest.approx(hours * 0.7 * 0.5 * 1.5, rel=0.02)
+    assert carbon == pytest.approx(kwh * 0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "missing or damaged; name the --folder of a `check`"),
+        ("[1]", "missing or damaged"),
+        ('{"ranks": 0, "nodes": 0, "gemm": null, "copy": null, "all_reduce": {}}', "holds no rates"),
+        ('{"ranks": 2, "nodes": 1, "gemm": 1e12, "copy": 1e9, "all_reduce": {"8": -1}}', "holds no rates"),
+        ('{"ranks": 2, "nodes": 1, "gemm": 1e12, "copy": 1e9, "all_reduce": {"x": 1}}', "holds no rates"),
+    ],
+)
+def test_what_was_not_measured_is_refused(content: str | None, reason: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "measured.json").write_text(content)
+    code, _, error = plan_of("recipes/mobillama_05b.yaml", "--measured", str(tmp_path))
+    assert code == 2 and f"{tmp_path}/measured.json" in error and reason in error
+    for half in (["--ports", "2"], ["--port-gbits", "200"], ["--ports", "2", "--port-gbits", "0"]):
+        assert plan_of("recipes/mobillama_05b.yaml", *half)[0] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -117,7 +118,9 @@ def test_the_ranks_of_one_start_share_a_name_and_no_other_start_has_it() -> None
     assert str(os.getpid()) in preflight.name_of_start({})
 
 
-def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(tmp_path: Path) -> None:
+def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Real gloo ranks under real processes; the host names stand for nodes that all live here."""
     folder = tmp_path / "check"
     folder.mkdir()
@@ -145,3 +148,18 @@ def test_four_ranks_on_four_hosts_one_of_which_cannot_write_its_checkpoints(tmp_
     bad = (folder / "bad").read_text()
     assert bad.startswith("127.0.0.2: rank 2: ") and "sick" in bad
     assert printed[0] == bad + f"fit nodes: 3; details in {folder}\n"
+    # What the three fit ones reach is what `plan` then reckons with.
+    measured = json.loads((folder / "measured.json").read_text())
+    assert (measured["device"], measured["ranks"], measured["nodes"]) == ("CPU", 3, 3)
+    nodes = [json.loads((folder / f"node.{rank}.json").read_text()) for rank in (0, 1, 3)]
+    assert measured["gemm"] == min(node["gemm"] for node in nodes)
+    together = [json.loads((folder / f"all.{rank}.json").read_text()) for rank in (0, 1, 3)]
+    for size, seconds in measured["all_reduce"].items():
+        assert seconds == max(answer["seconds"][size] for answer in together)
+    on = ["--nodes", "3", "--gpus-per-node", "1", "--measured", str(folder)]
+    assert main(["plan", str(demo), "parallel.tensor=1", "parallel.pipeline=1", *on]) == 0
+    text = capsys.readouterr().out
+    assert f"measured on 3 ranks of CPU on 3 nodes, the network between them ({folder}/measured.json)" in text
+    size, seconds = max(((int(size), seconds) for size, seconds in measured["all_reduce"].items()))
+    assert f"all ports of a node {2 * 2 / 3 * size / seconds / 1e9:.3g} GB/s" in text
+    assert f"matrix products at {measured['gemm'] / 1e12:.4g} TFLOP/s" in text
