@@ -257,16 +257,25 @@ def _source_folders(arguments: argparse.Namespace) -> dict[str, Path]:
             file=arguments.input,
             remedy=f"name them {', '.join(listed)}, or use --source, or list yours in a YAML file (--config)",
         )
-    visible = (path for path in arguments.input.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if others := sorted(path.name for path in visible if path.name not in listed):
+    from data_tools.sources.source_files import READ_SUFFIXES
+
+    beside = [path for path in arguments.input.iterdir() if path.name not in listed and not path.name.startswith(".")]
+    if others := sorted(path.name for path in beside if path.is_dir()):
         print(f"{arguments.input}: not named after a source and left out: {', '.join(others)}", file=sys.stderr)
+    if loose := sorted(path.name for path in beside if path.name.endswith(READ_SUFFIXES)):
+        print(f"{arguments.input}: in no source's folder and left out: {', '.join(loose)}", file=sys.stderr)
     return folders
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
     from data_tools.pack.tokenize_source import tokenize_source
+    from data_tools.sources.source_files import list_copies, refuse_shared
 
-    for name, folder in _source_folders(arguments).items():
+    folders = _source_folders(arguments)
+    refuse_shared(folders)
+    for copy in list_copies(folders):
+        print(copy, file=sys.stderr)
+    for name, folder in folders.items():
         manifest = tokenize_source(
             name,
             folder,

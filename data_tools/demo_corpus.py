@@ -22,7 +22,7 @@ import sentencepiece
 
 from data_tools.files.durable import write_beside, write_whole
 from data_tools.files.errors import DataError
-from data_tools.sources.text_encoder import sentencepiece_to_hugging_face
+from data_tools.sources.sentencepiece_model import SentencepieceModel
 
 LEFT_OUT_FOLDERS = {
     "test",
@@ -138,7 +138,7 @@ def build(output: Path, vocab_size: int) -> dict[str, int]:
     }
     model = train_tokenizer((text for texts in written.values() for text in texts), vocab_size)
     write_whole(output / "tokenizer.model", model)
-    content = sentencepiece_to_hugging_face(output / "tokenizer.model")
+    content = SentencepieceModel(output / "tokenizer.model").hugging_face()
     write_whole(output / "tokenizer.json", content.encode())
     return {name: sum(map(len, texts)) for name, texts in written.items()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import sys
 from pathlib import Path
 
 from data_tools.build_config import BuildConfig
@@ -12,6 +12,7 @@ from data_tools.index.index_segments import index, plan_dataset
 from data_tools.index.verify import verify
 from data_tools.pack.mix import MixOptions, mix
 from data_tools.pack.tokenize_source import tokenize_source
+from data_tools.sources.source_files import list_copies, refuse_shared
 
 
 def run_all(config: BuildConfig, folder: Path, output: Path, *, workers: int, policy: ErrorPolicy) -> DatasetManifest:
@@ -24,12 +25,10 @@ def run_all(config: BuildConfig, folder: Path, output: Path, *, workers: int, po
     for name, path in (*config.sources.items(), ("tokenizer", config.tokenizer)):
         if not (folder / path).exists():
             raise DataError("not there", file=folder / path, place=name, remedy="set its place in the configuration")
-    places = {name: (folder / path).resolve() for name, path in config.sources.items()}
-    for (name, path), (other, inside) in itertools.permutations(places.items(), 2):
-        if inside.is_relative_to(path):
-            raise DataError(
-                f"lies in {path}, which is {name}", file=inside, place=other, remedy="each source has its own"
-            )
+    folders = {name: folder / path for name, path in config.sources.items()}
+    refuse_shared(folders)
+    for copy in list_copies(folders):
+        print(copy, file=sys.stderr)
     there = sorted(path for path in (output / "rows").glob("*") if path.is_dir())
     for rows in there:  # mix takes every source that it finds
         if rows.name not in config.sources:

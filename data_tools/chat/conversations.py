@@ -17,14 +17,9 @@ import orjson
 from data_tools.files.digest import digest_stream
 from data_tools.files.durable import errors_named
 from data_tools.files.errors import DataError
-from data_tools.sources.documents import (
-    DECOMPRESSION_ERRORS,
-    LONGEST_LINE,
-    PARQUET_SUFFIX,
-    bad_text,
-    list_files,
-    open_decompressed,
-)
+from data_tools.sources.compressed import open_decompressed, unpacking_named
+from data_tools.sources.documents import LONGEST_LINE, bad_text
+from data_tools.sources.source_files import PARQUET_SUFFIX, list_files
 
 Message = dict[str, str]
 
@@ -81,21 +76,18 @@ def read_lines(path: Path, digest: Any) -> Iterator[Line]:
                 digest_stream(stream, digest)
             yield from _parquet_rows(path)
             return
-        try:
-            with open_decompressed(path) as stream:
-                number = 0
-                while line := stream.readline(LONGEST_LINE + 1):
-                    number += 1
-                    if len(line) > LONGEST_LINE:
-                        remedy = "not a file of one conversation a line, or a damaged one: mend it or take it away"
-                        raise DataError(
-                            f"longer than {LONGEST_LINE} bytes", file=path, place=f"line {number}", remedy=remedy
-                        )
-                    digest.update(line)
-                    if line.strip(b" \t\r\n"):
-                        yield _json_line(line.rstrip(b"\n"), f"line {number}")
-        except DECOMPRESSION_ERRORS as error:
-            raise DataError(f"cannot decompress: {error}", file=path, remedy="fetch or copy the file again") from None
+        with unpacking_named(path, "fetch or copy the file again"), open_decompressed(path) as stream:
+            number = 0
+            while line := stream.readline(LONGEST_LINE + 1):
+                number += 1
+                if len(line) > LONGEST_LINE:
+                    remedy = "not a file of one conversation a line, or a damaged one: mend it or take it away"
+                    raise DataError(
+                        f"longer than {LONGEST_LINE} bytes", file=path, place=f"line {number}", remedy=remedy
+                    )
+                digest.update(line)
+                if line.strip(b" \t\r\n"):
+                    yield _json_line(line.rstrip(b"\n"), f"line {number}")
 
 
 def _json_line(raw: bytes, place: str) -> Line:

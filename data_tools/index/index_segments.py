@@ -35,7 +35,7 @@ from data_tools.files.plain_file import file_size
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import MIX_MANIFEST, list_segments
 from data_tools.index.segment_reader import SegmentReader
-from data_tools.sources.documents import DECOMPRESSION_ERRORS, open_decompressed
+from data_tools.sources.compressed import open_decompressed, unpacking_named
 
 
 def plan_dataset(
@@ -200,8 +200,8 @@ def _is_finished(path: Path, base: Path, plan: DatasetPlan) -> bool:
     if touched_since(path, marker):
         digest = new_digest()
         with Progress(f"{path.name}, touched since, again", file_size(path), "B") as progress:
-            with contextlib.suppress(*DECOMPRESSION_ERRORS), errors_named(path), open_decompressed(path) as stream:
-                digest_stream(stream, digest)
+            with contextlib.suppress(DataError), unpacking_named(path, ""), errors_named(path):
+                digest_stream(open_decompressed(path), digest)
             progress.advance(file_size(path))
         if digest.hexdigest() != manifest.input.get("xxh3_128"):
             raise DataError(

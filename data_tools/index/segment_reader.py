@@ -19,7 +19,7 @@ from data_tools.files.digest import new_digest
 from data_tools.files.durable import errors_named
 from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.index._core import SLACK_BYTES, SLACK_IDS, RowParser
-from data_tools.sources.documents import DECOMPRESSION_ERRORS, open_decompressed
+from data_tools.sources.compressed import open_decompressed, refuse_other_form, unpacking_named
 
 BLOCK_BYTES = 1 << 22  # fewer, larger writes: small ones cost the page cache twice as much a byte
 READ_BYTES = 1 << 19  # the digest finds what was read in the second-level cache
@@ -77,15 +77,13 @@ class SegmentReader:
         Raises:
             DataError: the first bad row, or one too many; a file that cannot be decompressed.
         """
-        try:
-            with errors_named(self.path), self._open() as stream:
-                yield from self._inline(stream) if self.threads == 1 else self._threaded(stream)
-        except DECOMPRESSION_ERRORS as error:
-            raise DataError(f"cannot decompress: {error}", file=self.path, remedy="fetch the segment again") from None
+        with unpacking_named(self.path, "fetch the segment again"), errors_named(self.path), self._open() as stream:
+            yield from self._inline(stream) if self.threads == 1 else self._threaded(stream)
 
     def _open(self) -> BinaryIO:
         if self.path.suffix != ".jsonl":
             return open_decompressed(self.path)
+        refuse_other_form(self.path)
         stream = self.path.open("rb", buffering=0)  # blocks are buffers enough: no second copy of every byte
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return cast(BinaryIO, stream)

@@ -48,14 +48,12 @@ from data_tools.pack.units import (
 from data_tools.sources.documents import (
     TASK_BYTES,
     Task,
-    list_files,
-    list_left_out,
     plan_tasks,
     read_documents,
 )
+from data_tools.sources.source_files import list_files, list_left_out
 from data_tools.sources.text_encoder import TextEncoder
 
-LEFT_OUT_NAMES = 10
 SAMPLE_DOCUMENTS = 32
 SAMPLE_CHARACTERS = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -87,9 +85,8 @@ def tokenize_source(
     record = encoder.record()
     options = TokenizeOptions(row_length, record.sha256, record.vocab_size, encoder.eos_id, task_bytes)
     tasks = plan_tasks(folder, task_bytes)
-    if left_out := list_left_out(folder):
-        first = ", ".join(map(ascii, left_out[:LEFT_OUT_NAMES])) + (", ..." if left_out[LEFT_OUT_NAMES:] else "")
-        print(f"{source}: {len(left_out):,} files are neither JSONL nor Parquet and left out: {first}", file=sys.stderr)
+    for left_out in list_left_out(folder):
+        print(f"{source}: {left_out}", file=sys.stderr)
     with folder_lock(target):
         records, finished = read_records(target), _read_finished(target)
         parts = len(finished["parts"]) if finished else None

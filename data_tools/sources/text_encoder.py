@@ -1,4 +1,4 @@
-"""Text to token ids: gigatoken does the work, the Hugging Face tokenizer is the reference it is checked against.
+"""Text to token ids: gigatoken does the work, the tokenizer's own library is the reference it is checked against.
 
 The authors used the Hugging Face tokenizer, whose ids differ from sentencepiece's where a text holds `<s>`, `</s>` or
 `<unk>` literally: those become control ids.
@@ -8,123 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gigatoken
 import numpy as np
-import sentencepiece
 import tokenizers
 
 from data_tools.dataset.format import MAX_VOCAB_SIZE, TOKEN_DTYPE, TokenizerRecord, tokenizer_name
 from data_tools.files.digest import sha256_file
 from data_tools.files.errors import DataError
+from data_tools.files.plain_file import file_size
+from data_tools.sources.hard_texts import HARD_TEXTS, around
+from data_tools.sources.sentencepiece_model import EOS_TEXT, SentencepieceModel
 
-EOS_TEXT = "</s>"
-
-
-def sentencepiece_to_hugging_face(path: Path) -> str:
-    """The `tokenizer.json` that Hugging Face derives from a LLaMA-like sentencepiece BPE model.
-
-    A merge is any pair of pieces whose concatenation is a piece, in the order of the merged piece's score; pairs of one
-    merged piece in the order of their own ids. A leading space is prepended and spaces become U+2581; nothing else
-    is normalised (LLaMA's model says `identity`).
-
-    Raises:
-        DataError: not a sentencepiece model, or not a BPE model with byte fallback, or one that normalises text.
-    """
-    remedy = "give LLaMA's tokenizer.model or a tokenizer.json"
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"not a sentencepiece model ({error})", file=path, remedy=remedy) from None
-    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    if not any(model.is_byte(i) for i in range(len(pieces))):
-        raise DataError("the model has no byte fallback", file=path, remedy=remedy)
-    probe = "a  B\u00a0\ufb01\t\n "
-    if model.decode(model.encode(probe)) != probe:
-        raise DataError("the model normalises text (LLaMA's does not)", file=path, remedy=remedy)
-    merges: list[tuple[float, int, int, str, str]] = []
-    for i, piece in enumerate(pieces):
-        if model.is_control(i) or model.is_unknown(i) or model.is_byte(i):
-            continue
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in ids and right in ids:
-                merges.append((-model.get_score(i), ids[left], ids[right], left, right))
-    merges.sort(key=lambda merge: merge[:3])
-    special = [i for i in range(len(pieces)) if model.is_control(i) or model.is_unknown(i)]
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [
-                {
-                    "id": i,
-                    "content": pieces[i],
-                    "single_word": False,
-                    "lstrip": False,
-                    "rstrip": False,
-                    "normalized": False,
-                    "special": True,
-                }
-                for i in special
-            ],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "\u2581"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-                ],
-            },
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": pieces[model.unk_id()],
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": ids,
-                # Strings, not pairs: tokenizers before 0.20 read no pairs. No piece holds a space.
-                "merges": [f"{left} {right}" for *_, left, right in merges],
-            },
-        },
-        ensure_ascii=False,
-    )
+LARGEST_TOKENIZER = 1 << 28
 
 
 def read_tokenizer_json(path: Path) -> str:
     """The Hugging Face form of a `tokenizer.model` or `tokenizer.json`.
 
     Raises:
-        DataError: missing or unusable file.
+        DataError: missing or unusable file, or one whose ids of a text are not always the same and all of its ids.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[str, SentencepieceModel | None]:
     if not path.is_file():
         raise DataError("no such tokenizer", file=path, remedy="name a tokenizer.model or tokenizer.json")
+    if file_size(path) > LARGEST_TOKENIZER:
+        raise DataError(f"longer than {LARGEST_TOKENIZER:,} bytes", file=path, remedy="give LLaMA's tokenizer")
     if path.suffix == ".model":
-        return sentencepiece_to_hugging_face(path)
+        model = SentencepieceModel(path)
+        return model.hugging_face(), model
     try:
         text = path.read_text(encoding="utf-8")
-        json.loads(text)
-    except ValueError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON ({error})", file=path, remedy="give a Hugging Face tokenizer.json") from None
-    return text
+    if not isinstance(value, dict) or not isinstance(value.get("model"), dict):
+        raise DataError("cannot load: no model in it", file=path, remedy="give a Hugging Face tokenizer.json")
+    for place, setting, harm in (
+        ("truncation", value.get("truncation"), "cuts documents short"),
+        ("padding", value.get("padding"), "adds ids to documents"),
+        ("model.dropout", value["model"].get("dropout"), "gives a text other ids each time"),
+    ):
+        if setting:
+            raise DataError(f"{harm}: {json.dumps(setting)}", file=path, place=place, remedy="set it to null there")
+    return text, None
 
 
 class TextEncoder:
@@ -138,7 +71,7 @@ class TextEncoder:
     def __init__(self, path: Path) -> None:
         """Raises DataError where the tokenizer cannot be used: unreadable, no `</s>`, more ids than uint16 holds."""
         self.path = path
-        self._json = read_tokenizer_json(path)
+        self._json, self._model = _read(path)
         try:
             self._fast = gigatoken.Tokenizer.from_json(self._json)
             self._reference = tokenizers.Tokenizer.from_str(self._json)
@@ -185,15 +118,41 @@ class TextEncoder:
         return stream, lengths
 
     def encode_reference(self, text: str) -> list[int]:
-        """Ids of one text by the Hugging Face tokenizer, EOS included."""
-        return [*self._reference.encode(text, add_special_tokens=False).ids, self.eos_id]
+        """Ids of one text, EOS included, by the tokenizer's own library: sentencepiece's for a `.model`, else Hugging
+        Face's. In both, the name of a control token that stands in a text is that token."""
+        ids = self._model.encode(text) if self._model else self._encode_hugging_face(text)
+        return [*ids, self.eos_id]
+
+    def _encode_hugging_face(self, text: str) -> list[int]:
+        return list(self._reference.encode(text, add_special_tokens=False).ids)
 
     def check(self, texts: Sequence[str], file: Path) -> None:
-        """Compares gigatoken with the Hugging Face tokenizer on `texts` and on every added token.
+        """Compares gigatoken with the tokenizer's own library on `texts`, hard texts, added tokens and every id's text.
+
+        For a `.model` the Hugging Face form, which exports carry, is compared with sentencepiece too, but for `texts`.
 
         Raises:
-            DataError: ids differ in a document of `file`, or an added token's do.
+            DataError: ids differ in a document of `file`, or in another text.
         """
+        self._compare(texts, file, "sampled document")
+        for what, fixed in self._fixed_texts():
+            self._compare(fixed, self.path, what)
+            for i, text in enumerate(fixed if self._model else []):
+                if [*self._encode_hugging_face(text), self.eos_id] != self.encode_reference(text):
+                    self._refuse(
+                        self.path, f"{what} {i}", f"sentencepiece and its Hugging Face form differ in {text!a}"
+                    )
+
+    def _fixed_texts(self) -> Iterator[tuple[str, list[str]]]:
+        added = [token.content for token in self._reference.get_added_tokens_decoder().values()]
+        yield "added token", [text for content in added for text in around(content)]
+        yield "hard text", list(HARD_TEXTS)
+        together = 64
+        starts = range(0, self.vocab_size, together)
+        every = [list(range(start, min(start + together, self.vocab_size))) for start in starts]
+        yield f"text of {together} ids", [self._reference.decode(ids, skip_special_tokens=True) for ids in every]
+
+    def _compare(self, texts: Sequence[str], file: Path, what: str) -> None:
         stream, lengths = self.encode(texts)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         for i, text in enumerate(texts):
@@ -202,20 +161,18 @@ class TextEncoder:
             if ours != reference:
                 at = next((k for k, pair in enumerate(zip(ours, reference, strict=False)) if pair[0] != pair[1]), 0)
                 digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-                raise DataError(
-                    f"gigatoken and the Hugging Face tokenizer differ from token {at} on (text sha256 {digest})",
-                    file=file,
-                    place=f"sampled document {i}",
-                    remedy=f"do not use these ids: report the document and {self.path} to gigatoken",
-                )
-        for token in self._reference.get_added_tokens_decoder().values():
-            if self.encode([token.content])[0].tolist() != self.encode_reference(token.content):
-                raise DataError(
-                    f"gigatoken and the Hugging Face tokenizer differ in {token.content}",
-                    file=self.path,
-                    place="added_tokens",
-                    remedy="number the added tokens as the Hugging Face tokenizer does: behind the vocabulary, no gaps",
-                )
+                other = "sentencepiece" if self._model else "the Hugging Face tokenizer"
+                shown = ascii(text) if len(text) < 80 else f"text sha256 {digest}"
+                self._refuse(file, f"{what} {i}", f"gigatoken and {other} differ from token {at} on ({shown})")
+
+    def _refuse(self, file: Path, place: str, reason: str) -> NoReturn:
+        raise DataError(
+            reason,
+            file=file,
+            place=place,
+            remedy=f"do not use these ids: {self.path} cannot be served. Number added tokens as the Hugging Face"
+            " tokenizer does, behind the vocabulary, no gaps; if they are, report the text to gigatoken",
+        )
 
 
 def read_vocab_size(path: Path) -> int:

@@ -33,10 +33,10 @@ def stock(tokenizer: Path, template: str):
     """The tokenizer as anyone loads it."""
     from transformers import PreTrainedTokenizerFast
 
-    from data_tools.sources.text_encoder import sentencepiece_to_hugging_face
+    from data_tools.sources.sentencepiece_model import SentencepieceModel
 
     file = tokenizer.with_name("stock.json")
-    file.write_text(sentencepiece_to_hugging_face(tokenizer))
+    file.write_text(SentencepieceModel(tokenizer).hugging_face())
     loaded = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="</s>", bos_token="<s>", unk_token="<unk>")
     loaded.chat_template = template
     return loaded
@@ -252,9 +252,9 @@ def test_a_template_that_cannot_be_trained_with_is_refused(
 
 def test_an_end_of_turn_of_its_own_is_found(tokenizer: Path, tmp_path: Path) -> None:
     """ChatML on a tokenizer with two added tokens, the line break after each turn inside the mark."""
-    from data_tools.sources.text_encoder import sentencepiece_to_hugging_face
+    from data_tools.sources.sentencepiece_model import SentencepieceModel
 
-    added = json.loads(sentencepiece_to_hugging_face(tokenizer))
+    added = json.loads(SentencepieceModel(tokenizer).hugging_face())
     for name in ("<|im_start|>", "<|im_end|>"):
         token = {"id": 320 + len(added["added_tokens"]) - 3, "content": name, "special": True}
         added["added_tokens"].append({**added["added_tokens"][0], **token})
