@@ -19,7 +19,7 @@ def lines(runs: Path, logs: Path) -> list[str]:
     begun = [(folder.stat().st_mtime, folder) for pattern in patterns for folder in _readable(pattern)]
     if not begun:
         return []
-    table = [f"{'check':<40} {'as of':<19} {'fit':>9}  unfit nodes"]
+    table = [f"{'check':<40} {'as of':<19} {'healthy':>9}  unhealthy nodes"]
     return table + [_row(folder, when) for when, folder in sorted(begun)[-MOST:]]
 
 
@@ -43,9 +43,9 @@ def _row(folder: Path, when: float) -> str:
         return f"{folder!s:<40} unreadable: {error.strerror}"
     good, bad = verdict.get("good"), verdict.get("bad")
     if isinstance(good, list) and isinstance(bad, dict):
-        fit, unfit = f"{len(good)}/{len(good) + len(bad)}", ", ".join(sorted(map(str, bad))) or "-"
+        healthy, unhealthy = f"{len(good)}/{len(good) + len(bad)}", ", ".join(sorted(map(str, bad))) or "-"
     elif (folder / "verdict.json").exists():
-        fit, unfit = "damaged", "-"
+        healthy, unhealthy = "damaged", "-"
     else:
-        fit, unfit = "running" if time.time() - when < _LONGEST else "none", "-"
-    return f"{folder!s:<40} {datetime.fromtimestamp(when):%F %T} {fit:>9}  {unfit}"
+        healthy, unhealthy = "running" if time.time() - when < _LONGEST else "none", "-"
+    return f"{folder!s:<40} {datetime.fromtimestamp(when):%F %T} {healthy:>9}  {unhealthy}"

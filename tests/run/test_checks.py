@@ -31,7 +31,7 @@ def test_status_lists_checks_of_nodes(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert status.main(args) == 0
     title, *rows = capsys.readouterr().out.splitlines()
-    assert title.split() == ["check", "as", "of", "fit", "unfit", "nodes"]
+    assert title.split() == ["check", "as", "of", "healthy", "unhealthy", "nodes"]
     told = [(Path(row.split()[0]).name, *row.split()[3:]) for row in rows]
     assert told == [
         ("8.0", "damaged", "-"),
