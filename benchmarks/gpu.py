@@ -287,7 +287,7 @@ def state(trainer: Trainer) -> list[torch.Tensor]:
     o = trainer.optimizer
     moments = [o.moments(group) for group in range(len(o.groups))]
     return [
-        *(*o.zero.bit16_groups_flat, *o.master_shards, *(buffer.flat for buffer in o.buffers)),
+        *(*o.flat_weights, *o.master_shards, *(buffer.flat for buffer in o.buffers)),
         *(m[which] for m in moments for which in ("exp_avg", "exp_avg_sq") if which in m),
     ]
 

@@ -32,7 +32,7 @@ def test_an_outer_limit_cuts_an_inner_one():
 
 def parts_of_a_step() -> dict[str, float]:
     # Sizes that no other matrix has: FFN 48 and 96, vocabulary 64, tokens 8 x 20.
-    trainer = toy_trainer(toy_recipe("batch.micro_batch_size=8", "model.sequence_length=20", "model.shared_ffn=true"))
+    trainer = toy_trainer(toy_recipe("batch.micro_batch_size=8", "model.sequence_length=20", "model.num_ffns=1"))
     share = toy_share(trainer, 0)
     trainer.step(share, 1e-4)
     for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):

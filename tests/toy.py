@@ -104,15 +104,16 @@ def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:
 
 
 def _replicas_equal(trainer: Trainer) -> bool:
-    """Whether the shared FFN is the same bits on every pipeline stage and data-parallel rank of my tensor rank."""
-    ours = [p for whole, p in local_parameters(trainer.chunks, trainer.recipe.model) if whole.kind == "ffn"]
-    if not ours:
-        return True
-    mine = torch.cat([p.detach().view(-1) for p in ours])
-    everyone = [torch.empty_like(mine) for _ in range(trainer.topology.world_size)]
-    torch.distributed.all_gather(everyone, mine)
-    ranks = range(trainer.topology.tensor_rank, trainer.topology.world_size, trainer.topology.tensor_size)
-    return all(torch.equal(everyone[rank], mine) for rank in ranks)
+    """Whether every parameter is the same bits on all ranks that hold the same part of it."""
+    place = trainer.topology
+    mine = {
+        (whole.name, place.tensor_rank if whole.cut is not None else 0): p.detach().view(torch.uint8).numpy().tobytes()
+        for whole, p in local_parameters(trainer.chunks, trainer.recipe.model)
+    }
+    everyone: list[dict[tuple[str, int], bytes]] = [{} for _ in range(place.world_size)]
+    torch.distributed.all_gather_object(everyone, mine)
+    first: dict[tuple[str, int], bytes] = {}
+    return all(first.setdefault(part, content) == content for held in everyone for part, content in held.items())
 
 
 def gather(answers: list[dict[str, Any]], recipe: Recipe) -> dict[str, torch.Tensor]:

@@ -13,11 +13,12 @@ from typing import Literal
 
 import torch
 
-from megatron_patch.model.parameters import whole_tensors
+from megatron_patch.kernels.packed_qkv import pack_weights, part_of_weight
+from megatron_patch.model.parameters import ffn_prefix, ffn_prefixes
 from megatron_patch.recipe import Model
 
 Form = Literal["expanded", "shared"]
-"""expanded: an FFN in every layer, as stock `LlamaForCausalLM` has it; shared: one FFN, as it was trained."""
+"""expanded: an FFN in every layer, as stock `LlamaForCausalLM` has it; shared: each FFN once, as it was trained."""
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _FFN = ("gate_proj", "up_proj")
@@ -44,7 +45,7 @@ class HfTensor:
         if self.part is None:
             return whole.contiguous()
         if self.whole.endswith("linear_qkv.weight"):
-            return whole.view(model.num_attention_heads, 3, model.head_dim, -1)[:, self.part].reshape(self.shape)
+            return part_of_weight(whole, self.part, model.num_attention_heads).reshape(self.shape)
         return whole[self.part].contiguous()
 
 
@@ -52,13 +53,13 @@ def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
     """Every tensor of the Hugging Face model in forward order.
 
     A shared FFN stands `num_layers` times in the expanded form (223 - 22 = 201 tensors at 22 layers) and once in the
-    shared form (138 tensors).
+    shared form (138 tensors), where several are `model.ffns.K` and one is `model.ffn`.
 
     Raises:
         ValueError: the shared form of a model whose layers have an FFN each.
     """
     if form == "shared" and not model.shared_ffn:
-        raise ValueError("model.shared_ffn is false: every layer has an FFN of its own, so only `expanded` exists")
+        raise ValueError("every layer has an FFN of its own (model.num_ffns), so only `expanded` exists")
     h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size
 
     def ffn(prefix: str, whole: str) -> list[HfTensor]:
@@ -69,7 +70,7 @@ def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
 
     tensors = [HfTensor("model.embed_tokens.weight", (v, h), "embedding.word_embeddings.weight", None)]
     if form == "shared":
-        tensors += ffn("model.ffn", "ffn")
+        tensors += [t for prefix in ffn_prefixes(model) for t in ffn(f"model.{prefix}", prefix)]
     for i in range(model.num_layers):
         layer, ours = f"model.layers.{i}", f"layers.{i}"
         tensors += [
@@ -82,7 +83,7 @@ def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
             HfTensor(f"{layer}.post_attention_layernorm.weight", (h,), f"{ours}.pre_mlp_layernorm.weight", None),
         ]
         if form == "expanded":
-            tensors += ffn(f"{layer}.mlp", "ffn" if model.shared_ffn else f"{ours}.mlp")
+            tensors += ffn(f"{layer}.mlp", ffn_prefix(model, i))
     tensors += [
         HfTensor("model.norm.weight", (h,), "final_layernorm.weight", None),
         HfTensor("lm_head.weight", (v, h), "output_layer.weight", None),
@@ -103,6 +104,5 @@ def assemble(name: str, model: Model, form: Form, read: Callable[[str], torch.Te
         return parts[None]
     stacked = [parts[i] for i in range(len(parts))]
     if name.endswith("linear_qkv.weight"):
-        heads = [part.view(model.num_attention_heads, model.head_dim, -1) for part in stacked]
-        return torch.stack(heads, 1).reshape(whole_tensors(model)[name].shape)
+        return pack_weights(stacked, model.num_attention_heads)
     return torch.stack(stacked)

@@ -1,7 +1,7 @@
 """Rotary embedding (Su et al. 2021, arXiv 2104.09864) fused with the split of the packed QKV projection.
 
-Heads lie in the packed projection as Megatron lays them: q, k, v of head 0, of head 1, ... Dimension i turns with
-dimension i + d/2 (the "half" pairing of LLaMA), by the angle position x base^(-2i/d).
+`packed_qkv.py` says how heads lie in the packed projection. Dimension i turns with dimension i + d/2 (the "half"
+pairing of LLaMA), by the angle position x base^(-2i/d).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from megatron_patch.kernels import registry
+from megatron_patch.kernels.packed_qkv import by_head
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -23,8 +24,7 @@ def split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> H
 
 
 def reference_split_and_rotate(packed: torch.Tensor, table: torch.Tensor, heads: int) -> Heads:
-    b, s, width = packed.shape
-    query, key, value = packed.view(b, s, heads, width // heads).chunk(3, dim=-1)
+    query, key, value = by_head(packed, heads).unbind(-2)
     cosine, sine = table[:, None, :, None, :]
 
     def turned(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_patch.kernels import packed_qkv
+
 
 class SplitAndRotate(torch.autograd.Function):
     @staticmethod
@@ -22,7 +24,7 @@ class SplitAndRotate(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         b, s, width = packed.shape
         packed = packed.contiguous()
-        query, key, value = (packed.new_empty((b, s, heads, width // heads // 3)) for _ in range(3))
+        query, key, value = (packed.new_empty((b, s, heads, width // heads // packed_qkv.PARTS)) for _ in range(3))
         _launch(packed, (query, key, value), table, backward=False)
         ctx.save_for_backward(table)
         ctx.shape = packed.shape
@@ -52,6 +54,7 @@ def _launch(packed: torch.Tensor, parts: tuple[torch.Tensor, ...], table: torch.
         heads,
         d // 2,
         BACKWARD=backward,
+        PARTS=packed_qkv.PARTS,
         HEADS=triton.next_power_of_2(heads),
         HALF=triton.next_power_of_2(d // 2),
     )
@@ -68,6 +71,7 @@ def _turn(
     heads: tl.constexpr,
     half: tl.constexpr,
     BACKWARD: tl.constexpr,
+    PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
@@ -81,8 +85,8 @@ def _turn(
     if BACKWARD:
         sine = -sine
     in_part = (token * heads + head) * 2 * half + lane
-    in_packed = (token * heads + head) * 6 * half + lane
-    for which in tl.static_range(3):
+    in_packed = (token * heads + head) * PARTS * 2 * half + lane
+    for which in tl.static_range(PARTS):
         part = query if which == 0 else (key if which == 1 else value)
         whole = packed + in_packed + which * 2 * half
         source = part + in_part if BACKWARD else whole

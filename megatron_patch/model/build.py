@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.kernels import choice
 from megatron_patch.model.gpt import MobiLlama
-from megatron_patch.model.spec import SharedFFN, block_spec
+from megatron_patch.model.spec import SharedModules, block_spec
 from megatron_patch.recipe import Recipe
 
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -76,18 +76,18 @@ def build(recipe: Recipe, device: torch.device) -> list[MobiLlama]:
     if device.type != "meta":
         choice.choose(recipe.kernels, device)
     config = transformer_config(recipe)
-    ffn = SharedFFN() if recipe.model.shared_ffn else None
+    shared = SharedModules()
     virtual = recipe.parallel.virtual_pipeline
     with device:
         return [
             MobiLlama(
                 config=config,
-                transformer_layer_spec=block_spec(config, ffn, chunk),
+                transformer_layer_spec=block_spec(config, recipe.model, shared, chunk),
                 vocab_size=recipe.model.vocab_size,
                 max_sequence_length=recipe.model.sequence_length,
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
-                share_embeddings_and_output_weights=False,
+                share_embeddings_and_output_weights=recipe.model.tied_embeddings,
                 rotary_base=recipe.model.rope_base,
                 vp_stage=chunk,
             )

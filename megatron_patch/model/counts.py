@@ -7,8 +7,10 @@ Two counters, never one: memory follows the *unique* parameters (a shared FFN is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
-from megatron_patch.recipe import Model, Recipe
+from megatron_patch.model.parameters import Kind, whole_tensors
+from megatron_patch.recipe import Model
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,17 @@ class Parameters:
 
 
 def parameters(model: Model) -> Parameters:
-    """Exact parameter counts: untied embedding and head, MHA without biases, SwiGLU FFN, RMSNorm (paper Table 3)."""
-    h = model.hidden_size
+    """Exact parameter counts (paper Table 3), of the tensors that the model has."""
+    sizes = dict.fromkeys(get_args(Kind), 0)
+    for whole in whole_tensors(model).values():
+        sizes[whole.kind] += whole.numel()
     return Parameters(
-        embedding=model.vocab_size * h,
-        head=model.vocab_size * h,
-        attention=model.num_layers * 4 * h * h,
-        ffn=3 * h * model.ffn_hidden_size,
-        ffn_copies=1 if model.shared_ffn else model.num_layers,
-        norms=(2 * model.num_layers + 1) * h,
+        embedding=sizes["embedding"],
+        head=sizes["head"],
+        attention=sizes["attention"],
+        ffn=sizes["ffn"] // model.ffn_count,
+        ffn_copies=model.ffn_count,
+        norms=sizes["norm"],
         ffn_uses=model.num_layers,
     )
 
@@ -58,18 +62,3 @@ def flops_per_token(model: Model) -> int:
     matrices = counts.attention + counts.ffn * counts.ffn_uses + counts.head
     attention = model.num_layers * 4 * model.hidden_size * model.sequence_length // 2
     return 3 * (2 * matrices + attention)
-
-
-def stage_layers(recipe: Recipe) -> list[int]:
-    """Layers held by each pipeline stage, all of its virtual chunks together, first stage first.
-
-    Where the layers do not divide over the chunks, embedding and loss count as a layer each: the first chunk of the
-    first stage and the last chunk of the last stage hold one layer less.
-    """
-    p, layers = recipe.parallel, recipe.model.num_layers
-    if not recipe.pads_pipeline_split:
-        return [layers // p.pipeline] * p.pipeline
-    held = [(layers + 2) // p.pipeline] * p.pipeline
-    held[0] -= 1
-    held[-1] -= 1
-    return held

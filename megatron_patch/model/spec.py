@@ -1,4 +1,4 @@
-"""The layer spec: a Megatron-Core decoder layer whose FFN is one module for all layers of a rank.
+"""The layer spec: a Megatron-Core decoder layer whose FFN is one module for all layers of a rank that use it.
 
 The pre-FFN norm stays outside the FFN (Transformer Engine's fused spec would share 22 norms with it), so norms are
 per layer while the FFN is shared, as in the released modelling code.
@@ -6,6 +6,7 @@ per layer while the FFN is shared, as in the released modelling code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_patch.kernels.swiglu import swiglu
 from megatron_patch.model.attention import SelfAttention
 from megatron_patch.model.norm import RMSNorm
+from megatron_patch.model.parameters import ffn_prefix
+from megatron_patch.recipe import Model
 
 
 class FFN(MLP):
@@ -34,20 +37,21 @@ class FFN(MLP):
         return self.linear_fc2(swiglu(packed))
 
 
-class SharedFFN:
-    """Holds the one FFN of a rank; the first layer that asks builds it.
+class SharedModules:
+    """Holds the modules of a rank that several layers use; the first layer that asks for one builds it.
 
-    Pass one holder to the specs of all model chunks of a rank, and virtual pipeline stages share it too. Stages on
-    other ranks hold replicas, which `megatron_patch.optim.gradients` keeps bit-identical.
+    Pass one holder to the specs of all model chunks of a rank, and virtual pipeline stages share them too. Stages on
+    other ranks hold replicas, which `optim/gradients.py` keeps bit-identical.
     """
 
     def __init__(self) -> None:
-        self._ffn: FFN | None = None
+        self._modules: dict[str, torch.nn.Module] = {}
 
-    def get(self, config: TransformerConfig, tensor_group: torch.distributed.ProcessGroup) -> FFN:
-        if self._ffn is None:
-            self._ffn = FFN(config, _FFN_SUBMODULES, ffn_hidden_size=config.ffn_hidden_size, tp_group=tensor_group)
-        return self._ffn
+    def get(self, name: str, build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        """The module of this name (model/parameters.py says which layers use which)."""
+        if name not in self._modules:
+            self._modules[name] = build()
+        return self._modules[name]
 
 
 class DecoderLayer(TransformerLayer):
@@ -77,9 +81,14 @@ class DecoderLayer(TransformerLayer):
 class SharedFFNLayer(DecoderLayer):
     """A decoder layer that takes its FFN from a holder instead of building one (paper Figure 2)."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, ffn: SharedFFN, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *args: Any, model: Model, shared: SharedModules, **kwargs: Any
+    ) -> None:
         super().__init__(config, *args, **kwargs)
-        self.mlp = ffn.get(config, self.tp_group)
+        self.mlp = shared.get(
+            ffn_prefix(model, self.layer_number - 1),
+            lambda: FFN(config, _FFN_SUBMODULES, ffn_hidden_size=config.ffn_hidden_size, tp_group=self.tp_group),
+        )
 
 
 _FFN_SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -93,18 +102,20 @@ _ATTENTION = ModuleSpec(
 )
 
 
-def layer_spec(ffn: SharedFFN | None) -> ModuleSpec:
-    """Spec of a decoder layer: with the holder's FFN, or with an FFN of its own where `ffn` is None."""
+def layer_spec(model: Model, shared: SharedModules) -> ModuleSpec:
+    """Spec of a decoder layer: with an FFN of the holder, or with one of its own where the model shares none."""
     submodules = TransformerLayerSubmodules(
         input_layernorm=RMSNorm, self_attention=_ATTENTION, pre_mlp_layernorm=RMSNorm
     )
-    if ffn is not None:
-        return ModuleSpec(module=SharedFFNLayer, params={"ffn": ffn}, submodules=submodules)
+    if model.shared_ffn:
+        return ModuleSpec(module=SharedFFNLayer, params={"model": model, "shared": shared}, submodules=submodules)
     submodules.mlp = ModuleSpec(module=FFN, submodules=_FFN_SUBMODULES)
     return ModuleSpec(module=DecoderLayer, submodules=submodules)
 
 
-def block_spec(config: TransformerConfig, ffn: SharedFFN | None, chunk: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, model: Model, shared: SharedModules, chunk: int | None
+) -> TransformerBlockSubmodules:
     """The layers of one model chunk of this rank, and the final norm."""
     count = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(ffn)] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(model, shared)] * count, layer_norm=RMSNorm)

@@ -3,22 +3,24 @@
 Every parameter accumulates into `main_grad`, an fp32 view of its group's flat buffer: linear layers inside their
 weight-gradient GEMM (kernels/weight_gradient.py), the embedding by rows (kernels/embedding.py), the others through a
 hook that adds and drops `grad`. Each buffer is summed over the data-parallel group straight into this rank's shard
-(reduce-scatter), and the shard, 1/DP of the bytes, over the ranks that hold replicas of the group:
+(reduce-scatter), and the shard, 1/DP of the bytes, over the ranks that hold replicas of the group, as the group says of
+itself (`Replication` in groups.py). In MobiLlama:
 
-    group     parameters                       replicas of it                  counted in the norm by
-    sharded   embedding, attention, own FFNs   none                            every rank
-    ffn       the shared FFN                   the other pipeline stages       the first stage
-    norm      norm weights                     the tensor-parallel ranks       tensor-parallel rank 0
+    parameters                       summed over                                 counted in the norm by
+    embedding, attention, own FFNs   nobody else                                 every rank
+    an FFN of several layers         the pipeline stages of those layers         the first of those stages
+    norm weights                     tensor ranks, under sequence parallelism    tensor-parallel rank 0
 
-The FFN has groups of its own because shard boundaries must align across stages that hold different other parameters:
+An FFN has groups of its own because shard boundaries must align across stages that hold different other parameters:
 only then is the sum over stages bit-equal on all of them. Replicated norms need their sum only under sequence
 parallelism; otherwise every tensor-parallel rank computes the same gradient.
 
-Sharded parameters form buckets of neighbouring layers. A bucket's reduce-scatter starts during the backward pass of the
-last micro-batch, as soon as the gradient that leaves its lowest layer is computed: then every use of its weights, in
-every micro-batch and under any recomputation, has been added. The shared FFN's starts when the lowest layer's FFN is
-through, before that layer's attention; the embedding's and the norms' at the end. What autograd knows of a parameter
-does not serve here: it reports a shared weight once a micro-batch without recomputation, and once a layer with it.
+Parameters of one layer form buckets of neighbouring layers. A bucket's reduce-scatter starts during the backward pass
+of the last micro-batch, as soon as the gradient that leaves its lowest layer is computed: then every use of its
+weights, in every micro-batch and under any recomputation, has been added. A shared FFN's starts when it is through in
+the lowest layer that uses it, before that layer's attention; the embedding's and the norms' at the end. What autograd
+knows of a parameter does not serve here: it reports a shared weight once a micro-batch without recomputation, and once
+a layer with it.
 """
 
 from __future__ import annotations
@@ -53,14 +55,13 @@ class GradientBuffer:
         self.parameters = {id(parameter) for parameter in group.parameters}
         self._passes_left = 0
         self._reduction: dist.Work | None = None
-        self._replicas: dist.ProcessGroup | None = None
-        self.counted = True
-        if group.replication == "ffn" and topology.pipeline_size > 1:
-            self._replicas = topology.pipeline_group
-            self.counted = topology.pipeline_rank == 0
-        elif group.replication == "norm":
-            self._replicas = topology.tensor_group if recipe.parallel.sequence else None
-            self.counted = topology.tensor_rank == 0
+        replicas = group.replication
+        self.counted = replicas.is_owner(topology.pipeline_rank, topology.tensor_rank)
+        self._replicas: list[dist.ProcessGroup] = []
+        if replicas.partial and topology.tensor_size > 1:
+            self._replicas.append(topology.tensor_group)
+        if replicas.over_stages:
+            self._replicas.append(topology.stage_group(replicas.stages))
         self.flat = torch.zeros(flat_weights.numel(), dtype=torch.float32, device=flat_weights.device)
         self._bytes = self.flat.untyped_storage().nbytes()
         sharded = topology.data_size > 1
@@ -101,8 +102,8 @@ class GradientBuffer:
             self._reduction = None
             if self._release:
                 self.flat.untyped_storage().resize_(0)
-        if self._replicas is not None:
-            dist.all_reduce(self.shard, group=self._replicas)
+        for group in self._replicas:
+            dist.all_reduce(self.shard, group=group)
 
 
 def reduce_during_backward(layers: Iterable[Any], buffers: Sequence[GradientBuffer]) -> None:

@@ -1,6 +1,8 @@
-"""Which parameters of a rank are reduced, counted and decayed alike, and at once: gradients.py says how and why.
+"""Which parameters of a rank are reduced, counted, decayed and written alike, and at once.
 
-Nothing here imports torch, so that `plan` counts the same groups at once.
+A group says of itself over which ranks it is replicated, whether a rank's gradient is a part of the sum or the whole,
+and which rank counts it in the norm and writes it (`Replication`). Gradients, norm, checkpoints, memory and traffic
+read that; nobody asks what a parameter is for. Nothing here imports torch, so that `plan` counts the same groups.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from megatron_patch.model.parameters import Whole
+from megatron_patch.model.parameters import Whole, stage_layers, stages_of, whole_tensors
+from megatron_patch.recipe import Recipe
 
 
 class Sized(Protocol):
@@ -20,7 +23,51 @@ class Sized(Protocol):
 
 
 P = TypeVar("P", bound=Sized)
-Replication = Literal["sharded", "ffn", "norm"]
+
+
+@dataclass(frozen=True)
+class Replication:
+    """Who holds the same parameter. Among data-parallel ranks every parameter is a replica, and sharded by ZeRO.
+
+    Attributes:
+        stages: the pipeline stages that hold it, first one first. Of several, each has a part of its gradient.
+        over_tensor: every tensor-parallel rank of a stage holds it whole; else each holds a part of its own.
+        partial: where `over_tensor`, a rank's gradient is a part of the sum over the tensor group; else it is the
+            whole, the same on every rank.
+    """
+
+    stages: tuple[int, ...]
+    over_tensor: bool
+    partial: bool
+
+    @property
+    def over_stages(self) -> bool:
+        """Whether gradients are summed over pipeline stages."""
+        return len(self.stages) > 1
+
+    def is_owner(self, stage: int, tensor_rank: int) -> bool:
+        """Whether this rank's copy is the one that counts in the global norm and is written to checkpoints."""
+        return stage == self.stages[0] and (tensor_rank == 0 or not self.over_tensor)
+
+
+def replication(whole: Whole, recipe: Recipe) -> Replication:
+    """Where a tensor's replicas are in the recipe's layout.
+
+    A tensor that tensor parallelism does not cut sees all tokens on every rank, and its gradient is whole there, unless
+    sequence parallelism splits the tokens, or it works on the rank's own heads (`Whole.of_heads`).
+    """
+    over_tensor = whole.cut is None
+    return Replication(
+        stages=stages_of(whole, recipe),
+        over_tensor=over_tensor,
+        partial=over_tensor and (recipe.parallel.sequence or whole.of_heads),
+    )
+
+
+def replicated_stages(recipe: Recipe) -> list[tuple[int, ...]]:
+    """The sets of pipeline stages over which some tensor is replicated, in one order on every rank."""
+    found = (replication(whole, recipe).stages for whole in whole_tensors(recipe.model).values())
+    return list(dict.fromkeys(stages for stages in found if len(stages) > 1))
 
 
 @dataclass
@@ -38,23 +85,31 @@ class ParameterGroup(Generic[P]):
     def size(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
+    @property
+    def in_ffn(self) -> bool:
+        """Whether all of it is FFNs': its gradients are whole before the attention of a layer, its weights used after."""
+        return all(whole.kind == "ffn" for whole in self.wholes)
 
-def parameter_groups(
-    parameters: Sequence[tuple[Whole, P]], decay_everything: bool, bucket: int
-) -> list[ParameterGroup[P]]:
-    """Split a rank's parameters; groups without parameters are left out.
 
-    Sharded ones are gathered in the order in which backward meets them, output layer first, until a group holds
-    `bucket` parameters; a layer is never divided. 0 puts them all into one, which is reduced at the end.
+def parameter_groups(parameters: Sequence[tuple[Whole, P]], recipe: Recipe, stage: int) -> list[ParameterGroup[P]]:
+    """Split the parameters of a rank on a pipeline stage; groups without parameters are left out.
+
+    A tensor that several layers use is in a group with those alone that the same layers use: shard boundaries align
+    across stages only where the groups hold the same. Of the rest, neighbouring layers are gathered in the order in
+    which backward meets them, output layer first, until a group holds `parallel.reduce_bucket` parameters; a layer is
+    never divided. A bucket of 0 puts them all into one, which is reduced at the end.
     """
+    bucket = recipe.parallel.reduce_bucket
+    local_layers = set(stage_layers(recipe)[stage])
     groups: list[ParameterGroup[P]] = []
-    local_layers = {layer for whole, _ in parameters if (layer := whole.layer) is not None}
+    open_groups: dict[object, ParameterGroup[P]] = {}
     for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
-        replication: Replication = whole.kind if whole.kind in ("ffn", "norm") else "sharded"
-        decays = decay_everything or whole.kind in ("matrix", "ffn")
-        group = next((g for g in reversed(groups) if (g.replication, g.decays) == (replication, decays)), None)
-        if group is None or (bucket and replication == "sharded" and not _joins(whole, group, bucket)):
-            group = ParameterGroup(replication, decays)
+        replicas = replication(whole, recipe)
+        decays = recipe.optimizer.decay_everything or whole.kind not in ("embedding", "norm")
+        key = (replicas, decays, whole.layers if whole.shared else None)
+        group = open_groups.get(key)
+        if group is None or (bucket and _begins_bucket(whole, replicas, group, bucket)):
+            group = open_groups[key] = ParameterGroup(replicas, decays)
             groups.append(group)
         group.wholes.append(whole)
         group.parameters.append(parameter)
@@ -63,9 +118,19 @@ def parameter_groups(
     return groups
 
 
+def _backward_order(whole: Whole) -> tuple[int, int]:
+    """Equal on every stage for what stages share, so that they sum it in one order."""
+    if whole.shared:
+        return 2, -whole.layers[-1]
+    if whole.layers:
+        return 1, -whole.layers[0]
+    return (3 if whole.kind == "embedding" else 0), 0
+
+
 def forward_order(groups: Sequence[ParameterGroup[P]]) -> list[int]:
     """Places in `groups`, a rank's, in the order in which a forward pass first waits for their weights."""
-    lowest = min((whole.layer for group in groups for whole in group.wholes if whole.layer is not None), default=0)
+    own = [whole.layers[0] for group in groups for whole in group.wholes if len(whole.layers) == 1]
+    lowest = min(own, default=0)
     return sorted(range(len(groups)), key=lambda i: min(_first_use(whole, lowest) for whole in groups[i].wholes))
 
 
@@ -73,27 +138,22 @@ def _first_use(whole: Whole, lowest: int) -> float:
     """The layer that first uses it, from -1 for what stands before them all; `lowest` is the rank's first."""
     if whole.kind in ("norm", "embedding"):
         return -1.0
-    if whole.kind == "ffn":
-        return lowest + 0.5  # a shared one: after the attention of that layer
-    return math.inf if whole.layer is None else whole.layer
+    if whole.shared:  # an FFN: after the attention of that layer
+        return min(layer for layer in whole.layers if layer >= lowest) + 0.5
+    return whole.layers[0] if whole.layers else math.inf
 
 
-def _backward_order(whole: Whole) -> tuple[int, int]:
-    if whole.layer is not None:
-        return 1, -whole.layer
-    return {"ffn": 2, "embedding": 3}.get(whole.kind, 0), 0
-
-
-def _joins(whole: Whole, group: ParameterGroup[P], bucket: int) -> bool:
-    same_layer = whole.layer is not None and whole.layer in group.layers
-    return whole.kind != "embedding" and (same_layer or group.size < bucket)
+def _begins_bucket(whole: Whole, replicas: Replication, group: ParameterGroup[P], bucket: int) -> bool:
+    """Whether a tensor is reduced apart from those before it. Norms are small and wait for the end: all in one."""
+    if whole.shared or whole.cut is None:
+        return False
+    same_layer = bool(whole.layers) and whole.layers[0] in group.layers
+    return whole.kind == "embedding" or not (same_layer or group.size < bucket)
 
 
 def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
     """Layers whose backward passes of a step must be over before this gradient may be reduced; none: not before all."""
     if whole.kind in ("embedding", "norm"):
         return set()  # autograd adds these after the layer's hook; both come at the end
-    if whole.kind == "ffn":
-        return local_layers
     # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
-    return {max(local_layers) if whole.layer is None else whole.layer}
+    return local_layers & set(whole.layers) if whole.layers else {max(local_layers)}

@@ -18,10 +18,10 @@ import torch
 
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.optim.gradients import GradientBuffer, local_norm_squared, reduce_during_backward
-from megatron_patch.optim.groups import forward_order, parameter_groups
+from megatron_patch.optim.groups import forward_order, parameter_groups, replicated_stages
 from megatron_patch.optim.weights import FlatWeights, gather_before_use
 from megatron_patch.parallel import device
-from megatron_patch.parallel.topology import Mpu, Topology
+from megatron_patch.parallel.topology import Mpu, Topology, make_stage_groups
 from megatron_patch.recipe import Recipe
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -64,9 +64,9 @@ class ShardedOptimizer:
         """`micro_batches` is the number whose gradients this rank sums in a step."""
         o = recipe.optimizer
         self.micro_batches = micro_batches
-        self.groups = parameter_groups(
-            list(local_parameters(chunks, recipe.model)), o.decay_everything, recipe.parallel.reduce_bucket
-        )
+        self._topology = topology
+        self.groups = parameter_groups(list(local_parameters(chunks, recipe.model)), recipe, topology.pipeline_rank)
+        make_stage_groups(replicated_stages(recipe), recipe.parallel)
         adamw = torch.optim.AdamW(
             [{"params": g.parameters, "weight_decay": o.weight_decay if g.decays else 0.0} for g in self.groups],
             lr=0.0,
@@ -83,14 +83,14 @@ class ShardedOptimizer:
             config=deepspeed_config(recipe, micro_batches),
             dist_init_required=False,
         )
-        self.zero = engine.optimizer
-        for hook in self.zero._grad_acc_hooks:
+        self._zero = engine.optimizer
+        for hook in self._zero._grad_acc_hooks:
             hook.remove()
         self.buffers = [
             GradientBuffer(group, flat, recipe, topology)
-            for group, flat in zip(self.groups, self.zero.bit16_groups_flat, strict=True)
+            for group, flat in zip(self.groups, self.flat_weights, strict=True)
         ]
-        self._weights = [FlatWeights(flat, topology) for flat in self.zero.bit16_groups_flat]
+        self._weights = [FlatWeights(flat, topology) for flat in self.flat_weights]
         self._forward_order = forward_order(self.groups)
         if topology.data_size > 1:
             of_parameter = {id(p): w for g, w in zip(self.groups, self._weights, strict=True) for p in g.parameters}
@@ -98,13 +98,46 @@ class ShardedOptimizer:
             reduce_during_backward((layer for chunk in chunks for layer in chunk.decoder.layers), self.buffers)  # type: ignore[union-attr]
 
     @property
+    def flat_weights(self) -> list[torch.Tensor]:
+        """The whole weights of each group, flat [padded length], of which its parameters are views."""
+        return [flat.detach() for flat in self._zero.bit16_groups_flat]
+
+    @property
     def master_shards(self) -> list[torch.Tensor]:
         """This rank's part of each group's fp32 master weights, flat [padded length / DP]."""
-        return self.zero.single_partition_of_fp32_groups
+        return [master.detach() for master in self._masters]
+
+    def weight_shard(self, group: int) -> torch.Tensor:
+        """This rank's part of a group's weights, flat [padded length / DP]."""
+        return self.flat_weights[group].chunk(self._topology.data_size)[self._topology.data_rank]
 
     def moments(self, group: int) -> dict[str, torch.Tensor]:
-        """AdamW's state of this rank's shard: exp_avg, exp_avg_sq (like the shard) and step (scalar)."""
-        return self.zero.optimizer.state[self.master_shards[group]]
+        """AdamW's state of this rank's shard: exp_avg, exp_avg_sq (like the shard) and step (scalar).
+
+        Empty before the first update; what is put into it is AdamW's from then on.
+        """
+        return self._zero.optimizer.state[self._masters[group]]
+
+    def offsets(self, group: int) -> list[int]:
+        """Where each of a group's parameters begins in its flat weights."""
+        start = self._zero.bit16_groups_flat[group].storage_offset()
+        return [parameter.storage_offset() - start for parameter in self.groups[group].parameters]
+
+    @property
+    def updates(self) -> int:
+        """AdamW updates done."""
+        moments = self.moments(0)
+        return int(moments["step"].item()) if moments else 0
+
+    @torch.no_grad()
+    def publish(self, group: int) -> None:
+        """Round the master weights of a group into its weights, on all data-parallel ranks; every rank calls it."""
+        self._weights[group].publish(self._masters[group])
+        self._weights[group].wait()
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        return self._zero.single_partition_of_fp32_groups
 
     def clear_gradients(self) -> None:
         for buffer in self.buffers:
@@ -130,11 +163,11 @@ class ShardedOptimizer:
         Where `withheld` (fp32 scalar tensor) is 1, weights, moments and their step count stay as they are; it is read
         on the device. Groups are updated and gathered in the order in which the next forward pass uses them.
         """
-        adamw = self.zero.optimizer
+        adamw = self._zero.optimizer
         param_groups = adamw.param_groups
         adamw.found_inf = withheld  # as torch's gradient scaler tells it
         for i in self._forward_order:
-            master = self.master_shards[i]
+            master = self._masters[i]
             master.grad = self.buffers[i].shard.mul_(scale)
             param_groups[i]["lr"] = learning_rate
             adamw.param_groups = [param_groups[i]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,9 +51,36 @@ class Topology:
     def data_group(self) -> dist.ProcessGroup:
         return ps.get_data_parallel_group()
 
+    def stage_group(self, stages: tuple[int, ...]) -> dist.ProcessGroup:
+        """This rank and those with its tensor and data rank on the other `stages` (`make_stage_groups` made it)."""
+        return _stage_groups[stages]
+
     def __str__(self) -> str:
         virtual = f"xVPP{self.virtual_pipeline_size}" if self.virtual_pipeline_size > 1 else ""
         return f"TP{self.tensor_size} x PP{self.pipeline_size}{virtual} x DP{self.data_size}"
+
+
+_stage_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def make_stage_groups(wanted: Iterable[tuple[int, ...]], parallel: Parallel) -> None:
+    """Make the groups over which replicas on some pipeline stages are summed, in place of earlier ones.
+
+    Every rank calls it with the same stages in the same order, whether it stands on them or not.
+    """
+    _stage_groups.clear()
+    data = data_parallel_size(parallel, dist.get_world_size())
+    pipelines = ps.RankGenerator(
+        tp=parallel.tensor, ep=1, dp=data, pp=parallel.pipeline, cp=1, order="tp-cp-ep-dp-pp"
+    ).get_ranks("pp")
+    for stages in wanted:
+        if stages == tuple(range(parallel.pipeline)):
+            _stage_groups[stages] = ps.get_pipeline_model_parallel_group()
+            continue
+        ranks = [[pipeline[stage] for stage in stages] for pipeline in pipelines]
+        mine, _ = dist.new_subgroups_by_enumeration(ranks)
+        if mine is not None:
+            _stage_groups[stages] = mine
 
 
 def data_parallel_size(parallel: Parallel, world_size: int) -> int:

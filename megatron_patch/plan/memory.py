@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 
 from megatron_patch.data.deal import micro_batches
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
-from megatron_patch.model.counts import stage_layers
-from megatron_patch.model.parameters import Whole, whole_tensors
+from megatron_patch.model.parameters import stage_layers, stages_of, whole_tensors
 from megatron_patch.optim import groups
+from megatron_patch.optim.groups import Replication
 from megatron_patch.recipe import Recipe
 
 # DeepSpeed aligns a flat group to this many elements for each data-parallel rank (nccl_start_alignment_factor).
@@ -40,7 +40,8 @@ class Place:
 
     @property
     def layers(self) -> int:
-        return stage_layers(self.recipe)[self.stage]
+        """Decoder layers that the stage holds, of all its virtual chunks."""
+        return len(stage_layers(self.recipe)[self.stage])
 
     @property
     def element(self) -> int:
@@ -78,9 +79,10 @@ class Place:
 class Group:
     """A flat parameter group of a rank, as the optimizer holds it."""
 
-    replication: str
+    replication: Replication
     size: int  # scalars, padded for ZeRO
-    layers: frozenset[int]  # after whose backward passes its gradients are whole; none: only at the end
+    in_ffn: bool  # all of it is FFNs'
+    layers: frozenset[int]  # of the stage's, from 0, after whose backward its gradients are whole; none: at the end
     turn: int  # in which its weights are gathered, from 0
 
     @property
@@ -103,24 +105,24 @@ def parameter_groups(place: Place) -> list[Group]:
     """The groups that training forms (groups.py), from shapes alone."""
     r = place.recipe
     multiple = ZERO_ALIGNMENT * place.data_size
+    position = {layer: i for i, layer in enumerate(stage_layers(r)[place.stage])}
     local = [
         (whole, _Part(whole.part_shape(r.parallel.tensor)))
         for whole in whole_tensors(r.model).values()
-        if _is_local(whole, place)
+        if place.stage in stages_of(whole, r)
     ]
-    found = groups.parameter_groups(local, r.optimizer.decay_everything, r.parallel.reduce_bucket)
+    found = groups.parameter_groups(local, r, place.stage)
     turns = {place: turn for turn, place in enumerate(groups.forward_order(found))}
     return [
-        Group(group.replication, -(-group.size // multiple) * multiple, frozenset(group.layers), turns[i])
+        Group(
+            group.replication,
+            -(-group.size // multiple) * multiple,
+            group.in_ffn,
+            frozenset(position[layer] for layer in group.layers),
+            turns[i],
+        )
         for i, group in enumerate(found)
     ]
-
-
-def _is_local(whole: Whole, place: Place) -> bool:
-    """Whether a stage holds a tensor. Layers are alike: the first ones stand for those of any stage."""
-    if whole.layer is not None:
-        return whole.layer < place.layers
-    return {"embedding": place.is_first, "ffn": True}.get(whole.kind, place.is_last)
 
 
 @dataclass(frozen=True)

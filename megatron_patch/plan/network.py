@@ -50,10 +50,12 @@ def _traffic(place: Place) -> Iterator[Traffic]:
         size = sum(g.size for g in groups)
         yield Traffic("data", gradients, "reduce-scatter", dp, FP32 * size, len(groups))
         yield Traffic("data", weights, "all-gather", dp, place.element * size, len(groups))
-    ffn = [g for g in held if g.replication == "ffn"]
-    yield Traffic(
-        "pipeline", "shared FFN's gradient", "all-reduce", p.pipeline, FP32 * sum(g.size for g in ffn) // dp, len(ffn)
-    )
+    for group in held:
+        size = FP32 * group.size // dp
+        if group.replication.over_stages:
+            yield Traffic("pipeline", "shared FFN's gradient", "all-reduce", len(group.replication.stages), size, 1)
+        if group.replication.partial:
+            yield Traffic("tensor", "norms' gradient", "all-reduce", p.tensor, size, 1)
     hops = 2 * p.virtual_pipeline - place.is_first - place.is_last  # forward and backward, ends excepted
     n = hops * place.micro_batches
     yield Traffic("pipeline", "activations", "send", p.pipeline, n * place.own_hidden_bytes, n)
@@ -79,6 +81,3 @@ def _tensor_traffic(place: Place) -> Iterator[Traffic]:
     gathers, scatters = (((each + again) * place.layers + ends) * n for each in (6, 4))
     yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden, gathers)
     yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden, scatters)
-    norms = [g for g in parameter_groups(place) if g.replication == "norm"]
-    size = FP32 * sum(g.size for g in norms) // place.data_size
-    yield Traffic("tensor", "norms' gradient", "all-reduce", tensor, size, len(norms))

@@ -135,7 +135,7 @@ def _data_waits(place: Place, ranks: Ranks, own: Computation) -> dict[str, float
 
     def whole(group: Group) -> float:
         """When its gradients are, seconds before the end of backward as a negative number."""
-        attention = own.attention_backward if group.replication == "ffn" else 0.0
+        attention = own.attention_backward if group.in_ffn else 0.0
         return -min(group.layers) * own.layer_backward - attention if group.layers else 0.0
 
     through = float("-inf")
@@ -151,8 +151,8 @@ def _data_waits(place: Place, ranks: Ranks, own: Computation) -> dict[str, float
     now = own.update
     for layer in range(place.layers):
         used = [(group, at) for group, at in arrives if layer in group.layers or not group.layers]
-        now = max([now, *(at for group, at in used if group.replication != "ffn")]) + own.attention_forward
-        now = max([now, *(at for group, at in used if group.replication == "ffn")]) + own.ffn_forward
+        now = max([now, *(at for group, at in used if not group.in_ffn)]) + own.attention_forward
+        now = max([now, *(at for group, at in used if group.in_ffn)]) + own.ffn_forward
     now = max([now, *(at for _, at in arrives)])  # the output layer, which nothing else waits for
     return {
         "gradients": max(through, 0.0),

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_tools.files.strict_yaml import NotYaml, parse_yaml, read_yaml
-from megatron_patch.recipe.settings import Recipe
+from megatron_patch.recipe.settings import Recipe, from_ffn_switch
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"  # where this repository's recipes are
 
@@ -45,12 +45,12 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(
                 f"{path}: no alternative {name!r}; the file names {', '.join(sorted(alternatives)) or 'none'}"
             )
-        tree = _merge(tree, alternatives[name])
+        tree = _merge(tree, _current(alternatives[name], path))
     for key, value in settings:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        tree = _merge(tree, nested)
+        tree = _merge(tree, _current(nested, path))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as e:
@@ -68,6 +68,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         raise RecipeError(f"{path}: `extends` runs in a circle: {' -> '.join(p.name for p in (*seen, path))}")
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    tree = _current(tree, path)
     alternatives = tree.pop("alternatives", None) or {}
     if not (
         isinstance(alternatives, dict)
@@ -81,6 +82,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
         tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
     return tree, alternatives
+
+
+def _current(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Settings under today's names, before a base's could stand beside them."""
+    try:
+        return {key: from_ffn_switch(value) if key == "model" else value for key, value in tree.items()}
+    except ValueError as e:
+        raise RecipeError(f"{path}: model: {e}") from None
 
 
 def _merge(base: Any, over: Any) -> Any:

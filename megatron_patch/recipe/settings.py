@@ -43,6 +43,20 @@ class Section(BaseModel):
         return value
 
 
+def from_ffn_switch(model: Any) -> Any:
+    """Settings of a model with `num_ffns` for `shared_ffn: true | false`, which stands in recipes of before 0.2.0.
+
+    Raises ValueError where both are given.
+    """
+    if not isinstance(model, Mapping) or "shared_ffn" not in model:
+        return model
+    if "num_ffns" in model:
+        raise ValueError("num_ffns and shared_ffn are both given: they say the same, write num_ffns")
+    if not isinstance(shared := model["shared_ffn"], bool):
+        raise ValueError(f"shared_ffn {shared!r}: true (num_ffns 1) or false (num_ffns null) is expected")
+    return {**{key: value for key, value in model.items() if key != "shared_ffn"}, "num_ffns": 1 if shared else None}
+
+
 class Model(Section):
     """The architecture (paper Table 3; conflicts with the released code in docs/errata.md)."""
 
@@ -52,7 +66,13 @@ class Model(Section):
     num_attention_heads: int = Field(gt=0, description="Query heads; as many KV heads (MHA).")
     vocab_size: int = Field(gt=0, le=65536, description="Rows are stored as uint16.")
     sequence_length: int = Field(gt=0, description="Input tokens of a row; a stored row has one more.")
-    shared_ffn: bool = Field(description="One FFN for all layers (MobiLlama) or one for each (baselines).")
+    num_ffns: int | None = Field(
+        ge=1, description="FFNs that the layers share: 1 is MobiLlama, 2 or more are groups; null: one for each layer."
+    )
+    ffn_pattern: Literal["blocks", "cycle"] = Field(
+        "blocks", description="Which FFN a layer of several uses: neighbours the same one (blocks) or by turns (cycle)."
+    )
+    tied_embeddings: bool = Field(False, description="One matrix as embedding and output layer: not served.")
     norm_epsilon: float = Field(gt=0, description="Of every RMSNorm.")
     rope_base: float = Field(gt=0, description="Base of the rotary embedding's angles.")
     init_std: float = Field(gt=0, description="N(0, init_std) for every matrix and embedding, without depth scaling.")
@@ -61,9 +81,34 @@ class Model(Section):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def ffn_count(self) -> int:
+        """FFNs in the whole model."""
+        return self.num_ffns or self.num_layers
+
+    @property
+    def shared_ffn(self) -> bool:
+        """Whether any two layers use the same FFN."""
+        return self.ffn_count < self.num_layers
+
+    def ffn_of(self, layer: int) -> int:
+        """Number of the FFN that decoder layer `layer` (from 0) uses, from 0."""
+        return layer % self.ffn_count if self.ffn_pattern == "cycle" else layer * self.ffn_count // self.num_layers
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_switch(cls, settings: Any) -> Any:
+        return from_ffn_switch(settings)
+
     @model_validator(mode="after")
     def _buildable(self) -> Model:
         h, n = self.hidden_size, self.num_attention_heads
+        if self.tied_embeddings:
+            raise ValueError(
+                "tied_embeddings true is not served: embedding and output layer are two matrices here, as in the paper"
+            )
+        if self.ffn_count > self.num_layers:
+            raise ValueError(f"num_ffns {self.num_ffns} is more than num_layers {self.num_layers}: one would be idle")
         if h % n:
             raise ValueError(
                 f"hidden_size {h} / num_attention_heads {n} = {h / n:g} is not a whole number"

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_patch import recipe
 from megatron_patch.model import counts
+from megatron_patch.model.parameters import stage_layers
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -56,4 +57,6 @@ def test_flops_of_the_other_models(name: str, gflop: float) -> None:
 )
 def test_layers_of_each_stage(pipeline: int, virtual: int, expected: list[int]) -> None:
     layout = [f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={virtual}"]
-    assert counts.stage_layers(recipe.load(RECIPES / "mobillama_05b.yaml", layout)) == expected
+    held = stage_layers(recipe.load(RECIPES / "mobillama_05b.yaml", layout))
+    assert [len(layers) for layers in held] == expected
+    assert sorted(sum(held, ())) == list(range(22))

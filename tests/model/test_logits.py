@@ -8,7 +8,7 @@ from megatron_patch.model.parameters import local_parameters
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_trainer
 
-DEEP = ["model.shared_ffn=true", "model.num_layers=22", "model.hidden_size=40", "model.ffn_hidden_size=56"]
+DEEP = ["model.num_ffns=1", "model.num_layers=22", "model.hidden_size=40", "model.ffn_hidden_size=56"]
 TOKENS = np.random.RandomState(0).randint(0, 64, (3, 16))
 
 

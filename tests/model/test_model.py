@@ -45,7 +45,7 @@ def test_unique_parameters(name):
 
 
 def one_module_for_all() -> tuple[int, int]:
-    recipe = toy_recipe("model.shared_ffn=true", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
+    recipe = toy_recipe("model.num_ffns=1", "parallel.pipeline=2", "parallel.virtual_pipeline=2")
     topology.initialize(recipe.parallel)
     chunks = build(recipe, torch.device("meta"))
     layers = [layer for chunk in chunks for layer in chunk.decoder.layers]
@@ -57,7 +57,7 @@ def test_one_ffn_module_serves_every_layer_and_virtual_stage_of_a_rank():
 
 
 def test_initialisation_depends_on_seed_and_name_alone():
-    wholes = whole_tensors(toy_recipe("model.shared_ffn=true").model)
+    wholes = whole_tensors(toy_recipe("model.num_ffns=1").model)
     embedding, fc1 = wholes["embedding.word_embeddings.weight"], wholes["ffn.linear_fc1.weight"]
     first = initial_value(embedding, 1, 0.02)
     assert torch.equal(first, initial_value(embedding, 1, 0.02))
@@ -68,7 +68,7 @@ def test_initialisation_depends_on_seed_and_name_alone():
 
 
 def test_parts_of_a_gated_matrix_keep_gate_and_up_together():
-    fc1 = whole_tensors(toy_recipe("model.shared_ffn=true").model)["ffn.linear_fc1.weight"]
+    fc1 = whole_tensors(toy_recipe("model.num_ffns=1").model)["ffn.linear_fc1.weight"]
     whole = torch.arange(2 * 48 * 32.0).view(2, 48, 32)
     second = fc1.part(whole, 1, 2)
     assert torch.equal(second, torch.stack([whole[0, 24:], whole[1, 24:]]))

@@ -19,32 +19,46 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     return {w.name: p.main_grad.clone() for w, p in local_parameters(trainer.chunks, trainer.recipe.model)}
 
 
-def shared_and_untied(recompute: str):
-    shared = toy_trainer(toy_recipe("model.shared_ffn=true", f"recompute={recompute}"))
-    untied = toy_trainer(toy_recipe("model.shared_ffn=false", f"recompute={recompute}"))
+def shared_and_untied(recompute: str, users: dict[str, list[int]], settings: list[str]):
+    shared = toy_trainer(toy_recipe(*settings, f"recompute={recompute}"))
+    untied = toy_trainer(toy_recipe("model.num_ffns=null", f"recompute={recompute}"))
     weights = {w.name: p for w, p in local_parameters(shared.chunks, shared.recipe.model)}
+    of_layer = {layer: ffn for ffn, layers in users.items() for layer in layers}
     with torch.no_grad():
         for whole, parameter in local_parameters(untied.chunks, untied.recipe.model):
-            name = whole.name if ".mlp." not in whole.name else "ffn." + whole.name.split(".mlp.")[1]
+            layer, _, matrix = whole.name.partition(".mlp.")
+            name = f"{of_layer[int(layer.removeprefix('layers.'))]}.{matrix}" if matrix else whole.name
             parameter.copy_(weights[name])
     return gradients(shared), gradients(untied)
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_shared_gradient_is_the_sum_over_the_layers_of_an_untied_twin(recompute):
-    shared, untied = run_ranks(1, shared_and_untied, recompute)[0]
-    for matrix in ("linear_fc1.weight", "linear_fc2.weight"):
-        total = sum(untied[f"layers.{i}.mlp.{matrix}"] for i in range(4))
-        assert untied[f"layers.0.mlp.{matrix}"].norm() > 0.1 * total.norm()  # every layer contributes
-        assert (shared[f"ffn.{matrix}"] - total).norm() < 1e-6 * total.norm()
+BLOCKS = {"ffns.0": [0, 1], "ffns.1": [2, 3]}
+TURNS = {"ffns.0": [0, 2], "ffns.1": [1, 3]}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "users", "settings"),
+    [
+        *((recompute, {"ffn": [0, 1, 2, 3]}, ["model.num_ffns=1"]) for recompute in ("none", "selective", "full")),
+        ("none", BLOCKS, ["model.num_ffns=2"]),
+        ("selective", TURNS, ["model.num_ffns=2", "model.ffn_pattern=cycle"]),
+    ],
+)
+def test_shared_gradient_is_the_sum_over_the_layers_of_an_untied_twin(recompute, users, settings):
+    shared, untied = run_ranks(1, shared_and_untied, recompute, users, settings)[0]
+    for ffn, layers in users.items():
+        for matrix in ("linear_fc1.weight", "linear_fc2.weight"):
+            total = sum(untied[f"layers.{i}.mlp.{matrix}"] for i in layers)
+            assert untied[f"layers.{layers[0]}.mlp.{matrix}"].norm() > 0.1 * total.norm()  # every layer contributes
+            assert (shared[f"{ffn}.{matrix}"] - total).norm() < 1e-6 * total.norm()
     for name in shared:
-        if not name.startswith("ffn."):
+        if not name.startswith("ffn"):
             assert (shared[name] - untied[name]).norm() < 1e-6 * untied[name].norm(), name
 
 
 def with_and_without_dummy_gradients(recompute: str):
     """Gradients of one batch, and of the same where mcore hands back a dummy of NaNs for every linear layer."""
-    trainer = toy_trainer(toy_recipe("model.shared_ffn=true", f"recompute={recompute}", "batch.micro_batch_size=4"))
+    trainer = toy_trainer(toy_recipe("model.num_ffns=1", f"recompute={recompute}", "batch.micro_batch_size=4"))
     expected = gradients(trainer)
     marked = [w for c in trainer.chunks for n, w in c.decoder.named_parameters() if ".linear_" in n]
     for weight in marked:
@@ -65,7 +79,7 @@ def test_a_dummy_gradient_of_mcore_is_not_added(recompute):
 def bf16_error_against_float64() -> dict[str, tuple[float, float]]:
     """By FFN matrix: relative error of our fp32 gradient and of autograd's own bf16 sum, 22 layers, one micro-batch."""
     trainer = toy_trainer(
-        toy_recipe("precision=bf16", "model.shared_ffn=true", "model.num_layers=22", "batch.micro_batch_size=8")
+        toy_recipe("precision=bf16", "model.num_ffns=1", "model.num_layers=22", "batch.micro_batch_size=8")
     )
     ffn = trainer.chunks[0].decoder.layers[0].mlp
     exact = {"fc1": 0.0, "fc2": 0.0}
@@ -148,7 +162,7 @@ def norm_of_one_batch(overrides: list[str]) -> tuple[float, float]:
 
 
 def test_norm_counts_every_parameter_once():
-    overrides = ["model.shared_ffn=true"]
+    overrides = ["model.num_ffns=1"]
     reported, by_hand = run_ranks(1, norm_of_one_batch, overrides)[0]
     assert reported == pytest.approx(by_hand, rel=1e-6)
     everywhere = [*overrides, "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]
@@ -160,12 +174,12 @@ def state_of(trainer) -> list[torch.Tensor]:
     """Weights, master weights, moments and their step counts of this rank."""
     optimizer = trainer.optimizer
     moments = [t for group in range(len(optimizer.groups)) for t in optimizer.moments(group).values()]
-    return [t.detach().clone() for t in (*optimizer.zero.bit16_groups_flat, *optimizer.master_shards, *moments)]
+    return [t.detach().clone() for t in (*optimizer.flat_weights, *optimizer.master_shards, *moments)]
 
 
 def withheld_update(precision: str, wrong: str) -> tuple[bool, bool, bool]:
     """(was the wrong step applied, is the state as before it, was the next one applied and the state another)."""
-    trainer = toy_trainer(toy_recipe("model.shared_ffn=true", f"precision={precision}"))
+    trainer = toy_trainer(toy_recipe("model.num_ffns=1", f"precision={precision}"))
     share = toy_share(trainer, 0)
     usual = trainer.step(share, 1e-2).loss
     before = state_of(trainer)

@@ -16,7 +16,7 @@ IN_BUCKETS, AFTER = "parallel.reduce_bucket=5000", "parallel.reduce_bucket=0"
 
 LAYOUTS = {
     "DP2": (2, ["batch.micro_batch_size=1"]),
-    "DP3, dedicated FFNs": (3, ["model.shared_ffn=false"]),
+    "DP3, dedicated FFNs": (3, ["model.num_ffns=null"]),
     "DP2, full recompute": (2, ["recompute=full"]),
     "DP2, selective recompute, bf16": (2, ["recompute=selective", "precision=bf16"]),
     "ZeRO-2 on DP2": (2, ["parallel.zero_stage=2"]),
@@ -65,7 +65,7 @@ def started(overrides: list[str]) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_all_but_embedding_and_norms_start_during_backward(recompute):
-    events = run_ranks(2, started, ["model.shared_ffn=true", f"recompute={recompute}", IN_BUCKETS])[0]
+    events = run_ranks(2, started, ["model.num_ffns=1", f"recompute={recompute}", IN_BUCKETS])[0]
     during = [names for when, names in events if when == "during"]
     after = {name for when, names in events if when == "after" for name in names}
     assert len(during) > 2
@@ -165,7 +165,7 @@ def digests(overrides: list[str]) -> list[str]:
     answers = []
     for number in range(STEPS):
         trainer.step(toy_share(trainer, number), 1e-3)
-        flat = [t.detach().float().numpy().tobytes() for t in trainer.optimizer.zero.bit16_groups_flat]
+        flat = [t.detach().float().numpy().tobytes() for t in trainer.optimizer.flat_weights]
         answers.append(hashlib.sha256(b"".join(flat)).hexdigest())
     return answers
 

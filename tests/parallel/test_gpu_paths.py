@@ -54,7 +54,7 @@ LAYOUTS = {
     "one GPU": (1, 0, []),
     "DP2, selective recompute, ZeRO-2": (2, 1, ["recompute=selective", "parallel.zero_stage=2"]),
     "TP2+SP, full recompute": (4, 1, ["parallel.tensor=2", "parallel.sequence=true", "recompute=full"]),
-    "TP2": (2, 0, ["parallel.tensor=2", "model.shared_ffn=false"]),
+    "TP2": (2, 0, ["parallel.tensor=2", "model.num_ffns=null"]),
     "PP2, first stage": (4, 0, ["parallel.pipeline=2"]),
     "PP2, last stage": (4, 3, ["parallel.pipeline=2"]),
     "PP2xVPP2": (2, 1, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),

@@ -29,7 +29,7 @@ LAYOUTS = {
     "DP2": (2, []),
     "DP3": (3, ["batch.micro_batch_size=2"]),
     "DP2 ZeRO-2": (2, ["parallel.zero_stage=2", "optimizer.decay_everything=false"]),
-    "TP2": (2, ["parallel.tensor=2", "model.shared_ffn=false"]),
+    "TP2": (2, ["parallel.tensor=2", "model.num_ffns=null"]),
     "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "TP2+SP x DP2": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
     "PP2": (2, ["parallel.pipeline=2"]),
@@ -79,7 +79,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     return {
         "stage": trainer.topology.pipeline_rank,
         "data_size": trainer.topology.data_size,
-        "weights": sum(flat.nbytes for flat in zero.zero.bit16_groups_flat),
+        "weights": sum(flat.nbytes for flat in zero.flat_weights),
         "gradients": sum(b._bytes + (b.shard.nbytes if b.shard is not b.flat else 0) for b in zero.buffers),
         "optimizer": sum(t.nbytes for t in [*zero.master_shards, *moments]),
         "exchanged": exchanged,

@@ -99,7 +99,7 @@ def test_what_cannot_be_compared(tmp_path, capsys, text, message):
 def test_two_runs_of_one_recipe_are_the_same_bits(tmp_path):
     runs = []
     for name in ("first", "second"):
-        answer = run_ranks(2, train_toy, ["precision=bf16", "model.shared_ffn=true"], 4)[0]
+        answer = run_ranks(2, train_toy, ["precision=bf16", "model.num_ffns=1"], 4)[0]
         runs.append(write(tmp_path / name, answer["losses"], answer["norms"]))
     assert run(*runs, "--assert-equal") == 0
 

@@ -25,7 +25,7 @@ LAYOUTS = {
     "ZeRO-2 on DP2, full recompute": (2, ["parallel.zero_stage=2", "recompute=full"]),
     "PP2, selective recompute": (2, ["parallel.pipeline=2", "recompute=selective"]),
 }
-FFNS = {"shared": ["model.shared_ffn=true"], "dedicated": ["model.shared_ffn=false"]}
+FFNS = {"shared": ["model.num_ffns=1"], "dedicated": ["model.num_ffns=null"]}
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def relative(a: float, b: float) -> float:
 def check(answers, overrides, reference, tolerance):
     losses, norms, weights = reference
     for answer in answers:
-        assert answer["replicas_equal"], "the shared FFN differs between ranks"
+        assert answer["replicas_equal"], "a parameter differs between ranks that hold the same part of it"
         assert (answer["losses"], answer["norms"]) == (answers[0]["losses"], answers[0]["norms"])
     assert max(map(relative, answers[0]["losses"], losses)) < tolerance
     assert max(map(relative, answers[0]["norms"], norms)) < tolerance
@@ -72,15 +72,45 @@ def test_rows_of_conversations_train_as_on_one_rank(layout):
     ids=["PP4", "PP2xVPP2"],
 )
 def test_22_layers_split_unevenly(ranks, overrides):
-    deep = ["model.num_layers=22", "model.shared_ffn=true"]
+    deep = ["model.num_layers=22", "model.num_ffns=1"]
     check(run_ranks(ranks, train_toy, [*deep, *overrides], STEPS), [*deep, *overrides], on_one_rank(*deep), 1e-5)
+
+
+SIX = ["model.num_layers=6"]  # on three stages two FFNs in blocks change inside the second, four end where none does
+GROUPS = {
+    "2 in blocks, PP3": (3, ["parallel.pipeline=3"], [*SIX, "model.num_ffns=2"]),
+    "4 in blocks, PP3": (3, ["parallel.pipeline=3"], [*SIX, "model.num_ffns=4"]),
+    "2 by turns, PP2": (2, ["parallel.pipeline=2"], ["model.num_ffns=2", "model.ffn_pattern=cycle"]),
+    "3 in blocks, PP2xVPP2": (
+        2,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ["model.num_ffns=3"],
+    ),
+    "3 by turns, TP2xPP2xDP2+SP": (
+        8,
+        ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"],
+        [*SIX, "model.num_ffns=3", "model.ffn_pattern=cycle"],
+    ),
+    "2 in blocks, ZeRO-2 on DP2, full recompute": (
+        2,
+        ["parallel.zero_stage=2", "recompute=full", "parallel.reduce_bucket=5000"],
+        ["model.num_ffns=2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_of_layers_that_share_an_ffn(case):
+    ranks, layout, model = GROUPS[case]
+    overrides = [*model, *layout]
+    check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*model), 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["DP2", "PP2xDP3", "TP2xPP2xDP2+SP", "PP2xVPP2", "ZeRO-2 on DP2, 2 micro-batches"])
 def test_bf16_trains_as_fp32(layout):
     ranks, overrides = LAYOUTS[layout]
-    losses, norms, _ = on_one_rank("model.shared_ffn=true")
-    answers = run_ranks(ranks, train_toy, ["precision=bf16", "model.shared_ffn=true", *overrides], STEPS)
+    losses, norms, _ = on_one_rank("model.num_ffns=1")
+    answers = run_ranks(ranks, train_toy, ["precision=bf16", "model.num_ffns=1", *overrides], STEPS)
     for answer in answers:
         assert answer["replicas_equal"]
         assert all(p.dtype == torch.bfloat16 for p in answer["parts"].values())

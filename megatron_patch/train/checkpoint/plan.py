@@ -1,19 +1,16 @@
 """Which fragments a rank writes: one copy of everything, without asking any other rank.
 
-The shared FFN is written by the first pipeline stage, norms by tensor rank 0, everything else by the rank that holds
-it; among data-parallel ranks each writes its own ZeRO shard.
+Of what is replicated the owner writes (`Replication` in optim/groups.py); among data-parallel ranks each writes its own
+ZeRO shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_patch.model.parameters import Whole
-from megatron_patch.optim.groups import ParameterGroup
 from megatron_patch.optim.zero import ShardedOptimizer
-from megatron_patch.parallel.topology import Topology
 from megatron_patch.train.checkpoint.format import Fragment
 
 
@@ -47,19 +44,14 @@ def shard_ranges(
 
 def local_ranges(optimizer: ShardedOptimizer, group: int, data_rank: int) -> Iterator[ShardRange]:
     """What of each parameter of a group lies in this data-parallel rank's shard."""
-    parameters, flat = optimizer.groups[group].parameters, optimizer.zero.bit16_groups_flat[group]
-    offsets = [p.storage_offset() - flat.storage_offset() for p in parameters]
-    lengths = [p.numel() for p in parameters]
+    lengths = [p.numel() for p in optimizer.groups[group].parameters]
     return shard_ranges(
-        optimizer.groups[group].wholes, offsets, lengths, data_rank, optimizer.master_shards[group].numel()
+        optimizer.groups[group].wholes,
+        optimizer.offsets(group),
+        lengths,
+        data_rank,
+        optimizer.master_shards[group].numel(),
     )
-
-
-def is_writer(group: ParameterGroup[Any], topology: Topology) -> bool:
-    """Whether this rank's copy of the group is the one that is written."""
-    if group.replication == "ffn":
-        return topology.pipeline_rank == 0
-    return group.replication != "norm" or topology.tensor_rank == 0
 
 
 def fragment(piece: ShardRange, tensor_rank: int, tensor_size: int) -> Fragment:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from megatron_patch.optim.zero import ShardedOptimizer
 from megatron_patch.parallel.topology import Topology
@@ -24,8 +23,8 @@ def restore(
     over the data-parallel group. Every rank must call it. Raises CheckpointError where the optimizer is not stored.
     """
     for i in range(len(optimizer.groups)):
-        flat, master = optimizer.zero.bit16_groups_flat[i], optimizer.master_shards[i]
-        targets: dict[What, torch.Tensor] = {"master" if checkpoint.is_full else "weight": master.detach()}
+        master = optimizer.master_shards[i]
+        targets: dict[What, torch.Tensor] = {"master" if checkpoint.is_full else "weight": master}
         if not weights_alone:
             moments = optimizer.moments(i)
             moments["step"] = torch.tensor(float(checkpoint.state.optimizer_step), device=master.device)
@@ -37,4 +36,4 @@ def restore(
                     piece.whole.name, topology.tensor_rank, topology.tensor_size, piece.start, piece.stop, what
                 )
                 target[piece.low : piece.high].copy_(values)
-        dist.all_gather_into_tensor(flat.detach(), master.detach().to(flat.dtype), group=topology.data_group)
+        optimizer.publish(i)

@@ -36,7 +36,7 @@ from megatron_patch.train.checkpoint.format import (
     rank_file,
     stored_whats,
 )
-from megatron_patch.train.checkpoint.plan import ShardRange, fragment, is_writer, local_ranges
+from megatron_patch.train.checkpoint.plan import ShardRange, fragment, local_ranges
 from megatron_patch.train.checkpoint.write import finish, index_tensors, partial_folder, write_file
 from megatron_patch.train.side_channel import SideChannel
 
@@ -60,11 +60,11 @@ class HostCopy:
     """Host memory for one rank's fragments, allocated once and filled anew for each save."""
 
     def __init__(self, optimizer: ShardedOptimizer, topology: Topology) -> None:
-        self._optimizer, self._data_rank = optimizer, topology.data_rank
+        self._optimizer = optimizer
         self._buffers: dict[tuple[int, What], torch.Tensor] = {}
         self._pieces: list[tuple[int, ShardRange, Fragment]] = []
         for i, group in enumerate(optimizer.groups):
-            if is_writer(group, topology):
+            if group.replication.is_owner(topology.pipeline_rank, topology.tensor_rank):
                 for piece in local_ranges(optimizer, i, topology.data_rank):
                     self._pieces.append((i, piece, fragment(piece, topology.tensor_rank, topology.tensor_size)))
 
@@ -85,12 +85,11 @@ class HostCopy:
         }
 
     def _shard(self, group: int, what: What) -> torch.Tensor:
+        if what == "weight":
+            return self._optimizer.weight_shard(group)
         master = self._optimizer.master_shards[group]
         if what == "master":
-            return master.detach()
-        if what == "weight":
-            flat = self._optimizer.zero.bit16_groups_flat[group].detach()
-            return flat[self._data_rank * master.numel() : (self._data_rank + 1) * master.numel()]
+            return master
         moments = self._optimizer.moments(group)
         return moments[what] if moments else torch.zeros_like(master)  # none before the first update
 
@@ -108,8 +107,7 @@ class Saver:
     @property
     def optimizer_step(self) -> int:
         """AdamW updates done."""
-        moments = self._optimizer.moments(0)
-        return int(moments["step"].item()) if moments else 0
+        return self._optimizer.updates
 
     def save(
         self,
