@@ -145,9 +145,13 @@ class Optimizer(Section):
     """AdamW and its schedule (paper section 3.3)."""
 
     learning_rate: float = Field(gt=0, description="Peak, reached after the warm-up.")
-    min_learning_rate: float = Field(ge=0, description="Floor of the cosine.")
+    min_learning_rate: float = Field(ge=0, description="Floor of the schedule.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="cosine; or wsd: warm-up, plateau, linear decay over the last cooldown_steps."
+    )
     warmup_steps: int = Field(ge=0, description="Linear from LR(0)=0.")
-    decay_steps: int | None = Field(gt=0, description="Step at which the cosine meets the floor; null: last step.")
+    decay_steps: int | None = Field(gt=0, description="Step at which the schedule meets the floor; null: last step.")
+    cooldown_steps: int = Field(0, ge=0, description="Steps of wsd's decay; 0 under cosine.")
     beta1: float = Field(ge=0, lt=1, description="Decay of the first moment.")
     beta2: float = Field(ge=0, lt=1, description="Decay of the second moment.")
     epsilon: float = Field(gt=0, description="Added to the root of the second moment.")
@@ -161,8 +165,18 @@ class Optimizer(Section):
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             raise ValueError(
-                f"decay_steps {self.decay_steps} is not after warmup_steps {self.warmup_steps}: the cosine follows "
-                "the warm-up"
+                f"decay_steps {self.decay_steps} is not after warmup_steps {self.warmup_steps}: the {self.schedule} "
+                "follows the warm-up"
+            )
+        if (self.schedule == "wsd") != (self.cooldown_steps > 0):
+            raise ValueError(
+                f"schedule {self.schedule} with cooldown_steps {self.cooldown_steps}: wsd decays over cooldown_steps, "
+                "at least 1; cosine has none, write 0"
+            )
+        if self.decay_steps is not None and self.warmup_steps + self.cooldown_steps > self.decay_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} + cooldown_steps {self.cooldown_steps} is more than decay_steps "
+                f"{self.decay_steps}: there is no room for both"
             )
         return self
 
@@ -301,6 +315,17 @@ class Recipe(Section):
             raise ValueError(
                 f"parallel.zero_stage 2 with parallel.pipeline {p.pipeline}: a pipeline accumulates gradients over "
                 "micro-batches in flight, so they cannot be released as they are reduced; use zero_stage 1"
+            )
+        o, steps = self.optimizer, self.run.steps
+        if (
+            o.decay_steps is None
+            and steps is not None
+            and o.cooldown_steps
+            and o.warmup_steps + o.cooldown_steps > steps
+        ):
+            raise ValueError(
+                f"optimizer.warmup_steps {o.warmup_steps} + cooldown_steps {o.cooldown_steps} is more than run.steps "
+                f"{steps}: there is no room for both"
             )
         if b.micro_batch_size > b.global_batch_size:
             raise ValueError(

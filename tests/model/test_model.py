@@ -1,4 +1,4 @@
-"""What is built: exact parameter counts, initialisation by name, the schedule of the learning rate."""
+"""What is built: exact parameter counts, initialisation by name."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from megatron_patch.model.initialise import initial_value
 from megatron_patch.model.parameters import local_parameters, whole_tensors
 from megatron_patch.parallel import topology
 from megatron_patch.recipe import load
-from megatron_patch.train.schedule import learning_rate
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe
 
@@ -73,14 +72,3 @@ def test_parts_of_a_gated_matrix_keep_gate_and_up_together():
     second = fc1.part(whole, 1, 2)
     assert torch.equal(second, torch.stack([whole[0, 24:], whole[1, 24:]]))
     assert tuple(second.shape) == fc1.part_shape(2)
-
-
-def test_learning_rate_follows_the_paper():
-    optimizer = load("recipes/mobillama_05b.yaml").optimizer
-    total = 767_880
-    assert learning_rate(0, optimizer, total) == 0.0
-    assert learning_rate(1000, optimizer, total) == pytest.approx(1.5e-4)
-    assert learning_rate(2000, optimizer, total) == pytest.approx(3e-4)
-    assert learning_rate((2000 + total) // 2, optimizer, total) == pytest.approx(1.65e-4)
-    assert learning_rate(total, optimizer, total) == 3e-5
-    assert learning_rate(total + 1000, optimizer, total) == 3e-5

@@ -5,6 +5,8 @@ import functools
 import pytest
 import torch
 
+from megatron_patch.model.initialise import initial_value
+from megatron_patch.model.parameters import whole_tensors
 from tests.ranks import run_ranks
 from tests.toy import gather, toy_recipe, train_toy
 
@@ -109,13 +111,22 @@ def test_groups_of_layers_that_share_an_ffn(case):
 @pytest.mark.parametrize("layout", ["DP2", "PP2xDP3", "TP2xPP2xDP2+SP", "PP2xVPP2", "ZeRO-2 on DP2, 2 micro-batches"])
 def test_bf16_trains_as_fp32(layout):
     ranks, overrides = LAYOUTS[layout]
-    losses, norms, _ = on_one_rank("model.num_ffns=1")
-    answers = run_ranks(ranks, train_toy, ["precision=bf16", "model.num_ffns=1", *overrides], STEPS)
+    losses, norms, weights = on_one_rank("model.num_ffns=1")
+    overrides = ["precision=bf16", "model.num_ffns=1", *overrides]
+    answers = run_ranks(ranks, train_toy, overrides, STEPS)
     for answer in answers:
         assert answer["replicas_equal"]
         assert all(p.dtype == torch.bfloat16 for p in answer["parts"].values())
     assert max(map(relative, answers[0]["losses"], losses)) < 1e-3
     assert max(map(relative, answers[0]["norms"], norms)) < 1e-2
+    recipe = toy_recipe(*overrides)
+    trained = gather(answers, recipe)
+    off = moved = 0.0
+    for name, whole in whole_tensors(recipe.model).items():
+        start = initial_value(whole, recipe.seed, recipe.model.init_std)
+        off += (trained[name].float() - weights[name]).square().sum().item()
+        moved += (weights[name] - start).square().sum().item()
+    assert off < 0.05 * moved  # weights that never moved are off by all of it
 
 
 def test_rank_count_that_the_layout_does_not_divide_is_refused():
