@@ -87,7 +87,7 @@ class ParameterGroup(Generic[P]):
 
     @property
     def in_ffn(self) -> bool:
-        """Whether all of it is FFNs': its gradients are whole before the attention of a layer, its weights used after."""
+        """Whether all of it is FFNs': gradients whole before a layer's attention in backward, weights used after it."""
         return all(whole.kind == "ffn" for whole in self.wholes)
 
 

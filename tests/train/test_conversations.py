@@ -10,7 +10,7 @@ from tests.model.test_logits import expanded
 from tests.ranks import run_ranks
 from tests.toy import gather, random_marks, random_rows, toy_recipe, toy_share, toy_trainer
 
-PACKED = ["data.reset_at_starts=true", "model.shared_ffn=true", "batch.micro_batch_size=2"]
+PACKED = ["data.reset_at_starts=true", "model.num_ffns=1", "batch.micro_batch_size=2"]
 LAYOUTS = {
     "one rank": (1, []),
     "one rank, full recompute": (1, ["recompute=full"]),

@@ -63,7 +63,7 @@ def test_layout_trains_as_one_rank(layout, ffn):
 @pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "DP3, batch 8", "PP2xVPP2xDP3", "TP2xPP2xDP2+SP"])
 def test_rows_of_conversations_train_as_on_one_rank(layout):
     ranks, overrides = LAYOUTS[layout]
-    packed = ["data.reset_at_starts=true", "model.shared_ffn=true"]
+    packed = ["data.reset_at_starts=true", "model.num_ffns=1"]
     overrides = [*packed, *overrides]
     check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*packed), 1e-5)
 
