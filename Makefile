@@ -5,15 +5,16 @@ BIN := $(VENV)/bin
 # The interpreter of a GPU machine, with the repository's dependencies; ours where none is named.
 GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
-demo: export OMP_NUM_THREADS := 1
+demo demo-chat: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
-demo: export CUDA_VISIBLE_DEVICES :=
+demo demo-chat: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo test test-cluster test-gpu lint soak bench-gpu bench-data asan emulate clean
+.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak bench-gpu bench-data asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo          raw text to trained model on a CPU, under 5 minutes on 2 cores"
+	@echo "make demo-chat     the demo's model tuned to answer questions, under 4 minutes more"
 	@echo "make test          the test suite (no GPU, no network)"
 	@echo "make test-cluster  the sbatch templates on a real Slurm of 20 nodes in namespaces (root, Debian)"
 	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
@@ -50,6 +51,10 @@ $(VENV)/ready: pyproject.toml constraints.txt setup.py $(wildcard data_tools/ind
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+$(VENV)/ready-chat: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[chat]'
+	touch $@
+
 $(VENV)/ready-dev: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -67,6 +72,17 @@ demo: env
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
 	    recipes/demo.yaml
 	$(BIN)/python -m megatron_patch summary demo/run
+
+# The demo's model tuned on questions and answers, which then answers those that were held out. The demo comes first.
+demo-chat: $(VENV)/ready-chat
+	test -e demo/run/checkpoints/latest || $(MAKE) demo
+	$(BIN)/python -m data_tools.demo_conversations --output demo/conversations/library.jsonl
+	$(BIN)/python data_tools/build_chat.py build --input demo/conversations --output demo/chat_data \
+	    --tokenizer demo/raw/tokenizer.model --row-length 257 --held-out-rows 32
+	$(BIN)/python data_tools/build_chat.py verify --input demo/chat_data
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
+	    recipes/demo_chat.yaml run.initial_weights=demo/run/checkpoints/$$(cat demo/run/checkpoints/latest)
+	$(BIN)/python -m megatron_patch summary demo/chat_run
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster

@@ -49,6 +49,12 @@ VERBS = {
         "python -m megatron_patch summary demo/run --prompt 'The function returns'",
         arguments.summary,
     ),
+    "chat": Verb(
+        "megatron_patch.report.chat",
+        "talk with a model tuned on conversations",
+        "python -m megatron_patch chat demo/chat_run",
+        arguments.chat,
+    ),
     "export": Verb(
         "megatron_patch.convert.export_command",
         "a checkpoint for transformers, llama.cpp (GGUF) or ONNX Runtime",

@@ -69,7 +69,18 @@ def check(parser: argparse.ArgumentParser) -> None:
 def summary(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--prompt", default="The function returns", help="text that the sample continues")
-    parser.add_argument("--tokens", type=count, default=60, help="tokens to sample (60)")
+    parser.add_argument("--tokens", type=count, default=60, help="tokens to sample, or that an answer may take (60)")
+
+
+def chat(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="run folder, or a checkpoint")
+    parser.add_argument(
+        "--data", type=Path, help="what build_chat.py wrote, where the recipe's data.folder is not here"
+    )
+    parser.add_argument("--system", help="a system message before the first question")
+    parser.add_argument("--tokens", type=count, default=400, help="that an answer may take (400)")
+    parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
 
 
 def export(parser: argparse.ArgumentParser) -> None:

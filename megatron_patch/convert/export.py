@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from data_tools.dataset.format import tokenizer_in
 from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share_like_folder
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
+from megatron_patch.convert.chat_files import chat_beside
 from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
@@ -34,7 +35,10 @@ PROVENANCE_NAME = "provenance.json"
 
 
 class ControlIds(NamedTuple):
-    """Ids of LLaMA's control tokens in a tokenizer; training saw `</s>` alone. `unk` pads batches: no text gives it."""
+    """Ids of LLaMA's control tokens in a tokenizer; pre-training saw `</s>` alone.
+
+    `eos` ends a document, or a chat model's turn. `unk` pads batches: no text gives it.
+    """
 
     bos: int | None
     eos: int
@@ -146,6 +150,8 @@ def tokenizer_of(recipe: Recipe) -> Path:
 def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
     """The tokenizer's files, adding neither BOS nor EOS to a text, as in training.
 
+    Of a tokenizer that lies in a data set of conversations with their template; EOS is then the end of a turn.
+
     Raises:
         ConvertError: it has more ids than the model's vocabulary, or no `</s>`.
         DataError: it cannot be read.
@@ -157,13 +163,15 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
         raise ConvertError(f"{tokenizer}: not a tokenizer ({error}); give LLaMA's") from None
     if (size := read.get_vocab_size()) > model.vocab_size:
         raise ConvertError(f"{tokenizer}: {size} ids, but the model has {model.vocab_size}; name its own tokenizer")
-    bos, eos, unk = (read.token_to_id(token) for token in (BOS_TEXT, EOS_TEXT, UNK_TEXT))
+    chat = chat_beside(tokenizer)
+    eos_text = chat.end_of_turn if chat else EOS_TEXT
+    bos, eos, unk = (read.token_to_id(token) for token in (BOS_TEXT, eos_text, UNK_TEXT))
     if eos is None:
-        raise ConvertError(f"{tokenizer}: no token {EOS_TEXT}, which ends each document in training; give LLaMA's")
+        raise ConvertError(f"{tokenizer}: no token {eos_text}, which ends each text in training; give LLaMA's")
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     if tokenizer.suffix == ".model":
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    named = {"bos_token": BOS_TEXT, "eos_token": EOS_TEXT, "unk_token": UNK_TEXT, "pad_token": UNK_TEXT}
+    named = {"bos_token": BOS_TEXT, "eos_token": eos_text, "unk_token": UNK_TEXT, "pad_token": UNK_TEXT}
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -172,6 +180,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
             "add_bos_token": False,
             "add_eos_token": False,
             **{role: token for role, token in named.items() if read.token_to_id(token) is not None},
+            **({"chat_template": chat.template} if chat else {}),
             "padding_side": "left",
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.sequence_length,

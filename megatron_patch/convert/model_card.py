@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_tools.dataset.format import MANIFEST_NAME, DatasetManifest
+from data_tools.dataset.format import MANIFEST_NAME, ChatRecord, DatasetManifest
 from data_tools.files.errors import DataError
 from megatron_patch.convert.names import Form
 from megatron_patch.convert.source import WeightsSource
@@ -16,6 +16,9 @@ from megatron_patch.recipe import Model, Recipe
 def model_card(source: WeightsSource, form: Form, scores: Mapping[str, Any] | None) -> str:
     """Markdown with the hub's front matter. `scores`: content of the checkpoint's `scores.json`, where there is one."""
     recipe, model = source.recipe, source.recipe.model
+    manifest = _trained_on(recipe, source.data_digest)
+    chat = manifest.chat if manifest else None
+    trained = "tuned" if chat else "pre-trained"
     trust = ", trust_remote_code=True" if form == "shared" else ""
     kind = "MobiLlama" if model.shared_ffn else "A baseline of MobiLlama"
     return f"""---
@@ -27,8 +30,8 @@ tags: [mobillama]
 ---
 # {recipe.name}
 
-{kind} ([arXiv 2402.16840](https://arxiv.org/abs/2402.16840)), pre-trained on {source.tokens:,} tokens. {_sharing(model, form)}
-A base model: it continues texts, and has been taught neither to follow instructions nor to refuse any.
+{kind} ([arXiv 2402.16840](https://arxiv.org/abs/2402.16840)), {trained} on {source.tokens:,} tokens. {_sharing(model, form)}
+{_purpose(chat, recipe)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,11 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # of this file, or its name on the hub
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 tokenizer = AutoTokenizer.from_pretrained(folder)
-inputs = tokenizer("The function returns", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
-```
-
-Texts are given without `<s>`: training put `</s>` after each document and nothing before it.
+{_use(chat)}
 
 | | |
 |---|---|
@@ -55,7 +54,7 @@ Texts are given without `<s>`: training put `</s>` after each document and nothi
 
 ## Training data
 
-{_data(recipe, source.data_digest)}
+{_data(manifest)}
 
 ## Scores
 
@@ -79,14 +78,44 @@ def _sharing(model: Model, form: Form) -> str:
     )
 
 
-def _data(recipe: Recipe, digest: str | None) -> str:
-    """Rows by source, where the data set is within reach and still the one that was trained on."""
+def _purpose(chat: ChatRecord | None, recipe: Recipe) -> str:
+    if chat is None:
+        return "A base model: it continues texts, and has been taught neither to follow instructions nor to refuse any."
+    base = f" from the weights of `{recipe.run.initial_weights}`" if recipe.run.initial_weights else ""
+    return (
+        f"A chat model: tuned{base} on {chat.conversations:,} conversations, {recipe.data.epochs} times, by the "
+        f"{chat.counted:,} tokens that the assistant says in them. Each answer ends with `{chat.end_of_turn}`."
+    )
+
+
+def _use(chat: ChatRecord | None) -> str:
+    if chat is not None:
+        return """messages = [{"role": "user", "content": "What does this function do?"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
+    return """inputs = tokenizer("The function returns", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+
+Texts are given without `<s>`: training put `</s>` after each document and nothing before it."""
+
+
+def _trained_on(recipe: Recipe, digest: str | None) -> DatasetManifest | None:
+    """The data set's manifest, where it is within reach and still the one that was trained on."""
     try:
         manifest = DatasetManifest.read(recipe.data.folder / MANIFEST_NAME) if recipe.data.folder else None
     except DataError:
-        manifest = None
-    if manifest is None or manifest.digest != digest:
+        return None
+    return manifest if manifest is not None and manifest.digest == digest else None
+
+
+def _data(manifest: DatasetManifest | None) -> str:
+    if manifest is None:
         return "Not recorded here: the data set was not within reach when this folder was written."
+    if manifest.chat is not None:
+        return f"Conversations of {', '.join(f'`{file}`' for file in manifest.chat.files)}."
     rows = "\n".join(
         f"| {name} | {number / manifest.rows:.2%} |" for name, number in manifest.rows_per_source.items() if number
     )

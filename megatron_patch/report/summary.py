@@ -20,6 +20,7 @@ from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.generate import load_model, sample
 from megatron_patch.model import counts
 from megatron_patch.recipe import Recipe, load
+from megatron_patch.report.answers import held_out_answers
 from megatron_patch.report.series import Thinned
 from megatron_patch.run.log import accepted_backwards, is_step
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -41,22 +42,26 @@ def main(args: argparse.Namespace) -> int:
         segments = open_segments(recipe.data.folder, row_length=recipe.row_length, vocab_size=recipe.model.vocab_size)
         print(_table(recipe, history, segments))
         launch.setup_environment()
-        checkpoint = _newest(args.run)
-        tokenizer = _tokenizer(segments)
-        text = sample(
-            load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10)),
-            tokenizer,
-            args.prompt,
-            num_tokens=args.tokens,
-            sequence_length=recipe.model.sequence_length,
-        )
+        checkpoint = newest_checkpoint(args.run)
+        model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10))
+        if segments.manifest.chat is not None:
+            print(held_out_answers(model, segments, args.tokens))
+        else:
+            text = sample(
+                model,
+                _tokenizer(segments),
+                args.prompt,
+                num_tokens=args.tokens,
+                sequence_length=recipe.model.sequence_length,
+            )
+            print(f"\nsample         {args.prompt!r} continued by step {checkpoint.step} at temperature 0.8:\n")
+            print("\n".join("    " + line for line in text.splitlines()))
     except (ValueError, OSError, CheckpointError, DataError) as error:
         print(f"summary: {error}", file=sys.stderr)
         return 2
-    print(f"\nsample         {args.prompt!r} continued by step {checkpoint.step} at temperature 0.8:\n")
-    print("\n".join("    " + line for line in text.splitlines()))
     curve = args.run / "loss.png"
-    _draw(history, curve, unigram_loss(segments, recipe.data.held_out_rows) if history.has_held_out else None)
+    compared = history.has_held_out and not segments.is_marked
+    _draw(history, curve, unigram_loss(segments, recipe.data.held_out_rows) if compared else None)
     print(f"\nloss curve     {curve}")
     return 0
 
@@ -68,7 +73,8 @@ def _tokenizer(segments: Segments) -> SentencePieceProcessor:
     return SentencePieceProcessor(model_file=str(path))
 
 
-def _newest(run: Path) -> Checkpoint:
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """A run's newest checkpoint. Raises ValueError where it has none yet."""
     latest = run / "checkpoints" / LATEST_NAME
     if not latest.exists():
         raise ValueError(f"{latest}: no checkpoint yet, so there is nothing to sample from; train further")
@@ -82,7 +88,8 @@ class History:
     Attributes:
         seconds: spent on its steps.
         loss, held_out: against tokens and against steps, the newest first.
-        has_held_out, last_held_out: whether any was logged, and the newest; None where it was not finite.
+        has_held_out: whether any was logged.
+        first_held_out, last_held_out: the oldest and the newest; None where it was not finite.
     """
 
     first: dict[str, Any]
@@ -91,17 +98,18 @@ class History:
     loss: Thinned
     held_out: Thinned
     has_held_out: bool
+    first_held_out: float | None
     last_held_out: float | None
 
     @classmethod
     def read(cls, path: Path) -> History:
         """Raises ValueError where no step has been logged, OSError where there is no log."""
-        first, last, last_held_out = None, None, None
+        first, last, first_held_out, last_held_out = None, None, None, None
         seconds, has_held_out = 0.0, False
         loss, held_out = Thinned(), Thinned()
         for record in accepted_backwards(path):
             if "held_out_loss" in record:
-                value = record["held_out_loss"]
+                value = first_held_out = record["held_out_loss"]
                 last_held_out = last_held_out if has_held_out else value
                 has_held_out = True
                 if value is not None:
@@ -113,7 +121,7 @@ class History:
                     loss.add(record["time"], record["tokens"], record["loss"])
         if first is None or last is None:
             raise ValueError(f"{path}: holds no step yet; train first")
-        return cls(first, last, seconds, loss, held_out, has_held_out, last_held_out)
+        return cls(first, last, seconds, loss, held_out, has_held_out, first_held_out, last_held_out)
 
 
 def unigram_loss(segments: Segments, held_out_rows: int) -> float:
@@ -141,7 +149,10 @@ def _table(recipe: Recipe, history: History, segments: Segments) -> str:
         ),
         ("loss", f"{_loss(first['loss'])} -> {_loss(last['loss'])} nats/token"),
     ]
-    if history.has_held_out:
+    if history.has_held_out and segments.is_marked:
+        losses = f"{_loss(history.first_held_out)} -> {_loss(history.last_held_out)}"
+        rows.append(("on answers", f"held-out loss {losses} nats/token over {recipe.data.held_out_rows} rows"))
+    elif history.has_held_out:
         held_out = history.last_held_out
         unigram = unigram_loss(segments, recipe.data.held_out_rows)
         rows.append(("held-out loss", f"{_loss(held_out)} nats/token over {recipe.data.held_out_rows} rows"))

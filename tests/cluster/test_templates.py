@@ -17,6 +17,8 @@ TEMPLATES = sorted(p.name for p in (REPOSITORY / "slurm").glob("*.sbatch"))
 def test_there_is_a_template_for_every_job() -> None:
     assert TEMPLATES == [
         "build_amber.sbatch",
+        "chat_05b.sbatch",
+        "chat_08b.sbatch",
         "evaluate.sbatch",
         "preflight.sbatch",
         "pretrain_05b.sbatch",
