@@ -67,6 +67,11 @@ VERBS = {
         "python -m megatron_patch import MobiLlama-05B imported/mobillama_05b --recipe recipes/mobillama_05b.yaml",
         arguments.import_,
     ),
+    "device": Verb(
+        "megatron_patch.devices.command",
+        "run exported forms in their runtimes: same tokens? what quality, speed and memory?",
+        "python -m megatron_patch device runs/mobillama_05b/checkpoints/ckpt_359 q4_0.gguf onnx-int4 --threads 1 2",
+    ),
     "eval": Verb(
         "megatron_patch.evaluate.command",
         "score models on the paper's nine benchmarks; print its tables",

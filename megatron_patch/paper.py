@@ -1,4 +1,4 @@
-"""The paper's figures (arXiv 2402.16840): Tables 1, 4, 5 and 9, and what Figure 1 compares.
+"""The paper's figures (arXiv 2402.16840): Tables 1, 4, 5, 6 and 9, and what Figure 1 compares.
 
 Scores in percent, in the order of `evaluate.suite.BENCHMARKS`; averages as printed. The 0.8B's text average of 49.06 is
 large-base's (docs/errata.md).
@@ -61,4 +61,26 @@ TABLE_1 = (
     CostRow("baseline2", "baseline2", "0.52B", 26_900, 3.0, 7.0),
     CostRow("large-base", "large_base", "1.2B", 46_100, 6.0, 12.0),
     CostRow("MobiLlama", "mobillama_05b", "0.52B", 26_600, 3.0, 7.0),
+)
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """A line of Table 6: speed, memory, and battery for 1,000 tokens (mAh; None where not printed)."""
+
+    platform: str
+    model: str
+    recipe: str
+    tokens_per_second: float
+    memory_mb: float
+    battery_mah: float | None
+
+
+TABLE_6 = (
+    DeviceRow("RTX2080Ti, bf16", "large-base", "large_base", 50.61, 6254, 18.91),
+    DeviceRow("RTX2080Ti, bf16", "MobiLlama", "mobillama_05b", 63.38, 3046, 8.19),
+    DeviceRow("i7, 4 bits (GGUF)", "large-base", "large_base", 29.23, 1163, None),
+    DeviceRow("i7, 4 bits (GGUF)", "MobiLlama", "mobillama_05b", 36.32, 799, None),
+    DeviceRow("Snapdragon-685, 4 bits (GGUF)", "large-base", "large_base", 6.687, 780, 6.00),
+    DeviceRow("Snapdragon-685, 4 bits (GGUF)", "MobiLlama", "mobillama_05b", 7.021, 770, 5.32),
 )

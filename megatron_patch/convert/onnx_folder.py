@@ -39,6 +39,7 @@ _BITS = {None: None, "int8": 8, "int4": 4}
 _BROWSER_TYPES = {None: "fp32", "int8": "q8", "int4": "q4"}
 _ALIGNMENT = 4096  # so that a weight can be mapped
 _IR_VERSION = 10
+_AT_ONCE = 1 << 22  # weights that are quantized together: each takes 30 bytes meanwhile
 
 
 def write_onnx(source: WeightsSource, folder: Path, tokenizer: Path, quantize_as: str | None = None) -> None:
@@ -142,6 +143,13 @@ def quantized(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     The value of largest magnitude of a block of 32 becomes the lowest code, as in llama.cpp's Q4_0; 2^(bits-1) is zero;
     of two 4-bit codes in a byte the first is the low one. A value v is scale * (code - zero).
     """
+    step = max(1, _AT_ONCE // values.shape[1])
+    parts = [_quantized_rows(values[i : i + step], bits) for i in range(0, len(values), step)]
+    codes, scales = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return codes, scales
+
+
+def _quantized_rows(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = values.shape
     blocks = values.reshape(rows, columns // BLOCK, BLOCK)
     zero = 1 << (bits - 1)

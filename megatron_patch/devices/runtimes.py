@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +37,11 @@ class Runtime(ABC):
 
     Attributes:
         name: the runtime and its version.
-        one_at_a_time: whether a log-probability costs a call of its own, so that long texts take long.
+        eos: id of `</s>`.
     """
 
     name: str
-    one_at_a_time = False
+    eos: int
 
     @abstractmethod
     def log_probs(self, ids: Sequence[int]) -> list[float]:
@@ -53,8 +55,6 @@ class Runtime(ABC):
 class LlamaCpp(Runtime):
     """A GGUF file in llama.cpp's own server, in this process."""
 
-    one_at_a_time = True
-
     def __init__(self, file: Path, threads: int, context: int) -> None:
         import xllamacpp
 
@@ -67,7 +67,8 @@ class LlamaCpp(Runtime):
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise RuntimeFormError(f"{file}: llama.cpp cannot open it ({error})") from None
-        self.name = f"llama.cpp (xllamacpp {_version('xllamacpp')})"
+        self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
+        self.eos = self.tokenize(EOS_TEXT)[-1]
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text; control tokens in it are themselves."""
@@ -104,8 +105,11 @@ class LlamaCpp(Runtime):
     def _post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self._server.listening_address + path, json.dumps(content).encode(), headers)
-        with urllib.request.urlopen(request) as answer:
-            told: dict[str, Any] = json.load(answer)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                told: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeFormError(f"llama.cpp refuses: {error.read().decode(errors='replace')[:300]}") from None
         return told
 
 
@@ -122,13 +126,13 @@ class OnnxRuntime(Runtime):
         except Exception as error:  # a class for each of its status codes
             raise RuntimeFormError(f"{file}: ONNX Runtime cannot open it ({error})") from None
         self.name = f"ONNX Runtime {onnxruntime.__version__}"
-        self._eos = _eos_of(file.parent.parent)
+        self.eos = _eos_of(file.parent.parent)
         self._pasts = {i.name: i.shape for i in self._session.get_inputs() if i.name.startswith("past_key_values.")}
         self._outputs = ["logits", *(_present(name) for name in self._pasts)]
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         logits, _ = self._run(np.array([ids]), self._empty())
-        return _of_labels(logits[0, :-1], ids[1:])
+        return of_labels(logits[0, :-1], ids[1:])
 
     def greedy(self, ids: Sequence[int], count: int) -> Decoded:
         return _timed(self._steps(ids, count))
@@ -137,7 +141,7 @@ class OnnxRuntime(Runtime):
         step, past = np.array([ids]), self._empty()
         for _ in range(count):
             logits, past = self._run(step, past)
-            logits[:, -1, self._eos] = -np.inf
+            logits[:, -1, self.eos] = -np.inf
             step = logits[:, -1:].argmax(-1)
             yield int(step[0, 0])
 
@@ -168,17 +172,27 @@ class CTranslate2(Runtime):
             raise RuntimeFormError(f"{folder}: CTranslate2 cannot open it ({error})") from None
         self.name = f"CTranslate2 {ctranslate2.__version__}"
         self._pieces: list[str] = json.loads((folder / "vocabulary.json").read_text())
+        self.eos = self._pieces.index(EOS_TEXT)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         [scored] = self._generator.score_batch([[self._pieces[i] for i in ids]], max_input_length=0)
         return list(scored.log_probs)
 
     def greedy(self, ids: Sequence[int], count: int) -> Decoded:
-        steps = self._generator.generate_tokens(
-            [self._pieces[i] for i in ids], max_length=count, min_length=count, end_token=[], sampling_topk=1,
-            suppress_sequences=[[EOS_TEXT]],
+        """A thread of its own decodes, so the first token's time is that of a call for one token."""
+        began = time.perf_counter()
+        self._decoded(ids, 1)
+        first = time.perf_counter() - began
+        began = time.perf_counter()
+        found = self._decoded(ids, count)
+        return Decoded(found, first, max(time.perf_counter() - began - first, 1e-9))
+
+    def _decoded(self, ids: Sequence[int], count: int) -> list[int]:
+        [result] = self._generator.generate_batch(
+            [[self._pieces[i] for i in ids]], max_length=count, min_length=count, end_token=[], sampling_topk=1,
+            suppress_sequences=[[EOS_TEXT]], include_prompt_in_result=False,
         )  # fmt: skip
-        return _timed(step.token_id for step in steps)
+        return list(result.sequences_ids[0])
 
 
 class Transformers(Runtime):
@@ -198,12 +212,12 @@ class Transformers(Runtime):
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise RuntimeFormError(f"{folder}: transformers cannot open it ({error})") from None
         self.name = f"transformers {transformers.__version__}"
-        self._eos = _eos_of(folder)
+        self.eos = _eos_of(folder)
 
     def log_probs(self, ids: Sequence[int]) -> list[float]:
         with self._torch.inference_mode():
             logits = self._model(self._torch.tensor([ids]), use_cache=False).logits
-        return _of_labels(logits[0, :-1].float().numpy(), ids[1:])
+        return of_labels(logits[0, :-1].float().numpy(), ids[1:])
 
     def greedy(self, ids: Sequence[int], count: int) -> Decoded:
         return _timed(self._steps(ids, count))
@@ -213,7 +227,7 @@ class Transformers(Runtime):
         for _ in range(count):
             with self._torch.inference_mode():
                 answer = self._model(step, past_key_values=past, use_cache=True)
-                answer.logits[:, -1, self._eos] = -self._torch.inf
+                answer.logits[:, -1, self.eos] = -self._torch.inf
                 step, past = answer.logits[:, -1:].argmax(-1), answer.past_key_values
             yield int(step)
 
@@ -234,15 +248,9 @@ def _present(past: str) -> str:
     return past.replace("past_key_values.", "present.")
 
 
-def _of_labels(logits: np.ndarray, labels: Sequence[int]) -> list[float]:
+def of_labels(logits: np.ndarray, labels: Sequence[int]) -> list[float]:
     """Log-softmax of `logits` [n, vocab] at `labels` [n], in fp64."""
     wide = logits.astype(np.float64)
     top = wide.max(-1)
     total = top + np.log(np.exp(wide - top[:, None]).sum(-1))
     return [float(x) for x in wide[np.arange(len(labels)), list(labels)] - total]
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

@@ -1,0 +1,99 @@
+"""`device` as it is typed: every form of a checkpoint in its own runtime, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from ctranslate2.converters import TransformersConverter
+
+from megatron_patch.__main__ import main
+from megatron_patch.devices import machine
+from megatron_patch.devices.table import from_csv
+from megatron_patch.train.checkpoint.write import write_weights
+from tests.devices.models import device_weights
+
+
+def test_every_form_against_its_checkpoint(
+    device_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = device_weights()
+    write_weights(weights, Path("checkpoint"))
+    for out, *words in (
+        ("f32.gguf", "--form", "gguf"), ("q4.gguf", "--form", "gguf", "--quantize", "q4_0"), ("onnx", "--form", "onnx"),
+        ("shared", "--form", "shared"), ("expanded", "--form", "expanded"),
+    ):  # fmt: skip
+        assert main(["export", "checkpoint", out, *words, "--tokenizer", str(device_tokenizer)]) == 0
+    TransformersConverter("expanded").convert("ct2", quantization="int8")
+    weights.changed["output_layer.weight"] = weights.whole["output_layer.weight"].roll(1, 0)
+    write_weights(weights, Path("other"))
+    forms = ["f32.gguf", "q4.gguf", "onnx", "ct2", "shared"]
+    asked = [
+        "--random",
+        "--threads",
+        "1",
+        "--new-tokens",
+        "12",
+        "--tokens",
+        "20",
+        "--csv",
+        "out.csv",
+        "--most-loss",
+        "0.3",
+    ]
+    capsys.readouterr()
+    assert main(["device", "checkpoint", *forms, *asked]) == 0
+    told = capsys.readouterr()
+    rows = {row.form: row for row in from_csv(Path("out.csv").read_text())}
+    assert list(rows) == forms and all(f"| {form} |" in told.out for form in forms)
+    assert "Snapdragon-685" in told.out and "GB/s by 1 thread" in told.out
+    applied, unique = 1000 * 64 * 2 + 4 * (4 * 64 * 64 + 2 * 64) + 64, 3 * 64 * 96
+    for form, row in rows.items():
+        assert row.recipe == "mobillama_05b" and row.tokens_per_second > 0 and row.roofline > 0
+        assert (row.cpu_seconds > 0 and row.joules is None) or row.joules > 0
+        copies = 4 if form.endswith("gguf") else 1
+        assert row.bits == pytest.approx(8 * row.file_bytes / (applied + copies * unique))
+        assert math.isclose(row.loss - row.checkpoint_loss, 0, abs_tol=2e-3 if row.bits > 31 else 0.1)
+        assert row.same_tokens == 1 or row.bits < 31
+    assert rows["onnx"].worst < 1e-4 and 1e-4 < rows["ct2"].worst < rows["q4.gguf"].worst
+
+    assert main(["device", "other", "onnx", "q4.gguf", *asked]) == 1  # exported from other weights
+    told = capsys.readouterr()
+    for fault in ("onnx on 1 thread(s): fp32, but a log-probability", "onnx on 1 thread(s): fp32, but only"):
+        assert f"worse than its checkpoint: {fault}" in told.err
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_weights(device_weights(), Path("checkpoint"))
+    Path("torn.gguf").write_bytes(b"GGUF")
+    Path("empty").mkdir()
+    for words, reason in (
+        (["checkpoint", "empty"], "empty: no .gguf file, no folder of `export`"),
+        (["checkpoint", "absent.gguf"], "absent.gguf: no .gguf file"),
+        (["checkpoint", "torn.gguf", "--random"], "torn.gguf: llama.cpp cannot open it"),
+        (["checkpoint", "torn.gguf", "--against", "checkpoint"], "--against checkpoint: name its forms"),
+        (["empty", "torn.gguf", "--random"], "empty"),
+        (["checkpoint", "torn.gguf", "--data", "empty"], "empty"),
+    ):
+        assert main(["device", *words, "--threads", "1"]) == 2
+        assert reason in capsys.readouterr().err
+    with pytest.raises(ValueError, match="its columns are not recipe, form"):
+        from_csv("a,b\n1,2\n")
+
+
+def test_energy_is_counted_over_a_wrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.joules_since({}) is None
+    for zone, now in (("intel-rapl:0", 500_000), ("intel-rapl:1", 3_000_000), ("intel-rapl:0:0", 1)):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text(f"{now}\n")
+        (tmp_path / zone / "max_energy_range_uj").write_text("4000000\n")
+    monkeypatch.setattr(machine, "_RAPL", tmp_path)
+    before = machine.energy_counters()
+    assert list(before.values()) == [500_000, 3_000_000]
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("1500000")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1000000")  # went through 4 J
+    assert machine.joules_since(before) == 1 + 2
+    assert machine.read_bandwidth(1, repeats=1) > 1e8
