@@ -73,16 +73,27 @@ class SampleOrder:
         start = within * self.global_batch_size
         return visit % self.num_segments, self._permutation(visit)[start : start + self.global_batch_size]
 
+    def left_out(self, step: int) -> tuple[int, np.ndarray] | None:
+        """The segment whose last batch is that of the 1-based `step`, and its row numbers that make no whole batch.
+
+        None where `step` ends no segment, or one without such rows.
+        """
+        visit, within = divmod(step, self.steps_per_segment)
+        used = self.steps_per_segment * self.global_batch_size
+        if within or used == self.rows_per_segment:
+            return None
+        return (visit - 1) % self.num_segments, self._permute(visit - 1)[used:]
+
     def _permutation(self, visit: int) -> np.ndarray:
-        if self._current is None or self._current[0] != visit:
-            ahead = self._next
+        current, ahead = self._current, self._next  # the loader's thread asks too, perhaps for another visit
+        if current is None or current[0] != visit:
             made = ahead[1].result() if ahead and ahead[0] == visit else self._permute(visit)
-            self._current = (visit, made)
+            self._current = current = (visit, made)
             following = visit + 1
             self._next = None
             if following < self._visits:
                 self._next = (following, self._thread.submit(self._permute, following))
-        return self._current[1]
+        return current[1]
 
     def _permute(self, visit: int) -> np.ndarray:
         return np.random.RandomState(self.seed + visit).permutation(self.rows_per_segment)

@@ -5,16 +5,19 @@ The kernel lets go of the lock when the process ends, however it ends, on every 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 LOCK_NAME = ".lock"
+_LOOKS = 10  # `is_abandoned` of another process holds the lock for a moment
 # A file system mounted without locks (Lustre without `flock`) cannot say who else is there.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -31,12 +34,11 @@ class RunLock:
         run.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = (run / LOCK_NAME).open("a+")
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(self._file)
         except BlockingIOError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "an unknown process"
+            busy = _busy_by(run, self._file)
             self._file.close()
-            raise RunBusy(f"{run}: another training runs here: {holder}") from None
+            raise busy from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -47,6 +49,45 @@ class RunLock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def _take(file: IO[str]) -> None:
+    """Raises BlockingIOError where another holds it for longer than a look at it takes."""
+    for _ in range(_LOOKS):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_abandoned(run: Path) -> bool:
+    """Whether the training that held the run folder last was one of this node's and is gone.
+
+    Of another node's it cannot be said: a file system may keep locks to each node. Changes nothing.
+    """
+    try:
+        with (run / LOCK_NAME).open() as file:
+            if not _is_free(file):
+                return False
+            holder = re.fullmatch(r"process \d+ on (.*?)(, Slurm job \d+)?", file.read(4096))
+            return holder is not None and holder[1] == platform.node()
+    except OSError:  # not there, or not to be read
+        return False
+
+
+def _is_free(file: IO[str]) -> bool:
+    """Whether nobody holds the lock now, as far as the file system can say."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True
+
+
+def _busy_by(run: Path, file: IO[str]) -> RunBusy:
+    file.seek(0)
+    return RunBusy(f"{run}: another training runs here: {file.read().strip() or 'an unknown process'}")
 
 
 def wait_until_free(run: Path, seconds: float, note: Callable[[str], None]) -> None:
@@ -64,7 +105,7 @@ def wait_until_free(run: Path, seconds: float, note: Callable[[str], None]) -> N
 
 def _busy(run: Path) -> RunBusy | None:
     try:
-        RunLock(run).release()
-    except RunBusy as busy:
-        return busy
-    return None
+        with (run / LOCK_NAME).open() as file:
+            return None if _is_free(file) else _busy_by(run, file)
+    except FileNotFoundError:
+        return None

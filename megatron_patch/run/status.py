@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_patch.run import checks
 from megatron_patch.run.attempts import attempts, checkpoint_step, read_status
+from megatron_patch.run.lock import is_abandoned
 from megatron_patch.run.log import is_number
 from megatron_patch.run.pace import Pace
 
@@ -72,6 +73,7 @@ class Standing:
     checkpoint: int
     started: float | None  # seconds since 1970, of the first attempt
     pace: Pace
+    is_abandoned: bool  # no process of this node trains there any more
 
     @classmethod
     def of(cls, run: Path) -> Standing:
@@ -85,15 +87,20 @@ class Standing:
             checkpoint=checkpoint_step(run),
             started=min(started, default=None),
             pace=pace,
+            is_abandoned=is_abandoned(run),
         )
 
     @property
     def state(self) -> str:
-        """As the file says, `silent` where it has said nothing for long, `damaged` where it cannot be read."""
+        """As the file says; `gone` where it names a training of this node whose processes have ended without a word,
+        `silent` where it has said nothing for long, `damaged` where it cannot be read."""
         if not self.status:
             return "damaged"
-        if self.status["state"] in ("starting", "running") and time.time() - self.status["updated"] > SILENCE:
-            return "silent"
+        if self.status["state"] in ("starting", "running"):
+            if self.is_abandoned:
+                return "gone"
+            if time.time() - self.status["updated"] > SILENCE:
+                return "silent"
         return str(self.status["state"])
 
     @property
@@ -130,6 +137,8 @@ class Standing:
             f"effective    {effective} of the time since the first attempt"
             + (", estimated from places of the log" if self.pace.is_estimate else ""),
         ]
+        if self.state == "gone":
+            lines.append(f"last word    none: it said {s['state']}, but its processes are gone; start it again")
         if s.get("reason"):
             lines.append(f"last word    {s['reason']}")
             if s["state"] == "failed" and "rank" in s:

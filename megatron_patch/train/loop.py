@@ -107,6 +107,9 @@ def main(args: argparse.Namespace) -> int:
                 launch.say(f"stopped: another rank is gone; why is above or in {status.path}", sys.stderr)
             return 1
         status.fail(f"{type(error).__name__}: {error}")
+        if isinstance(error, SystemExit):  # of a library, in the loader's thread say: its 0 would be taken for success
+            launch.complain(f"stopped on rank {os.environ['RANK']}: something called sys.exit({error.code!r})")
+            return 1
         raise
     topology.destroy()
     return 0
@@ -287,6 +290,8 @@ class _Attempt:
         if self._log:
             seconds = queued.step.end.since(self._last_end)
             self._log.step(queued.number, result.loss, result.grad_norm, queued.rate, seconds)
+            if (rest := self._order.left_out(queued.number)) is not None:
+                self._log.left_out(queued.number, rest[0], rest[1].tolist())
             self._status.progress(
                 step=queued.number,
                 samples=self._state.samples,

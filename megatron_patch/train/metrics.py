@@ -96,6 +96,11 @@ class Log:
             f"segment {segment} are in log.jsonl"
         )
 
+    def left_out(self, step: int, segment: int, rows: list[int]) -> None:
+        """Log the rows of a segment that ends with `step` of which no batch was made."""
+        self._write({"step": step, "left_out": {"segment": segment, "rows": rows}, "time": time.time()})
+        note(f"segment {segment} is done: {len(rows)} of its rows make no whole batch and are left out (log.jsonl)")
+
     def close(self) -> None:
         for logger in self._loggers:
             logger.close()

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_patch import recipe
 from megatron_patch.run.lock import RunBusy, RunLock
+from megatron_patch.run.status import Standing
 from megatron_patch.train import loop
 from tests.run.test_status_file import status_of
 from tests.train.checkpoint.compare import assert_bit_equal, history, newest
@@ -41,7 +42,12 @@ def test_a_killed_training_holds_nothing(data_folder: Path, tmp_path: Path) -> N
     job.wait_for(lambda: (run / "log.jsonl").exists())
     with pytest.raises(RunBusy, match=rf"process {job.ranks[0].pid} on"):
         RunLock(run)
+    job.wait_for(lambda: Standing.of(run).state == "running")
     job.kill()
+    assert status_of(run)["state"] == "running", "nobody was left to write another word"
+    assert Standing.of(run).state == "gone" and "its processes are gone" in "\n".join(Standing.of(run).lines())
+    (run / ".lock").write_text("process 1 on another-node, Slurm job 7")
+    assert Standing.of(run).state == "running", "of another node's it cannot be said before it has been silent"
     RunLock(run).release()
 
 

@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from data_tools.files.errors import DataError
+from megatron_patch.data.segments import Segments
 from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train import loop
+from megatron_patch.train.checkpoint import save
+from megatron_patch.train.checkpoint.format import StoredFile
 from tests.train.job import Job, run_settings
 
 
@@ -89,6 +96,42 @@ def test_an_error_of_any_rank_is_the_reason(data_folder: Path, tmp_path: Path) -
     output = (tmp_path / "log").read_text()
     assert output.count("Traceback") == 1, "one rank is unwell, the others only lose it"
     assert output.count(f"stopped: another rank is gone; why is above or in {run / 'status.json'}") == 1
+
+
+def test_a_loader_that_ends_well_does_not_end_its_rank_well(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        real, reads = Segments.read, iter(range(10**6))
+
+        def read(self: Segments, segment: int, rows: np.ndarray) -> np.ndarray:
+            if rank == 1 and next(reads) == 5:
+                sys.exit(0)
+            return real(self, segment, rows)
+
+        Segments.read = read  # type: ignore[method-assign]
+
+    run = tmp_path / "run"
+    settings = run_settings(data_folder, run, "parallel.tensor=1", "parallel.pipeline=1")
+    assert Job(2, settings, tmp_path / "log", before).wait()[1] == 1
+    assert (status_of(run)["state"], status_of(run)["reason"], status_of(run)["rank"]) == ("failed", "SystemExit: 0", 1)
+    assert "stopped on rank 1: something called sys.exit(0)" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_that_dies_during_anothers_save_is_reported_as_that(data_folder: Path, tmp_path: Path) -> None:
+    def before(rank: int) -> None:
+        real = save.write_file
+
+        def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
+            if rank == 1 and "step_" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(path, tensors)
+
+        save.write_file = write_file  # type: ignore[assignment]
+
+    run = tmp_path / "run"
+    settings = run_settings(data_folder, run, "parallel.tensor=1", "parallel.pipeline=1", "run.steps=3")
+    assert Job(2, settings, tmp_path / "log", before).wait() == [1, -signal.SIGKILL]
+    reason = status_of(run)["reason"]
+    assert "step_00000003: not written: a rank died during this save" in reason and "traceback" not in reason, reason
 
 
 def test_a_node_without_the_data_says_so(data_folder: Path, tmp_path: Path) -> None:

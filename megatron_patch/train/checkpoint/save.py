@@ -150,7 +150,12 @@ class Saver:
         except CheckpointError as error:
             self._error = error
         except Exception as error:
-            self._error = CheckpointError(folder, f"not written: {error}", "see the traceback of the rank it names")
+            if device.lost_peer(error):
+                what, remedy = "a rank died during this save", "why is above, or in the launcher's last words"
+            else:
+                what, remedy = str(error), "see the traceback"
+            remedy += "; the run resumes from the newest good checkpoint"
+            self._error = CheckpointError(folder, f"not written: {what}", remedy)
             self._error.__cause__ = error
 
     def _write(

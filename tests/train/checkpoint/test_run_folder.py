@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_patch.evaluate.models import checkpoints_in
@@ -81,6 +83,19 @@ def test_the_table_of_milestones(finished: Path) -> None:
     for row in rows:
         with open_checkpoint(finished / "checkpoints" / row["name"]) as milestone:
             assert row["digest"] == milestone.digest
+
+
+def test_rows_that_make_no_whole_batch_are_logged(data_folder: Path, tmp_path: Path) -> None:
+    """Batches of 72 rows over segments of 200: two a segment, and 56 rows that are in neither."""
+    batch = ["batch.global_batch_size=72", "batch.micro_batch_size=72", "run.steps=4", "checkpoint.interval_steps=0"]
+    job = Job(1, settings(data_folder, tmp_path / "run", *batch), tmp_path / "log")
+    assert "segment 1 is done: 56 of its rows make no whole batch and are left out" in job.run()
+    records = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    found = [(r["step"], r["left_out"]) for r in records if "left_out" in r]
+    assert [(step, rest["segment"]) for step, rest in found] == [(2, 0), (4, 1)]
+    for segment, (_, rest) in enumerate(found):
+        order = np.random.RandomState(11111 + segment).permutation(200)
+        assert rest["rows"] == order[144:].tolist()
 
 
 def table(run: Path) -> dict[str, dict[str, str]]:
