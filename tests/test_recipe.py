@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_patch.recipe import RecipeError, load
 
@@ -35,6 +36,36 @@ def test_overrides_and_alternatives():
     assert released.model.norm_epsilon == 1e-6
 
 
+def test_every_named_alternative_is_what_it_says():
+    """Each of base.yaml; where the budget is 100B tokens, whatever the batch, it stays so."""
+    named = yaml.safe_load(Path("recipes/base.yaml").read_text())["alternatives"]
+    expected = {
+        "released_learning_rate": ("optimizer", {"learning_rate": 3e-5, "min_learning_rate": 3e-6}),
+        "released_batch": ("batch", {"global_batch_size": 1280, "micro_batch_size": 8}),
+        "paper_epsilon": ("model", {"norm_epsilon": 1e-6}),
+        "paper_milestones": ("checkpoint", {"milestone_steps": 2000}),
+        "usual_weight_decay": ("optimizer", {"decay_everything": False}),
+        "paper_100b": ("run", {"steps": 61036}),
+        "first_100b": ("run", {"steps": 61036}),
+    }
+    assert named.keys() == expected.keys()
+    plain = load("recipes/mobillama_05b.yaml")
+    for name, (section, values) in expected.items():
+        recipe = load("recipes/mobillama_05b.yaml", [f"use={name}"])
+        changed = {line.split(": ")[0] for line in plain.differences(recipe)}
+        assert {f"{section}.{key}" for key in values} == changed - {"optimizer.decay_steps"}
+        assert {key: getattr(getattr(recipe, section), key) for key in values} == values
+    assert load("recipes/mobillama_05b.yaml", ["use=first_100b"]).optimizer.decay_steps == 767_880
+    for baseline in ("baseline1", "baseline2"):
+        for overrides in ([], ["use=released_batch"]):
+            recipe = load(f"recipes/{baseline}.yaml", overrides)
+            tokens = recipe.run.steps * recipe.batch.global_batch_size * recipe.model.sequence_length
+            assert 0 <= tokens - 100e9 < recipe.batch.global_batch_size * recipe.model.sequence_length
+    assert load("recipes/baseline1.yaml", ["use=released_batch"]).run.steps == 38_147
+    assert load("recipes/baseline1.yaml", ["use=released_batch", "run.steps=7"]).run.steps == 7
+    assert load("recipes/mobillama_05b.yaml", ["run.initial_weights=null"]).run.initial_weights is None
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -42,6 +73,15 @@ def test_overrides_and_alternatives():
         (["modle.num_layers=3"], "modle: unknown key; did you mean model?"),
         (["batch.micro_batch_size=abc"], "batch.micro_batch_size: .*'abc'"),
         (["batch.micro_batch_size"], "is not an override; write key.path=value"),
+        (["use=paper_100b,released_batch"], "use=released_batch makes .* 1280, but run.steps 61036 counts steps of"),
+        (["run.initial_weights="], r"nothing stands where a value belongs .* run\.initial_weights=null"),
+        (["optimizer.decay_steps=  "], "nothing stands"),
+        (["run.steps=# a comment"], "nothing stands"),
+        (["run.steps=~"], "nothing stands"),
+        (["precision=''"], "nothing stands"),
+        (["data={folder: }"], "nothing stands"),
+        (["use="], "nothing stands"),
+        (["use=paper_epsilon,"], "nothing stands"),
         (["use=nonsense"], "no alternative 'nonsense'; the file names .*released_batch"),
         (["model.hidden_size=2532"], "hidden_size 2532 / num_attention_heads 32 = 79.125"),
         (["parallel.tensor=3"], "num_attention_heads 32 / parallel.tensor 3 = 10.6667"),
@@ -62,7 +102,7 @@ def test_overrides_and_alternatives():
         (["model=5"], r"model: expected a section of settings \(given: 5\)"),
         (["name=../../elsewhere"], "name: .*pattern"),
         (['name="a\\nb"'], "name: .*pattern"),
-        (['run.folder=""'], "run.folder: '.' names no folder"),
+        (['run.folder=""'], "nothing stands where a value belongs"),
         (['data.folder="a\\0b"'], r"data.folder: 'a\\x00b' names no folder"),
         (["run={steps: 5, steps: 6}"], r"override .*written twice: \['steps'\]"),
         (["watchdog.spike_window=9223372036854775808"], "watchdog.spike_window: is beyond 64 bits"),

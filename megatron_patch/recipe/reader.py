@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,18 +35,24 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         if not equals or not key:
             raise RecipeError(f"{text!r} is not an override; write key.path=value, e.g. batch.micro_batch_size=4")
         if key == "use":
-            names += [n for n in value.split(",") if n]
+            names += value.split(",")
         else:
             try:
                 settings.append((key, parse_yaml(value)))
             except NotYaml as e:
                 raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
+        if (key == "use" and not all(value.split(","))) or (key != "use" and _holds_nothing(settings[-1][1], value)):
+            raise RecipeError(
+                f"override {text!r}: nothing stands where a value belongs (a variable that is not set?); what means "
+                "none is written null, e.g. run.initial_weights=null"
+            )
     for name in names:
         if name not in alternatives:
             raise RecipeError(
                 f"{path}: no alternative {name!r}; the file names {', '.join(sorted(alternatives)) or 'none'}"
             )
         tree = _merge(tree, _current(alternatives[name], path))
+    _check_budget(tree, [(name, alternatives[name]) for name in names], {key for key, _ in settings})
     for key, value in settings:
         nested: Any = value
         for part in reversed(key.split(".")):
@@ -55,6 +62,38 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(tree)
     except ValidationError as e:
         raise RecipeError("\n".join([f"{path} is refused:", *(f"  {_explain(d)}" for d in e.errors())])) from e
+
+
+def _holds_nothing(value: Any, text: str) -> bool:
+    """Whether YAML made null or an empty text of something else than `null`, at any depth."""
+    nothing, level = 0, [value]
+    while level:
+        nothing += sum(v is None or (isinstance(v, str) and not v.strip()) for v in level)
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return nothing > len(re.findall(r"\bnull\b", text))
+
+
+def _check_budget(tree: dict[str, Any], used: Sequence[tuple[str, dict[str, Any]]], given: set[str]) -> None:
+    """Steps of one batch are no budget of another: an alternative that changes the batch must say the steps too."""
+    steps = (tree.get("run") or {}).get("steps")
+    setting = {
+        key: [name for name, alternative in used if key in (alternative.get(section) or {})][-1:]
+        for section, key in (("batch", "global_batch_size"), ("run", "steps"))
+    }
+    if steps is None or not setting["global_batch_size"] or given & {"run", "run.steps"}:
+        return
+    if setting["global_batch_size"] != setting["steps"]:
+        batch = tree["batch"]["global_batch_size"]
+        raise RecipeError(
+            f"use={setting['global_batch_size'][0]} makes batch.global_batch_size {batch}, but run.steps {steps} "
+            f"counts steps of another batch; say how many there are, e.g. run.steps=38147 for 100B tokens at batch "
+            "1280, or run.steps=null for every row once"
+        )
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

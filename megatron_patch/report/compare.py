@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -36,6 +36,8 @@ class Row:
     memory: float | None
     gflop: float | None
     accuracy: float | None
+    budget: str | None = None
+    """Of a planned model: what its tokens are."""
 
 
 _COLUMNS = (
@@ -68,7 +70,8 @@ def markdown(found: Sequence[Row], hardware: Hardware) -> str:
         "- The paper does not say what its memory counts; a run's is the most ever allocated on rank 0.",
         "- GFLOP a token count each use of a shared FFN, so MobiLlama and large-base cost the same.",
     )
-    return "\n".join([*lines, "", *notes])
+    budgets = [f"- {row.model} is planned for {row.budget}." for row in found if row.budget]
+    return "\n".join([*lines, "", *budgets, *notes])
 
 
 def draw(found: Sequence[Row], image: Path) -> None:
@@ -108,7 +111,10 @@ def _row(path: Path, evaluations: Path, hardware: Hardware) -> Row:
 def _planned(recipe: Recipe, hardware: Hardware) -> Row:
     plan = Plan.of(recipe, hardware)
     tokens = plan.steps * plan.tokens_per_step
-    return _model(recipe, "planned", tokens, plan.gpu_hours, plan.needed, None)
+    whole = f"every whole batch of the data, once: {plan.steps:,} steps"
+    given = f"the {plan.steps:,} steps that its recipe says (run.steps)"
+    row = _model(recipe, "planned", tokens, plan.gpu_hours, plan.needed, None)
+    return replace(row, budget=whole if recipe.run.steps is None else given)
 
 
 def _trained(folder: Path, evaluations: Path) -> Row:

@@ -65,7 +65,8 @@ class Steps:
         self.lately.append(record)
         time, tokens = record["time"], record["tokens"]
         for name, curve in self.curves.items():
-            if is_number(value := record.get(name)):
+            value = record.get(name)
+            if type(value) is float or is_number(value):
                 curve.add(time, tokens, value)
 
 

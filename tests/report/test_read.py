@@ -143,6 +143,8 @@ def test_compare(run: Path, evaluations: Path, tmp_path: Path, capsys: pytest.Ca
     assert float(memory) * 1e9 / 2**30 == pytest.approx(float(gib), abs=0.01)
     assert "on 10 nodes of 8 a100-80g, computing at 40% MFU" in text
     assert "| 100.00 |" in lines["baseline1"]
+    assert "mobillama_05b is planned for every whole batch of the data, once: 767,880 steps." in text
+    assert "baseline1 is planned for the 61,036 steps that its recipe says" in text
     assert "| completed |" in lines["demo"]
     assert lines["demo"].endswith("| 32.00 |")
     hours_of_run = lines["demo"].split(" | ")[4]
