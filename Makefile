@@ -20,7 +20,7 @@ help:
 	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
-	@echo "make bench-data    the data tools against their peers, about 5 minutes on 2 cores"
+	@echo "make bench-data    the data tools against their peers, about 6 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
 	@echo "make emulate       the same with AVX-512 emulated, for processors without (libsimde-dev)"
 	@echo "make soak          the long runs of the test suite"
@@ -103,6 +103,7 @@ bench-gpu:
 bench-data: $(VENV)/ready-dev
 	$(BIN)/python -W ignore benchmarks/index_speed.py
 	$(BIN)/python -W ignore benchmarks/tokenize_speed.py
+	$(BIN)/python -W ignore benchmarks/small_files_speed.py
 	$(BIN)/python -W ignore benchmarks/loader_speed.py
 
 # The same with the AVX-512 kernel emulated by SIMDe, for processors without AVX-512 (Debian: apt-get install libsimde-dev).

@@ -169,7 +169,8 @@ def _add_fetch_and_run(commands: argparse._SubParsersAction[argparse.ArgumentPar
     fetch.add_argument("--config", type=Path, default=AMBER, metavar="YAML", help="names the address (amber.yaml)")
     fetch.add_argument("--input", metavar="ADDRESS", help="another address; segment k is ADDRESS/train_{k:03d}.jsonl")
     fetch.add_argument("--tokenizer", metavar="ADDRESS", help="another address of tokenizer.json or tokenizer.model")
-    fetch.add_argument("--checksums", type=Path, metavar="FILE", help="sha256sum's output for the files")
+    fetch.add_argument("--checksums", type=Path, metavar="FILE", help="SHA-256 of every file (sha256sum)")
+    fetch.add_argument("--allow-unlisted", action="store_true", help="take files that --checksums does not list")
     fetch.add_argument("--segment", type=_segments, metavar="K|A-B", help="only these segments (all 360)")
 
     run_parser = _command(
@@ -325,7 +326,8 @@ def _fetch_or_run(arguments: argparse.Namespace) -> int:
         )
         _say_dataset(arguments.output / "indexed", manifest)
         return 0
-    from data_tools.index.fetch import fetch_segments, read_checksums
+    from data_tools.index.checksums import read_checksums
+    from data_tools.index.fetch import fetch_segments
 
     published = config.published
     address = arguments.input or (published and published.address)
@@ -333,7 +335,13 @@ def _fetch_or_run(arguments: argparse.Namespace) -> int:
         raise DataError("no address", file=arguments.config, place="published", remedy="give one with --input")
     tokenizer = arguments.tokenizer or (published.tokenizer if published and not arguments.input else None)
     checksums = read_checksums(arguments.checksums) if arguments.checksums else {}
-    fetch_segments(address, tokenizer, arguments.output, config.num_segments, arguments.segment, checksums)
+    unvouched = fetch_segments(
+        *(address, tokenizer, arguments.output, config.num_segments, arguments.segment, checksums),
+        arguments.allow_unlisted,
+    )
+    if unvouched:
+        names = ", ".join(unvouched[:5]) + (", ..." if unvouched[5:] else "")
+        print(f"no checksum vouches for {len(unvouched)} of the files (--checksums): {names}")
     return 0
 
 
