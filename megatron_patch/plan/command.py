@@ -13,15 +13,17 @@ from pathlib import Path
 
 from megatron_patch import recipe
 from megatron_patch.arguments import amount, counts
+from megatron_patch.launch import write_json
 from megatron_patch.parallel.gpus import GIB
 from megatron_patch.plan import energy, scale
 from megatron_patch.plan.energy import add_energy
 from megatron_patch.plan.hardware import add_hardware, hardware
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.plan import Plan
-from megatron_patch.plan.table import table
+from megatron_patch.plan.table import draw, table
 from megatron_patch.plan.text import text
 from megatron_patch.recipe import RecipeError
+from megatron_patch.run.planned import PLAN_NAME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_energy(parser)
     parser.add_argument("--scale", type=counts, metavar="N,N,...", help="a table and a curve over numbers of nodes")
-    parser.add_argument("--output", type=Path, help="picture of --scale (scaling_NAME.svg)")
+    parser.add_argument("--output", type=Path, help="picture of --scale (scaling_NAME.svg), or of the models' table")
+    parser.add_argument(
+        "--save", action="store_true", help="write RUN/plan.json, beside which `status` and `report` set what they find"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -42,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
         on = hardware(args)
         if args.recipe is None:
             print(table(on))
+            if args.output:
+                draw(on, args.output)
             return 0
         settings = recipe.load(args.recipe, args.overrides)
         if args.scale is not None:
@@ -57,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
     except (RecipeError, ValueError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
+    if args.save:
+        write_json(settings.run_folder / PLAN_NAME, plan.summary())
     if plan.needed > plan.gpu.memory:
         worst = max(plan.places, key=lambda place: memory(place).total)
         print(

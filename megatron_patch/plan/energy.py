@@ -1,4 +1,4 @@
-"""Energy and carbon of a run: planned from board power and time, or from what a GPU's own counter says.
+"""Energy and carbon of a run, planned from board power and time.
 
 As in LLaMA's paper (arXiv 2302.13971, section 6): GPU hours x power of a GPU x PUE, and kg CO2e a kWh of the grid. The
 GPUs alone are counted; processors, network and storage of the nodes are not.
@@ -7,9 +7,7 @@ GPUs alone are counted; processors, network and storage of the nodes are not.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_patch.arguments import amount, share
 
@@ -55,22 +53,9 @@ def planned(gpu_hours: float, watts: float, utilisation: float, site: Site) -> E
     return Energy(gpu_hours * 3600 * watts * utilisation, site)
 
 
-def measured(steps: Sequence[Mapping[str, Any]], ranks: int, site: Site) -> Energy | None:
-    """Of the records of log.jsonl, whose `joules` are those of rank 0's GPU; None where none was read.
-
-    Steps of which nothing was read count as the mean of the others; the other ranks' GPUs count as rank 0's.
-    """
-    read = [step["joules"] for step in steps if step.get("joules") is not None]
-    return Energy(sum(read) / len(read) * len(steps) * ranks, site) if read else None
-
-
-def add_site(parser: argparse._ActionsContainer) -> None:
+def add_energy(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--pue", type=amount, default=PUE, help=f"watts drawn for each watt of machines ({PUE})")
     parser.add_argument("--grid", type=amount, default=GRID, metavar="KG", help=f"kg CO2e a kWh ({GRID})")
-
-
-def add_energy(parser: argparse._ActionsContainer) -> None:
-    add_site(parser)
     parser.add_argument(
         "--utilisation", type=share, default=1.0, help="share of its board power that a GPU draws (1: the most)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from data_tools.dataset.format import NUM_SEGMENTS
 from megatron_patch.launch import check_rank_map
@@ -113,6 +114,10 @@ class Plan:
     def needed(self) -> int:
         """Bytes of the fullest GPU."""
         return max(memory(place).total for place in self.places) + RESERVED
+
+    def summary(self) -> dict[str, Any]:
+        """What a run can be held against (run/planned.py)."""
+        return {"hardware": str(self.hardware), "ranks": self.ranks, "tokens_per_second": self.tokens_per_second}
 
     def traffic(self) -> list[tuple[Traffic, float]]:
         """What the busiest rank of any stage exchanges in a step, by kind, and its seconds on the wire."""

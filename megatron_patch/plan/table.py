@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
 from data_tools.dataset.format import NUM_SEGMENTS
+from data_tools.files.durable import write_beside
 from megatron_patch import recipe
 from megatron_patch.model import counts
-from megatron_patch.paper import TABLE_1
+from megatron_patch.paper import TABLE_1, CostRow
 from megatron_patch.parallel.gpus import GIB
 from megatron_patch.plan.hardware import Hardware
 from megatron_patch.plan.plan import ROWS_PER_SEGMENT, Plan
@@ -56,3 +61,36 @@ def table(hardware: Hardware) -> str:
         "not explain the paper's hours; what its memory counts it does not say (docs/errata.md).",
     ]
     return "\n".join(lines)
+
+
+def draw(hardware: Hardware, image: Path) -> None:
+    """Table 1 as bars, planned beside the paper's; the ending of `image` names its format (ValueError: none such)."""
+    found, paper = plans(hardware), {row.recipe: row for row in TABLE_1}
+    ours = [
+        (counts.parameters(p.settings.model).unique / 1e9, p.gpu_hours / 1e3, p.needed / 1e9, p.days) for p in found
+    ]
+    theirs = [_numbers(paper.get(plan.settings.name)) for plan in found]
+    titles = ("Parameters (B)", "GPU hours (K)", "Memory a GPU (GB)", "Days")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for panel, (axes, title) in enumerate(zip(figure.subplots(1, len(titles), sharey=True), titles, strict=True)):
+        for rows, offset, colour, name in ((ours, -0.2, "tab:blue", "planned"), (theirs, 0.2, "tab:gray", "paper")):
+            values = [row[panel] for row in rows]
+            bars = axes.barh([i + offset for i in range(len(rows))], values, height=0.38, color=colour, label=name)
+            axes.bar_label(bars, [f"{value:.3g}" if value else "-" for value in values], fontsize=8, padding=2)
+        axes.set_yticks(range(len(found)), [plan.settings.name for plan in found])
+        axes.set_title(title, fontsize=10)
+        axes.margins(x=0.25)
+        axes.set_xticks([])
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+    figure.suptitle(f"Table 1, planned on {hardware}, 1.26T tokens each", fontsize=11)
+    with write_beside(image) as stream:
+        figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)
+
+
+def _numbers(row: CostRow | None) -> tuple[float, float, float, float]:
+    """The paper's, in the order of the panels; 0 for what it does not have."""
+    if row is None:
+        return 0.0, 0.0, 0.0, 0.0
+    return float(row.parameters.removesuffix("B")), row.gpu_hours / 1e3, row.memory_gb, row.days

@@ -17,6 +17,7 @@ from megatron_patch.model import counts
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, Thinned, curve
 from megatron_patch.results import amount, axis_unit
+from megatron_patch.run.planned import against_plan
 
 _ASSETS = Path(__file__).parent
 _FOLDED_ROWS = 12
@@ -134,9 +135,17 @@ def _header(run: Run) -> str:
 </header>
 <p class="soft">{parameters.unique:,} parameters: {model.num_layers} layers of {model.hidden_size}, {sharing}
 ({model.ffn_hidden_size}). {escape(_when(run))}</p>
-<progress max="{max(total, 1)}" value="{step}" aria-label="steps done"></progress>
+{_planned(run)}<progress max="{max(total, 1)}" value="{step}" aria-label="steps done"></progress>
 <dl class="tiles">{"".join(f'<div class="tile"><dt>{escape(k)}</dt><dd>{v}</dd></div>' for k, v in tiles)}</dl>
 """
+
+
+def _planned(run: Run) -> str:
+    """What was planned with `plan --save`, and the share of it that the last steps reach."""
+    if not run.steps:
+        return ""
+    beside = against_plan(run.folder, _lately(run, "tokens_per_second"), run.status.get("ranks"))
+    return "" if beside is None else f'<p class="soft">Planned: {escape(beside)}.</p>\n'
 
 
 def _when(run: Run) -> str:

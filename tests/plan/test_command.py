@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_patch.__main__ import main
 from megatron_patch.parallel import device
 from megatron_patch.plan import command as plan
 from megatron_patch.plan import memory, network
@@ -312,3 +314,31 @@ def test_what_was_not_measured_is_refused(content: str | None, reason: str, tmp_
     assert code == 2 and f"{tmp_path}/measured.json" in error and reason in error
     for half in (["--ports", "2"], ["--port-gbits", "200"], ["--ports", "2", "--port-gbits", "0"]):
         assert plan_of("recipes/mobillama_05b.yaml", *half)[0] == 2
+
+
+def test_table_1_is_drawn_whole(tmp_path: Path) -> None:
+    image = tmp_path / "table_1.svg"
+    assert plan_of("--gpus", "a100-80g-2-ports", "--output", str(image))[0] == 0
+    words = image.read_text()
+    for word in ("Parameters (B)", "GPU hours (K)", "Memory a GPU (GB)", "Days", "mobillama_08b", "26.6", "46.1"):
+        assert f"<!-- {word} -->" in words
+
+
+def test_a_run_is_held_against_its_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    on = ["--gpus", "h100", "--nodes", "1", "--gpus-per-node", "4"]
+    code, text, _ = plan_of("recipes/demo.yaml", f"run.folder={run}", "--save", *on)
+    assert code == 0
+    planned = json.loads((run / "plan.json").read_text())
+    assert f"{planned['tokens_per_second']:,.0f} in all" in text and planned["ranks"] == 4
+    rate = planned["tokens_per_second"] / 4
+    status = {"state": "running", "updated": time.time(), "ranks": 4, "loss": 1.0, "tokens_per_second": rate}
+    (run / "status.json").write_text(json.dumps(status))
+    assert main(["status", str(run)]) == 0
+    assert re.search(r"^plan +[\d,]+ tokens/s on 1 node of 4 h100; 25.0% of it reached$", capsys.readouterr().out, re.M)
+    (run / "status.json").write_text(json.dumps({**status, "ranks": 8}))
+    assert main(["status", str(run)]) == 0
+    assert "made for 4 ranks, not 8; plan again with --save" in capsys.readouterr().out
+    (run / "plan.json").write_text("{")
+    assert main(["status", str(run)]) == 0
+    assert "plan  " not in capsys.readouterr().out

@@ -141,9 +141,12 @@ def test_text_of_a_run_is_never_markup(run: Path, tmp_path: Path, evaluations: P
     status = json.loads((run / "status.json").read_text())
     status |= {"state": "failed", "reason": "</script><script>alert(1)</script>"}
     (copy / "status.json").write_text(json.dumps(status))
+    plan = {"tokens_per_second": 1e12, "ranks": status["ranks"], "hardware": "<script>alert(2)</script>"}
+    (copy / "plan.json").write_text(json.dumps(plan))
     assert main(["report", str(copy), "--evaluations", str(evaluations)]) == 0
     text = (copy / "report.html").read_text()
     assert "alert(1)" in text
+    assert "Planned: 1,000,000,000,000 tokens/s on " in text and "alert(2)" in text and "% of it reached" in text
     assert "<script>alert" not in text
 
 
