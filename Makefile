@@ -9,7 +9,7 @@ demo demo-chat: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
 demo demo-chat: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak bench-gpu bench-data asan emulate clean
+.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
+	@echo "make gpu-session   a resume, the kernels' tests and bench-gpu on one GPU, under 9 minutes (make gpu-data first)"
 	@echo "make bench-data    the data tools against their peers, about 6 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
 	@echo "make emulate       the same with AVX-512 emulated, for processors without (libsimde-dev)"
@@ -96,6 +97,18 @@ test-gpu:
 
 soak: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak
+
+# Real text in rows of 2,049 ids, for gpu-session; it may be built elsewhere and copied.
+gpu-data: demo/gpu/data/manifest.json
+
+demo/gpu/data/manifest.json: | $(VENV)/ready
+	$(BIN)/python -m data_tools.demo_corpus --output demo/raw
+	$(BIN)/python data_tools/build_amber.py tokenize --input demo/raw --output demo/gpu/rows --tokenizer demo/raw/tokenizer.model
+	$(BIN)/python data_tools/build_amber.py mix --input demo/gpu/rows --output demo/gpu/segments --num-segments 1
+	$(BIN)/python data_tools/build_amber.py index --input demo/gpu/segments --output demo/gpu/data
+
+gpu-session:
+	$(GPU_PYTHON) -m benchmarks.gpu_session --data demo/gpu/data --out gpu_session
 
 bench-gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu
