@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data_tools.files.durable import write_beside
 from megatron_patch.plan.hardware import Hardware
 from megatron_patch.plan.plan import Plan
@@ -67,6 +65,8 @@ def table(found: Sequence[Plan]) -> str:
 def draw(found: Sequence[Plan], image: Path) -> None:
     """Tokens/s against GPUs, beside the straight line through the first number of nodes; the ending of `image` names
     its format (ValueError: none such)."""
+    from matplotlib.figure import Figure  # seconds, which no plan without a picture waits for
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     ranks = [plan.ranks for plan in found]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data_tools.dataset.format import NUM_SEGMENTS
 from data_tools.files.durable import write_beside
 from megatron_patch import recipe
@@ -71,6 +69,8 @@ def draw(hardware: Hardware, image: Path) -> None:
     ]
     theirs = [_numbers(paper.get(plan.settings.name)) for plan in found]
     titles = ("Parameters (B)", "GPU hours (K)", "Memory a GPU (GB)", "Days")
+    from matplotlib.figure import Figure  # seconds, which no plan without a picture waits for
+
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     for panel, (axes, title) in enumerate(zip(figure.subplots(1, len(titles), sharey=True), titles, strict=True)):
         for rows, offset, colour, name in ((ours, -0.2, "tab:blue", "planned"), (theirs, 0.2, "tab:gray", "paper")):
