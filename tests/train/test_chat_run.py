@@ -117,7 +117,7 @@ def test_held_out_loss_falls_and_is_known_before_the_first_step(data: Path, undi
         {
             r["step"]: r["held_out_loss"]
             for r in map(json.loads, (f / "log.jsonl").read_text().splitlines())
-            if "loss" not in r
+            if "held_out_loss" in r
         }
         for f in (undisturbed, tmp_path / "run")
     )
