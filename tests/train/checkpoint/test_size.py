@@ -16,7 +16,7 @@ from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.train.checkpoint import open_checkpoint
 from megatron_patch.train.checkpoint.format import Fragment, What, stored_whats
-from megatron_patch.train.checkpoint.plan import fragment, is_writer, shard_ranges
+from megatron_patch.train.checkpoint.plan import fragment, shard_ranges
 from tests.ranks import run_ranks
 from tests.toy import toy_share, toy_trainer
 
@@ -27,8 +27,8 @@ BYTES = {"weight": 2, "master": 4, "exp_avg": 4, "exp_avg_sq": 4}
 def save_plan(recipe: Recipe, parameters: list[tuple[Whole, torch.nn.Parameter]], place: Topology) -> list[Fragment]:
     """What a rank writes, DeepSpeed's flat groups being its parameters one after the other, padded to 2 x DP."""
     plan = []
-    for group in parameter_groups(parameters, recipe.optimizer.decay_everything, recipe.parallel.reduce_bucket):
-        if is_writer(group, place):
+    for group in parameter_groups(parameters, recipe, place.pipeline_rank):
+        if group.replication.is_owner(place.pipeline_rank, place.tensor_rank):
             lengths = [p.numel() for p in group.parameters]
             offsets = [sum(lengths[:i]) for i in range(len(lengths))]
             padded = -(-sum(lengths) // (2 * place.data_size)) * 2 * place.data_size
