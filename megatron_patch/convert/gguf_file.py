@@ -131,11 +131,6 @@ def _interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
     return values.view(heads, 2, -1, values.shape[-1]).transpose(1, 2).reshape(values.shape)
 
 
-def halves(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse: rows of q or k of a GGUF file as Hugging Face has them."""
-    return values.view(heads, -1, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
-
-
 def _describe(writer: gguf.GGUFWriter, source: WeightsSource, kind: GGMLQuantizationType) -> None:
     model = source.recipe.model
     writer.add_type(gguf.GGUFType.MODEL)
