@@ -1,17 +1,37 @@
-"""Builds the C++ core of data_tools; everything else stands in pyproject.toml."""
+"""Builds the C++ core of data_tools and puts the recipes into the package; everything else stands in pyproject.toml."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, LinkError
 
 # AMBER_CXXFLAGS is for builds under a sanitizer (make asan). No -march here: the core chooses at run time.
 EXTRA_FLAGS = os.environ.get("AMBER_CXXFLAGS", "").split()
 SOURCES = ["module", "row_parser", "json_line", "ids_portable", "ids_avx2", "ids_avx512"]
+
+
+class BuildPackages(build_py):
+    """The recipes lie beside the packages in the repository, and in `megatron_patch/recipes` where it is installed."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode or "megatron_patch" not in self.packages:
+            return
+        recipes = sorted(Path("recipes").glob("*.yaml"))
+        if not recipes:
+            sys.exit(
+                "error: no recipes/*.yaml beside setup.py; an installed megatron_patch needs them: copy the folder"
+            )
+        folder = Path(self.build_lib, "megatron_patch", "recipes")
+        self.mkpath(str(folder))
+        for recipe in recipes:
+            self.copy_file(str(recipe), str(folder / recipe.name))
 
 
 class BuildCore(build_ext):
@@ -39,5 +59,5 @@ setup(
             extra_link_args=EXTRA_FLAGS,
         )
     ],
-    cmdclass={"build_ext": BuildCore},
+    cmdclass={"build_ext": BuildCore, "build_py": BuildPackages},
 )

@@ -43,7 +43,7 @@ def amount(text: str) -> float:
 
 
 def train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a file of recipes/")
+    parser.add_argument("recipe", type=Path, help="a file or name of recipes/")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key.path=value", help="e.g. batch.micro_batch_size=4"
     )
@@ -55,7 +55,7 @@ def train(parser: argparse.ArgumentParser) -> None:
 
 
 def check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a file of recipes/: its run folder's disk is measured")
+    parser.add_argument("recipe", type=Path, help="a file or name of recipes/: its run folder's disk is measured")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     parser.add_argument(
         "--folder", type=Path, help="new shared folder for answers and verdict; default: one in RUN/check"

@@ -27,7 +27,9 @@ from megatron_patch.run.planned import PLAN_NAME
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, nargs="?", help="a file of recipes/; none: the paper's models in a table")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", help="a file or name of recipes/; none: the paper's models in a table"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     add_hardware(parser)
     parser.add_argument(

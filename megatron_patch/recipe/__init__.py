@@ -1,10 +1,10 @@
 """The typed recipe, the one place where a setting of a run is written.
 
-`load` reads `recipes/NAME.yaml`, follows `extends`, applies named alternatives (`use=NAME`) and `key.path=value`
-overrides, and returns a validated, frozen `Recipe`.
+`load` reads `recipes/NAME.yaml`, or `NAME` from where the package has its recipes, follows `extends`, applies named
+alternatives (`use=NAME`) and `key.path=value` overrides, and returns a validated, frozen `Recipe`.
 """
 
-from megatron_patch.recipe.reader import RECIPES, RecipeError, load
+from megatron_patch.recipe.reader import RECIPES, RecipeError, find, load
 from megatron_patch.recipe.settings import (
     Batch,
     Checkpoint,
@@ -31,5 +31,6 @@ __all__ = [
     "Run",
     "Section",
     "Watchdog",
+    "find",
     "load",
 ]

@@ -13,21 +13,29 @@ from pydantic import ValidationError
 from data_tools.files.strict_yaml import NotYaml, parse_yaml, read_yaml
 from megatron_patch.recipe.settings import Recipe, from_ffn_switch
 
-RECIPES = Path(__file__).parent.parent.parent / "recipes"  # where this repository's recipes are
+_INSTALLED = Path(__file__).parents[1] / "recipes"  # where setup.py puts them
+RECIPES = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"  # else the repository's folder
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run: names the file or key, what was expected and what to do."""
 
 
+def find(recipe: Path | str) -> Path:
+    """The file of a recipe: a path, or the name of one of RECIPES (`mobillama_05b`) where no such file is here."""
+    path = Path(recipe)
+    named = RECIPES / f"{path}.yaml"
+    return named if len(path.parts) == 1 and not path.is_file() and named.is_file() else path
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe file, or one of RECIPES by its name.
 
     `overrides` are `key.path=value` strings, the value read as YAML; `use=NAME[,NAME]` applies named alternatives
     of the file (`alternatives:` in it or in a base) before the other overrides.
     Raises RecipeError naming the file, the key and the remedy.
     """
-    path = Path(path)
+    path = find(path)
     tree, alternatives = _read(path, seen=())
     names, settings = [], []
     for text in overrides:
@@ -100,7 +108,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     try:
         tree = read_yaml(path)
     except OSError as e:
-        raise RecipeError(f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}") from e
+        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        raise RecipeError(
+            f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}, each may be given by its name: {names}"
+        ) from e
     except NotYaml as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e
     if path.resolve() in seen:
@@ -118,7 +129,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     if base is not None:
         if not isinstance(base, str):
             raise RecipeError(f"{path}: extends: expected the name of a file beside it, found {base!r}")
-        base_tree, base_alternatives = _read(path.parent / base, (*seen, path.resolve()))
+        beside = path.parent / base
+        base_tree, base_alternatives = _read(beside if beside.is_file() else find(base), (*seen, path.resolve()))
         tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
     return tree, alternatives
 

@@ -14,7 +14,7 @@ from megatron_patch.model import counts
 from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
 from megatron_patch.plan.hardware import Hardware
 from megatron_patch.plan.plan import Plan
-from megatron_patch.recipe import Recipe, load
+from megatron_patch.recipe import Recipe, find, load
 from megatron_patch.report.read import ReportError, read_run
 
 _PAPER_TOKENS = 1259.13  # billions, the total of Table 2
@@ -101,9 +101,9 @@ def draw(found: Sequence[Row], image: Path) -> None:
 
 
 def _row(path: Path, evaluations: Path, hardware: Hardware) -> Row:
-    if path.is_file():
-        return _planned(load(path), hardware)
     if not path.is_dir():
+        if (file := find(path)).is_file():
+            return _planned(load(file), hardware)
         raise ReportError(f"{path}: no such run folder or recipe file; e.g. runs/mobillama_05b, recipes/baseline1.yaml")
     return _trained(path, evaluations)
 
