@@ -34,6 +34,7 @@ def settings(data_folder: Path, run: Path, steps: int) -> list[str]:
         "optimizer.decay_steps=20",
         "checkpoint.interval_steps=4",
         "checkpoint.keep=1",
+        "checkpoint.milestone_steps=0",
         "data.held_out_interval=0",
     ]
 
