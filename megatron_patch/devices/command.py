@@ -36,6 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 1: a form is worse than its checkpoint; 2: refused, with the remedy."""
+    from megatron_patch.parallel import topology
+
+    try:
+        return _measure(args)
+    finally:
+        topology.destroy()  # which the checkpoint's own model needed
+
+
+def _measure(args: argparse.Namespace) -> int:
     from megatron_patch.devices.compare import Asked, measure_group
     from megatron_patch.devices.forms import find_form
     from megatron_patch.devices.machine import processor

@@ -67,7 +67,7 @@ def test_the_card_has_the_scores_of_its_checkpoint(
     assert main(["export", "one", "hf", "--form", "shared", "--tokenizer", str(tokenizer)]) == 0
     card = Path("hf/README.md").read_text()
     assert "| piqa | 42.12 ± 0.25 |" in card
-    assert "99" not in card
+    assert "99.00" not in card
 
 
 def test_what_is_refused_leaves_nothing_and_is_named(

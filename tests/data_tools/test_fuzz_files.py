@@ -78,7 +78,10 @@ def test_every_line_is_taken_or_set_aside_untouched(tmp_path: Path, content: byt
         else:
             expected[0].append(row[0])
             expected[1].append(AMBER_SOURCES.index(row[1]))
-    assert read(path, threads) == expected
+    try:
+        assert read(path, threads) == expected
+    except DataError as error:  # a first byte that makes it another form's file
+        assert "its name says plain text" in str(error) and content[:1] not in (b"{", b"[")
 
 
 @FUZZ

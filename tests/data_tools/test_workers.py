@@ -97,7 +97,8 @@ def test_however_it_ends_no_worker_is_left_and_the_next_run_goes_on(
     assert stage.returncode == code
     assert says in said and "Traceback" not in said
     if says:
-        assert len(said.splitlines()) == says.count("\n") + (not says.endswith("\n"))
+        told = [line for line in said.splitlines() if " is a copy of " not in line]  # two sources have like texts
+        assert len(told) == says.count("\n") + (not says.endswith("\n"))
         assert not list(out.glob("book/*.partial"))
     for handle in handles:
         assert select.select([handle], [], [], 60)[0]  # it has ended

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,18 @@ from megatron_patch.devices.table import from_csv
 from megatron_patch.train.checkpoint.write import write_weights
 from tests.devices.models import device_weights
 
+ROOT = Path(__file__).parents[2]
+
+
+def device(*words: str) -> subprocess.CompletedProcess[str]:
+    """The verb in a process of its own: it makes a process group, which the ranks of other tests must not inherit."""
+    command = [sys.executable, "-m", "megatron_patch", "device", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
 
 def test_every_form_against_its_checkpoint(
-    device_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     weights = device_weights()
@@ -43,12 +55,11 @@ def test_every_form_against_its_checkpoint(
         "--most-loss",
         "0.3",
     ]
-    capsys.readouterr()
-    assert main(["device", "checkpoint", *forms, *asked]) == 0
-    told = capsys.readouterr()
+    told = device("checkpoint", *forms, *asked)
+    assert told.returncode == 0, told.stderr
     rows = {row.form: row for row in from_csv(Path("out.csv").read_text())}
-    assert list(rows) == forms and all(f"| {form} |" in told.out for form in forms)
-    assert "Snapdragon-685" in told.out and "GB/s by 1 thread" in told.out
+    assert list(rows) == forms and all(f"| {form} |" in told.stdout for form in forms)
+    assert "Snapdragon-685" in told.stdout and "GB/s by 1 thread" in told.stdout
     applied, unique = 1000 * 64 * 2 + 4 * (4 * 64 * 64 + 2 * 64) + 64, 3 * 64 * 96
     for form, row in rows.items():
         assert row.recipe == "mobillama_05b" and row.tokens_per_second > 0 and row.roofline > 0
@@ -59,10 +70,10 @@ def test_every_form_against_its_checkpoint(
         assert row.same_tokens == 1 or row.bits < 31
     assert rows["onnx"].worst < 1e-4 and 1e-4 < rows["ct2"].worst < rows["q4.gguf"].worst
 
-    assert main(["device", "other", "onnx", "q4.gguf", *asked]) == 1  # exported from other weights
-    told = capsys.readouterr()
+    told = device("other", "onnx", "q4.gguf", *asked)  # exported from other weights
+    assert told.returncode == 1
     for fault in ("onnx on 1 thread(s): fp32, but a log-probability", "onnx on 1 thread(s): fp32, but only"):
-        assert f"worse than its checkpoint: {fault}" in told.err
+        assert f"worse than its checkpoint: {fault}" in told.stderr
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
