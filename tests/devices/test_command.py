@@ -84,13 +84,14 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for words, reason in (
         (["checkpoint", "empty"], "empty: no .gguf file, no folder of `export`"),
         (["checkpoint", "absent.gguf"], "absent.gguf: no .gguf file"),
-        (["checkpoint", "torn.gguf", "--random"], "torn.gguf: llama.cpp cannot open it"),
         (["checkpoint", "torn.gguf", "--against", "checkpoint"], "--against checkpoint: name its forms"),
         (["empty", "torn.gguf", "--random"], "empty"),
         (["checkpoint", "torn.gguf", "--data", "empty"], "empty"),
     ):
         assert main(["device", *words, "--threads", "1"]) == 2
         assert reason in capsys.readouterr().err
+    torn = device("checkpoint", "torn.gguf", "--random", "--threads", "1")
+    assert torn.returncode == 2 and "torn.gguf: llama.cpp cannot open it" in torn.stderr
     with pytest.raises(ValueError, match="its columns are not recipe, form"):
         from_csv("a,b\n1,2\n")
 
