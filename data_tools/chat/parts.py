@@ -128,21 +128,16 @@ def _write(base: Path, file: Path, name: str, reading: Reading) -> None:
     with unchanged(file, file.stat().st_size):
         for read in _encoded(read_lines(file, digest), reading):
             for document in read.bad:
-                if not reading.policy.quarantine:
-                    raise DataError(
-                        document.reason,
-                        file=file,
-                        place=document.place,
-                        remedy="mend or remove the conversation, or set such ones aside with --on-error quarantine",
-                    )
                 bad.append(document)
-                if len(bad) > reading.policy.max_rejected:
-                    raise DataError(
-                        f"more than {reading.policy.max_rejected} bad conversations, the last: {document.reason}",
-                        file=file,
-                        place=document.place,
-                        remedy="look at the file's form, or raise --max-rejected",
-                    )
+                reading.policy.set_aside(
+                    len(bad),
+                    "conversations",
+                    document.reason,
+                    file=file,
+                    place=document.place,
+                    mend="mend or remove the conversation, or set such ones",
+                    look="look at the file's form",
+                )
             ids.append(read.ids)
             counted.append(read.counted)
             lengths += read.lengths

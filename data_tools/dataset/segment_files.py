@@ -48,6 +48,28 @@ class DatasetPlan:
     """In their order: a byte of a segment's `.src` is a position in it."""
     chat: ChatRecord | None = None
 
+    def segment(
+        self,
+        name: str,
+        rows: int,
+        counts: Sequence[int] | np.ndarray,
+        rejected: int,
+        source: dict[str, Any],
+        digests: dict[str, str],
+    ) -> SegmentManifest:
+        """The manifest of one of its segments, `counts` being rows by source code."""
+        return SegmentManifest(
+            name=name,
+            rows=rows,
+            row_length=self.row_length,
+            vocab_size=self.vocab_size,
+            rows_per_source=source_counts(counts, self.sources),
+            rejected=rejected,
+            input=source,
+            digests=digests,
+            sources=self.sources,
+        )
+
 
 def chosen_segments(segments: range | None, num_segments: int, folder: Path) -> range:
     """`segments`, or all of them.
@@ -106,17 +128,7 @@ def write_companions(
                 if suffix == "src":
                     counts += np.bincount(np.frombuffer(block, dtype=np.uint8), minlength=len(plan.sources))
         digests[suffix] = digest.hexdigest()
-    manifest = SegmentManifest(
-        name=base.name,
-        rows=rows,
-        row_length=plan.row_length,
-        vocab_size=plan.vocab_size,
-        rows_per_source=source_counts(counts, plan.sources),
-        rejected=rejected,
-        input=source,
-        digests=digests,
-        sources=plan.sources,
-    )
+    manifest = plan.segment(base.name, rows, counts, rejected, source, digests)
     write_whole(base.with_suffix(".json"), canonical_json(manifest.to_json()))
     return manifest
 

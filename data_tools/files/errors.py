@@ -29,3 +29,20 @@ class ErrorPolicy:
 
     quarantine: bool = False
     max_rejected: int = 100
+
+    def set_aside(self, count: int, what: str, reason: str, *, file: Path, place: str, mend: str, look: str) -> None:
+        """One more is bad, the `count`-th; the remedies are `mend` for itself and `look` where there are many.
+
+        Raises:
+            DataError: none is to be set aside, or not so many `what` (documents, conversations).
+        """
+        if not self.quarantine:
+            remedy = f"{mend} aside with --on-error quarantine"
+            raise DataError(reason, file=file, place=place, remedy=remedy)
+        if count > self.max_rejected:
+            raise DataError(
+                f"more than {self.max_rejected} bad {what}, the last: {reason}",
+                file=file,
+                place=place,
+                remedy=f"{look}, or raise --max-rejected",
+            )

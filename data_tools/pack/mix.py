@@ -35,7 +35,6 @@ from data_tools.dataset.segment_files import (
     finished_segment,
     keep_tokenizer,
     segments_lock,
-    source_counts,
     write_companions,
     write_dataset_manifest,
 )
@@ -73,7 +72,7 @@ def mix(
     """Mixes the sources under `folder` into `output`; with `segments`, only those.
 
     Args:
-        names: the list of sources, in the order in which their rows are dealt.
+        names: the list of sources, in the order of their codes and of their rows in each round.
 
     Returns:
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
@@ -302,17 +301,7 @@ def _open_output(segment: int, path: Path, size: int, expected: str) -> _Output:
 def _write_jsonl_manifest(
     base: Path, rows: int, counts: Any, plan: DatasetPlan, source: dict[str, Any], digest: str, size: int
 ) -> None:
-    manifest = SegmentManifest(
-        name=base.name,
-        rows=rows,
-        row_length=plan.row_length,
-        vocab_size=plan.vocab_size,
-        rows_per_source=source_counts(counts, plan.sources),
-        rejected=0,
-        input=source,
-        digests={"jsonl": digest},
-        sources=plan.sources,
-    )
+    manifest = plan.segment(base.name, rows, counts, 0, source, {"jsonl": digest})
     write_whole(base.with_suffix(".json"), canonical_json({**manifest.to_json(), "bytes": size}))
 
 

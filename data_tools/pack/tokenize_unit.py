@@ -159,18 +159,13 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 def _reject(job: Job, task: Task, document: Document, rejected: list[bytes]) -> None:
     path = job.folder / task.file
-    if not job.policy.quarantine:
-        raise DataError(
-            document.reason,
-            file=path,
-            place=document.place,
-            remedy="mend the document, or set bad ones aside with --on-error quarantine",
-        )
     rejected.append(rejected_line(task.file, document))
-    if len(rejected) > job.policy.max_rejected:
-        raise DataError(
-            f"more than {job.policy.max_rejected} bad documents, the last: {document.reason}",
-            file=path,
-            place=document.place,
-            remedy="look at the source, or raise --max-rejected",
-        )
+    job.policy.set_aside(
+        len(rejected),
+        "documents",
+        document.reason,
+        file=path,
+        place=document.place,
+        mend="mend the document, or set bad ones",
+        look="look at the source",
+    )

@@ -1,7 +1,7 @@
-"""What is said of a row beyond its ids: which of them count in the loss, and where conversations begin.
+"""What a data set holds of a row beyond its ids: which of them count in the loss, and where conversations begin.
 
 A new thing to be said of a row (an image that it points to) is one more field of `Marks`, read by `Segments.marks`
-beside the ids and dealt to ranks with them; data sets that do not say it have none, and nothing here is asked of them.
+beside the ids and sharded over data-parallel ranks with them; a data set without them is never asked for any.
 """
 
 from __future__ import annotations

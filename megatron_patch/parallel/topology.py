@@ -44,10 +44,6 @@ class Topology:
         return ps.get_tensor_model_parallel_group()
 
     @property
-    def pipeline_group(self) -> dist.ProcessGroup:
-        return ps.get_pipeline_model_parallel_group()
-
-    @property
     def data_group(self) -> dist.ProcessGroup:
         return ps.get_data_parallel_group()
 
