@@ -20,11 +20,14 @@ from tests.devices.models import device_weights
 ROOT = Path(__file__).parents[2]
 
 
-def device(*words: str) -> subprocess.CompletedProcess[str]:
-    """The verb in a process of its own: it makes a process group, which the ranks of other tests must not inherit."""
-    command = [sys.executable, "-m", "megatron_patch", "device", *words]
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own: the verb makes a process group, which ranks of other tests must not inherit."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
+
+
+def device(*words: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "megatron_patch", "device", *words)
 
 
 def test_every_form_against_its_checkpoint(
@@ -90,7 +93,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     ):
         assert main(["device", *words, "--threads", "1"]) == 2
         assert reason in capsys.readouterr().err
-    torn = device("checkpoint", "torn.gguf", "--random", "--threads", "1")
+    # In a process that goes on afterwards: the checkpoint's own model needed a process group, which must be gone.
+    words = ["device", "checkpoint", "torn.gguf", "--random", "--threads", "1"]
+    script = f"from megatron_patch.__main__ import main; code = main({words})\n"
+    script += "import torch.distributed as dist; raise SystemExit(code if not dist.is_initialized() else 9)"
+    torn = run("-c", script)
     assert torn.returncode == 2 and "torn.gguf: llama.cpp cannot open it" in torn.stderr
     with pytest.raises(ValueError, match="its columns are not recipe, form"):
         from_csv("a,b\n1,2\n")

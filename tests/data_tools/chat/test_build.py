@@ -15,6 +15,7 @@ import pytest
 
 from data_tools.build_chat import DEFAULT_TEMPLATE, build_parser, run
 from data_tools.chat.packing import pack
+from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import DatasetManifest, unpack_marks
 from data_tools.files.errors import DataError
 from data_tools.index.verify import verify
@@ -324,3 +325,15 @@ def test_verify_finds_damaged_marks(tokenizer: Path, tmp_path: Path, suffix: str
     path.write_bytes(content)
     faults = verify(tmp_path / "out")
     assert any(says in fault for fault in faults), faults
+
+
+def test_an_id_that_nothing_comes_before_does_not_count(tokenizer: Path, tmp_path: Path) -> None:
+    """A template that leaves the first question out: the answer's first id has nothing by which it is predicted."""
+    template = tmp_path / "first.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + MARKED + "{% elif not loop.first %}"
+        "{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "left out"}, {"role": "assistant", "content": "the quick brown fox"}]
+    encoded = ChatTokenizer(tokenizer, template).encode(messages)
+    assert len(encoded.ids) > 2 and encoded.counted.tolist() == [False] + [True] * (len(encoded.ids) - 1)
