@@ -210,7 +210,7 @@ def test_bad_documents_of_all_files_count_and_too_many_stop_the_run(
         path = raw / name
         bad = b'{"text": null}\n'
         path.write_bytes(path.read_bytes() + (bad if path.suffix == ".jsonl" else gzip.compress(bad)))
-    with pytest.raises(DataError, match=r"more than 2 bad documents, the last|3 bad documents, more than 2"):
+    with pytest.raises(DataError, match=r"more than 2 bad documents, the last|[34] bad documents, more than 2"):
         run(raw, tmp_path / "out", tokenizer, policy=ErrorPolicy(True, 2), workers=workers)
     if workers == 1:
         assert not (tmp_path / "out/book/part_00002.json").exists()  # stopped as soon as they were too many
