@@ -41,7 +41,7 @@ from megatron_patch.train.checkpoint.format import State, stored_whats
 from megatron_patch.train.checkpoint.save import HostCopy, Saver
 from megatron_patch.train.step import Trainer
 from tests.ranks import run_ranks
-from tests.toy import toy_share, toy_trainer
+from tests.toy import toy_shard, toy_trainer
 
 CADENCE = 600.0
 Save = Callable[[Path], Callable[[], bool]]  # begins a save into a folder; the result tells whether it is done
@@ -65,11 +65,11 @@ class Usual(NamedTuple):
 def measure(recipe: Recipe, rounds: int, root: Path) -> dict[str, list[Cost]]:
     """On a rank: costs of each round by way of saving."""
     trainer = toy_trainer(recipe)
-    share = toy_share(trainer, 0)
+    shard = toy_shard(trainer, 0)
 
     def step() -> float:
         start = device.synchronized_time()
-        trainer.step(share, 1e-4)
+        trainer.step(shard, 1e-4)
         return device.synchronized_time() - start
 
     for _ in range(3):

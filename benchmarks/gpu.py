@@ -35,7 +35,7 @@ import torch
 from benchmarks import STARTED, kernels, measure, peers
 from benchmarks.table import MODELS, NOT_DETERMINISTIC, table
 from data_tools.files.durable import write_whole
-from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.loader import BatchShard
 from megatron_patch.kernels import choice, registry
 from megatron_patch.launch import setup_environment
 from megatron_patch.model import counts
@@ -156,60 +156,60 @@ class Benchmark:
         recipe = trainer.recipe
         fastest, shortest = None, float("inf")
         for micro_batch in self.micro_batches:
-            share = self.share(recipe, micro_batch)
+            shard = self.shard(recipe, micro_batch)
 
-            def run(micro_batch: int = micro_batch, share: BatchShare = share) -> None:
+            def run(micro_batch: int = micro_batch, shard: BatchShard = shard) -> None:
                 nonlocal fastest, shortest
                 _reset_peak()
-                trainer.optimizer.micro_batches = len(share.rows)
-                seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=WARMUP, repeats=REPEATS)
+                trainer.optimizer.micro_batches = len(shard.rows)
+                seconds = measure.seconds_a_call(lambda: queue_step(trainer, shard), warmup=WARMUP, repeats=REPEATS)
                 planned = memory(Place(self.recipe(name, micro_batch), data_size=1, stage=0)).total
                 held = state_bytes(trainer)
                 self.add_case(name, micro_batch, recipe, seconds, state_bytes=held, planned_memory=planned)
                 if seconds < shortest:
-                    fastest, shortest = share, seconds
+                    fastest, shortest = shard, seconds
 
             if not self.attempt(f"{name}, micro-batch {micro_batch}", 40, run):
                 break
         if fastest is not None:
-            share = fastest
+            shard = fastest
             free_bits = name + NOT_DETERMINISTIC
-            self.attempt(f"{name}, breakdown", 40, lambda: self.breakdown(name, trainer, share, shortest))
-            self.attempt(f"{name}, host waits", 20, lambda: self.synchronisations(name, trainer, share))
+            self.attempt(f"{name}, breakdown", 40, lambda: self.breakdown(name, trainer, shard, shortest))
+            self.attempt(f"{name}, host waits", 20, lambda: self.synchronisations(name, trainer, shard))
             self.attempt(f"{name}, run to run", 20, lambda: self.run_to_run(name, trainer))
-            self.attempt(free_bits, 30, lambda: self.not_deterministic(free_bits, trainer, share))
+            self.attempt(free_bits, 30, lambda: self.not_deterministic(free_bits, trainer, shard))
 
-    def breakdown(self, name: str, trainer: Trainer, share: BatchShare, seconds: float) -> None:
+    def breakdown(self, name: str, trainer: Trainer, shard: BatchShard, seconds: float) -> None:
         optimizer = trainer.optimizer
         for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):
             setattr(optimizer, method, _ranged(getattr(optimizer, method)))
-        parts, longest = measure.breakdown(lambda: queue_step(trainer, share), trainer.recipe.model)
-        case = {"name": name, "micro_batch": share.tokens.shape[1], "step_seconds": seconds}
+        parts, longest = measure.breakdown(lambda: queue_step(trainer, shard), trainer.recipe.model)
+        case = {"name": name, "micro_batch": shard.tokens.shape[1], "step_seconds": seconds}
         self.results["breakdowns"].append({**case, **parts, "longest_kernels": longest})
 
     def run_to_run(self, name: str, trainer: Trainer) -> None:
         """Are loss and gradients the same bits twice? At the smallest micro-batch, beside which a copy fits."""
-        share = self.share(trainer.recipe, self.micro_batches[0])
+        shard = self.shard(trainer.recipe, self.micro_batches[0])
 
         def answer() -> list[torch.Tensor]:
             trainer.optimizer.clear_gradients()
-            loss = trainer._run(share, self.rows * trainer.recipe.model.sequence_length, forward_only=False)
+            loss = trainer._run(shard, self.rows * trainer.recipe.model.sequence_length, forward_only=False)
             return [loss, *(buffer.flat for buffer in trainer.optimizer.buffers)]
 
-        trainer.optimizer.micro_batches = len(share.rows)
+        trainer.optimizer.micro_batches = len(shard.rows)
         first = [tensor.clone() for tensor in answer()]
         same = all(torch.equal(a, b) for a, b in zip(first, answer(), strict=True))
         self.results.setdefault("bit_equal_run_to_run", {})[name] = same
 
-    def not_deterministic(self, name: str, trainer: Trainer, share: BatchShare) -> None:
+    def not_deterministic(self, name: str, trainer: Trainer, shard: BatchShard) -> None:
         """What the same bits from run to run cost."""
         torch.use_deterministic_algorithms(False)
         _reset_peak()
-        trainer.optimizer.micro_batches = len(share.rows)
-        seconds = measure.seconds_a_call(lambda: queue_step(trainer, share), warmup=WARMUP, repeats=REPEATS)
-        self.add_case(name, share.tokens.shape[1], trainer.recipe, seconds)
+        trainer.optimizer.micro_batches = len(shard.rows)
+        seconds = measure.seconds_a_call(lambda: queue_step(trainer, shard), warmup=WARMUP, repeats=REPEATS)
+        self.add_case(name, shard.tokens.shape[1], trainer.recipe, seconds)
 
-    def synchronisations(self, name: str, trainer: Trainer, share: BatchShare) -> None:
+    def synchronisations(self, name: str, trainer: Trainer, shard: BatchShard) -> None:
         """How often a step makes the host wait for the GPU: never, is what it should be."""
         if not device.HAS_GPU:
             return
@@ -217,7 +217,7 @@ class Benchmark:
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                queue_step(trainer, share)
+                queue_step(trainer, shard)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits = [w for w in caught if "synchronizing" in str(w.message)]
@@ -229,7 +229,7 @@ class Benchmark:
         recipe = self.recipe("mobillama_05b")
         step = build(recipe)
         for micro_batch in micro_batches:
-            tokens = torch.from_numpy(self.share(recipe, micro_batch).tokens[..., :-1].astype(np.int64))
+            tokens = torch.from_numpy(self.shard(recipe, micro_batch).tokens[..., :-1].astype(np.int64))
             tokens = tokens.to(device.current())
 
             def run(micro_batch: int = micro_batch, tokens: torch.Tensor = tokens) -> None:
@@ -244,11 +244,11 @@ class Benchmark:
         overrides = [f"batch.global_batch_size={self.rows}", f"batch.micro_batch_size={micro_batch}"]
         return load(f"recipes/{name}.yaml", [*overrides, *(SMALL if self.small else ["kernels=auto"])])
 
-    def share(self, recipe: Recipe, micro_batch: int) -> BatchShare:
+    def shard(self, recipe: Recipe, micro_batch: int) -> BatchShard:
         shape = (self.rows // micro_batch, micro_batch)
         tokens = np.random.RandomState(0).randint(0, recipe.model.vocab_size, (*shape, recipe.row_length))
         rows = np.arange(self.rows).reshape(shape)
-        return BatchShare(0, 0, rows, tokens.astype(np.uint16), np.ones(shape, np.float32), tokens[..., 1:].size)
+        return BatchShard(0, 0, rows, tokens.astype(np.uint16), np.ones(shape, np.float32), tokens[..., 1:].size)
 
     def run(self) -> None:
         self.attempt("ceilings", 60, self.ceilings)
@@ -276,9 +276,9 @@ class Benchmark:
             measure.release()
 
 
-def queue_step(trainer: Trainer, share: BatchShare) -> None:
+def queue_step(trainer: Trainer, shard: BatchShard) -> None:
     """A step as the training loop runs it: its numbers are not waited for."""
-    trainer.compute(share)
+    trainer.compute(shard)
     trainer.update(1e-5)
 
 

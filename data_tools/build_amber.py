@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     mix = _command(
         commands,
         "mix",
-        "deal the rows of all sources to segments of equal size",
+        "distribute the rows of all sources over segments of equal size",
         "--input rows --output segments --num-segments 360 --direct",
     )
     _add_output(mix)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import gpu, measure
 from tests.ranks import run_ranks
-from tests.toy import toy_recipe, toy_share, toy_trainer
+from tests.toy import toy_recipe, toy_shard, toy_trainer
 
 
 def test_an_outer_limit_survives_an_inner_one():
@@ -33,11 +33,11 @@ def test_an_outer_limit_cuts_an_inner_one():
 def parts_of_a_step() -> dict[str, float]:
     # Sizes that no other matrix has: FFN 48 and 96, vocabulary 64, tokens 8 x 20.
     trainer = toy_trainer(toy_recipe("batch.micro_batch_size=8", "model.sequence_length=20", "model.num_ffns=1"))
-    share = toy_share(trainer, 0)
-    trainer.step(share, 1e-4)
+    shard = toy_shard(trainer, 0)
+    trainer.step(shard, 1e-4)
     for method in ("clear_gradients", "reduce_gradients", "local_norm_squared", "step"):
         setattr(trainer.optimizer, method, gpu._ranged(getattr(trainer.optimizer, method)))
-    return measure.breakdown(lambda: trainer.step(share, 1e-4), trainer.recipe.model)[0]
+    return measure.breakdown(lambda: trainer.step(shard, 1e-4), trainer.recipe.model)[0]
 
 
 def test_every_part_of_a_step_is_seen():

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch.data.deal import micro_batches, share_of
-from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.loader import BatchShard
 from megatron_patch.data.marks import Marks
+from megatron_patch.data.sharding import micro_batches, shard_of
 from megatron_patch.model.parameters import local_parameters, whole_tensors
 from megatron_patch.parallel import topology
 from megatron_patch.recipe import Recipe, load
@@ -65,8 +65,8 @@ def toy_trainer(recipe: Recipe) -> Trainer:
     return Trainer(recipe, place, micro_batches(recipe, place.data_size))
 
 
-def toy_share(trainer: Trainer, step: int) -> BatchShare:
-    """This rank's share of `random_rows(recipe, step)`, dealt as the loader deals.
+def toy_shard(trainer: Trainer, step: int) -> BatchShard:
+    """This rank's shard of `random_rows(recipe, step)`, sharded as the loader does.
 
     With `random_marks` where the recipe resets attention at starts.
     """
@@ -74,14 +74,14 @@ def toy_share(trainer: Trainer, step: int) -> BatchShare:
     batch = random_rows(recipe, step)
     micro = recipe.batch.micro_batch_size
     labels = len(batch) * recipe.model.sequence_length
-    rows, weights = share_of(np.arange(len(batch)), place.data_rank, place.data_size, micro, trainer.micro_batches)
+    rows, weights = shard_of(np.arange(len(batch)), place.data_rank, place.data_size, micro, trainer.micro_batches)
     marks = None
     if recipe.data.reset_at_starts:
         whole = random_marks(recipe, step)
         labels = int(whole.counted[:, 1:].sum())
         marks = Marks(*(field[rows[rows >= 0]] for field in whole)).placed(rows >= 0)
     tokens = np.where(weights[..., None] > 0, batch[rows], 0)
-    return BatchShare(0, step * len(batch), rows, tokens, weights, labels, marks)
+    return BatchShard(0, step * len(batch), rows, tokens, weights, labels, marks)
 
 
 def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:
     results = []
     replicas_equal = True
     for step in range(steps):
-        results.append(trainer.step(toy_share(trainer, step), learning_rate(step, recipe.optimizer, steps)))
+        results.append(trainer.step(toy_shard(trainer, step), learning_rate(step, recipe.optimizer, steps)))
         replicas_equal &= _replicas_equal(trainer)
     parts = {whole.name: p.detach().clone() for whole, p in local_parameters(trainer.chunks, recipe.model)}
     return {

@@ -124,7 +124,7 @@ def index_blocks(rows: int, row_length: int) -> Iterator[bytes]:
 
 
 def read_index_rows(path: Path, row_length: int) -> int:
-    """Number of rows that an `.idx` speaks of, from its header and its size alone.
+    """Number of rows that an `.idx` lists, from its header and its size alone.
 
     Raises:
         DataError: not an index of uint16 rows, or its size does not fit its row count.

@@ -73,7 +73,7 @@ def plan_dataset(
             )
         if segments is None and count != plan.num_segments:
             raise DataError(
-                f"speaks of {plan.num_segments} segments, {count} are there",
+                f"lists {plan.num_segments} segments, the folder has {count}",
                 file=path,
                 remedy="remove what is not of this mix, or mix again",
             )

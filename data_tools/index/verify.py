@@ -40,7 +40,7 @@ def verify(folder: Path, segments: range | None = None, against: Path | None = N
     """Checks a data set; with `segments`, only those.
 
     Args:
-        against: the JSONL segments that it was made from. A digest speaks of a whole file; where one differs, the rows
+        against: the JSONL segments that it was made from. A digest covers a whole file; where one differs, the rows
             are compared with these, and the first that is not the same is named.
 
     Returns:

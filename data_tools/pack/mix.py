@@ -1,4 +1,4 @@
-"""`mix`: rows of all sources -> segments of equal row counts, dealt round-robin in the order of the sources' list.
+"""`mix`: rows of all sources -> segments of equal row counts, round-robin in the order of the sources' list.
 
 Row i of the mix goes to segment i mod `num_segments`; the rows after the last full round are dropped and counted. The
 output is Amber's JSONL (`train_000.jsonl` ...) or, with `direct`, the indexed binaries themselves.
@@ -131,7 +131,7 @@ class _Output:
 
 
 class _Mixer:
-    """Deals the rounds of rows to the files of some segments."""
+    """Writes the rounds of rows to the files of some segments."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Mixer:
         _allow_open_files(len(todo), self.output)
         outputs = [_open_output(k, paths[k], *written.get(str(k), (0, ""))) for k in todo]
         try:
-            self._deal(outputs, done)
+            self._write_rounds(outputs, done)
         except BaseException:
             if not self.journal.is_file():  # the next run begins anew
                 for out in outputs:
@@ -199,7 +199,7 @@ class _Mixer:
         return True
 
     def _read_journal(self, todo: list[int]) -> tuple[int, dict[str, tuple[int, str]]]:
-        """How many rounds are dealt, and by segment how many bytes that made, with their digest."""
+        """How many rounds are written, and by segment how many bytes that made, with their digest."""
         if not self.journal.is_file():
             return 0, {}
         journal = read_sealed(self.journal, "remove the file to begin anew")
@@ -212,7 +212,7 @@ class _Mixer:
         known = set(map(str, todo)) <= set(journal["written"])
         return (journal["rounds"], journal["written"]) if known else (0, {})
 
-    def _deal(self, outputs: list[_Output], done: int) -> None:
+    def _write_rounds(self, outputs: list[_Output], done: int) -> None:
         first, last = outputs[0].segment, outputs[-1].segment + 1
         row_bytes = self.plan.row_length * 2
         step = max(1, BLOCK_BYTES // (row_bytes * (last - first)))

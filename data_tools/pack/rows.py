@@ -1,4 +1,4 @@
-"""Rows of the tokenised sources, read in the order in which they are dealt to segments."""
+"""Rows of the tokenised sources, read in the order in which `mix` distributes them over segments."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class SourceRows:
             counts = [part["tokens"] for part in self.manifest["parts"]]
             self._digests = [part["pages_digest"] for part in self.manifest["parts"]]
         if self.name != folder.name:
-            raise DataError(f"speaks of {self.name}", file=path, remedy=f"name its folder {self.name}")
+            raise DataError(f"is the record of {self.name}", file=path, remedy=f"name its folder {self.name}")
         self._pages: tuple[int, np.ndarray] = -1, np.empty(0)
         self._bounds = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         for path, count in zip(self._paths, counts, strict=True):
             if file_size(path) != count * TOKEN_DTYPE.itemsize:
                 raise DataError(
-                    f"{file_size(path)} bytes, but its manifest speaks of {count} ids",
+                    f"{file_size(path)} bytes, but its manifest lists {count} ids",
                     file=path,
                     remedy=f"remove {path.with_suffix('.json')} and run tokenize again",
                 )

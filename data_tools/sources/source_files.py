@@ -155,7 +155,7 @@ def _refuse_documents(path: Path) -> None:
         return
     if _is_unfinished(path.name):
         raise _unfinished(path)
-    if match[1].lower() == "json":  # any file of settings; documents are told by their fields
+    if match[1].lower() == "json":  # any file of settings; documents are recognised by their fields
         head = _json_head(path)
         if (head or not match[2]) and not _begins_document(head):
             return

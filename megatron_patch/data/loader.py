@@ -1,4 +1,4 @@
-"""A data-parallel rank's share of each global batch, read ahead by a thread."""
+"""A data-parallel rank's shard of each global batch, read ahead by a thread."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.dataset.format import TOKEN_DTYPE
-from megatron_patch.data.deal import share_of
 from megatron_patch.data.marks import Marks
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import Segments
+from megatron_patch.data.sharding import shard_of
 
 HELD_OUT_SEGMENT = -1
 
 
 @dataclass(frozen=True)
-class BatchShare:
+class BatchShard:
     """What one rank reads of one global batch."""
 
     segment: int
@@ -38,7 +38,7 @@ class BatchShare:
     """Of `tokens`, where the data set says more of a row than its ids."""
 
 
-def _read_share(
+def _read_shard(
     read: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, weights: np.ndarray, row_length: int
 ) -> np.ndarray:
     real = weights > 0
@@ -66,7 +66,7 @@ def _labels_and_marks(
 
 
 class Loader:
-    """Iterates over the global steps from a position on; each `next` is a `BatchShare`, read before it is asked for.
+    """Iterates over the global steps from a position on; each `next` is a `BatchShard`, read before it is asked for.
 
     Ends (StopIteration) after the last batch of the last segment. An error of the reading thread is raised by `next`.
     """
@@ -86,27 +86,27 @@ class Loader:
         """Starts reading at once.
 
         Args:
-            num_micro_batches: see `deal`.
+            num_micro_batches: see `sharding.accumulation_steps`.
             samples_consumed: the position; a multiple of the order's global batch size.
             prefetch: batches kept ready.
         """
         self._segments, self._order = segments, order
-        self._deal = (data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
+        self._sharding = (data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
         self._position = samples_consumed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one thread: batches come in order
-        self._ready: deque[Future[BatchShare]] = deque()
+        self._ready: deque[Future[BatchShard]] = deque()
         for _ in range(prefetch):
             self._read_ahead()
 
-    def __iter__(self) -> Iterator[BatchShare]:
+    def __iter__(self) -> Iterator[BatchShard]:
         return self
 
-    def __next__(self) -> BatchShare:
+    def __next__(self) -> BatchShard:
         if not self._ready:
             raise StopIteration
-        share = self._ready.popleft().result()
+        shard = self._ready.popleft().result()
         self._read_ahead()
-        return share
+        return shard
 
     def close(self) -> None:
         """Ends the reading thread; the loader gives nothing more."""
@@ -115,20 +115,20 @@ class Loader:
 
     def _read_ahead(self) -> None:
         if self._position < self._order.total_steps * self._order.global_batch_size:
-            self._ready.append(self._thread.submit(self._share, self._position))
+            self._ready.append(self._thread.submit(self._shard, self._position))
             self._position += self._order.global_batch_size
 
-    def _share(self, samples_consumed: int) -> BatchShare:
+    def _shard(self, samples_consumed: int) -> BatchShard:
         segment, batch = self._order.batch(samples_consumed)
-        rows, weights = share_of(batch, *self._deal)
-        tokens = _read_share(lambda r: self._segments.read(segment, r), rows, weights, self._segments.row_length)
+        rows, weights = shard_of(batch, *self._sharding)
+        tokens = _read_shard(lambda r: self._segments.read(segment, r), rows, weights, self._segments.row_length)
         labels, marks = _labels_and_marks(
             lambda r: self._segments.marks(segment, r), batch, rows, self._segments.row_length
         )
-        return BatchShare(segment, samples_consumed, rows, tokens, weights, labels, marks)
+        return BatchShard(segment, samples_consumed, rows, tokens, weights, labels, marks)
 
 
-def held_out_shares(
+def held_out_shards(
     segments: Segments,
     *,
     num_rows: int,
@@ -137,12 +137,12 @@ def held_out_shares(
     data_parallel_size: int,
     micro_batch_size: int,
     num_micro_batches: int,
-) -> Iterator[BatchShare]:
-    """The first `num_rows` held-out rows (or all there are), dealt like training batches, the last one padded."""
+) -> Iterator[BatchShard]:
+    """The first `num_rows` held-out rows (or all there are), sharded like training batches, the last one padded."""
     count = min(num_rows, segments.held_out_rows)
     for start in range(0, count, global_batch_size):
         batch = np.arange(start, min(start + global_batch_size, count))
-        rows, weights = share_of(batch, data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
-        tokens = _read_share(segments.read_held_out, rows, weights, segments.row_length)
+        rows, weights = shard_of(batch, data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
+        tokens = _read_shard(segments.read_held_out, rows, weights, segments.row_length)
         labels, marks = _labels_and_marks(segments.held_out_marks, batch, rows, segments.row_length)
-        yield BatchShare(HELD_OUT_SEGMENT, start, rows, tokens, weights, labels, marks)
+        yield BatchShard(HELD_OUT_SEGMENT, start, rows, tokens, weights, labels, marks)

@@ -114,7 +114,7 @@ def _check_segment(base: Path, segment: SegmentManifest, manifest: DatasetManife
     file_size(index)
     if (rows := read_index_rows(index, segment.row_length)) != segment.rows:
         raise DataError(
-            f"speaks of {rows} rows, the manifest of {segment.rows}", file=index, remedy="build the segment again"
+            f"has {rows} rows, the manifest lists {segment.rows}", file=index, remedy="build the segment again"
         )
 
 

@@ -92,7 +92,7 @@ def find(model: str) -> list[Candidate]:
     if path.is_dir():
         if found := checkpoints_in(path):
             return sorted(map(checkpoint, found), key=lambda candidate: candidate.step or 0)
-        raise EvaluationError(f"{path}: no config.json and no finished checkpoint in it{_restart_point(path)}")
+        raise EvaluationError(f"{path}: no config.json and no finished checkpoint in it{_restart_checkpoint(path)}")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", model):
         raise EvaluationError(f"{model}: no such folder, and not a hub name like MBZUAI/MobiLlama-05B[@revision]")
     name, _, revision = model.partition("@")
@@ -109,7 +109,7 @@ def find(model: str) -> list[Candidate]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """A run's milestones, or the finished checkpoints of any other folder, by number and name.
 
-    Restart points are left out, since most of them are gone soon, and so is what was set aside.
+    Restart checkpoints are left out, since most of them are gone soon, and so is what was set aside.
     """
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = [p for p in inside.iterdir() if (p / MARKER_NAME).is_file() and not _PASSING.fullmatch(p.name)]
@@ -119,9 +119,9 @@ def checkpoints_in(folder: Path) -> list[Path]:
 _PASSING = re.compile(r"step_\d+|.*\.(broken|partial|earlier(_\d+)?)")
 
 
-def _restart_point(run: Path) -> str:
+def _restart_checkpoint(run: Path) -> str:
     points = sorted((run / "checkpoints").glob("step_*"))
-    return f"; the run has no milestone yet, but a restart point: {points[-1]}" if points else "; name a model"
+    return f"; the run has no milestone yet, but a restart checkpoint: {points[-1]}" if points else "; name a model"
 
 
 def checkpoint(folder: Path) -> Candidate:

@@ -1,6 +1,6 @@
 """Where each local parameter stands in the whole model.
 
-Checkpoints, initialisation and export speak of whole-model tensors, which no layout changes:
+Checkpoints, initialisation and export name whole-model tensors, which no layout changes:
 
     embedding.word_embeddings.weight            [vocab, hidden]
     layers.I.input_layernorm.weight             [hidden]

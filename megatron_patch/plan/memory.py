@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from megatron_patch.data.deal import micro_batches
+from megatron_patch.data.sharding import micro_batches
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.model.parameters import stage_layers, stages_of, whole_tensors
 from megatron_patch.optim import groups

@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> tuple[int, int]:
-        """A restart point (weights, fp32 master where weights are bf16, both moments), and weights alone."""
+        """A restart checkpoint (weights, fp32 master where weights are bf16, both moments), and weights alone."""
         unique = counts.parameters(self.settings.model).unique
         weight, state = (2, 14) if self.settings.precision == "bf16" else (4, 12)
         return unique * state, unique * weight

@@ -81,7 +81,7 @@ def _storage_lines(plan: Plan) -> list[str]:
     kept = keep * full + whole * full + (total - whole) * weights
     data = plan.steps * plan.settings.batch.global_batch_size * plan.settings.row_length * 2
     return [
-        f"restart points      {full / 1e9:.1f} GB each, {keep} kept",
+        f"restart checkpoints {full / 1e9:.1f} GB each, {keep} kept",
         f"milestones          {total}, {weights / 1e9:.1f} GB each; {whole} of them with the optimizer",
         f"storage             {kept / 1e12:.2f} TB of checkpoints, {data / 1e12:.2f} TB of indexed data",
     ]

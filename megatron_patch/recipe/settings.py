@@ -196,9 +196,9 @@ class Data(Section):
 
 
 class Checkpoint(Section):
-    interval_steps: int = Field(ge=0, description="Steps between restart points; 0: none by steps.")
-    interval_minutes: float = Field(ge=0, description="Minutes between restart points; 0: none by time.")
-    keep: int = Field(gt=0, description="Restart points kept; the newest verified one always is.")
+    interval_steps: int = Field(ge=0, description="Steps between restart checkpoints; 0: none by steps.")
+    interval_minutes: float = Field(ge=0, description="Minutes between restart checkpoints; 0: none by time.")
+    keep: int = Field(gt=0, description="Restart checkpoints kept; the newest verified one always is.")
     milestone_steps: int | None = Field(
         ge=0, description="Steps between milestones, kept for ever; null: one a segment; 0: none."
     )
@@ -288,15 +288,13 @@ class Recipe(Section):
             ("vocab_size", m.vocab_size),
         ):
             if size % p.tensor:
-                raise ValueError(
-                    f"model.{what} {size} / parallel.tensor {p.tensor} = {size / p.tensor:g}: no whole share"
-                )
+                raise ValueError(f"model.{what} {size} must be divisible by parallel.tensor {p.tensor}")
         if p.sequence and p.tensor == 1:
             raise ValueError("parallel.sequence needs parallel.tensor above 1: it splits rows over the tensor group")
         if p.sequence and m.sequence_length % p.tensor:
             raise ValueError(
-                f"model.sequence_length {m.sequence_length} / parallel.tensor {p.tensor} = "
-                f"{m.sequence_length / p.tensor:g}: sequence parallelism needs a whole share"
+                f"model.sequence_length {m.sequence_length} must be divisible by parallel.tensor {p.tensor}, "
+                "over whose ranks sequence parallelism splits it"
             )
         if p.virtual_pipeline > 1 and p.pipeline == 1:
             raise ValueError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")

@@ -8,7 +8,7 @@ loss                 nats a token, of the last step
 tokens_per_second    of the job, lately
 eta_seconds          to the last step at that rate
 withheld             updates that the watchdog withheld since step 0
-checkpoint           newest durable restart point: name, step, time; null before the first
+checkpoint           newest durable restart checkpoint: name, step, time; null before the first
 rank, node           who wrote the reason
 ranks, layout        world size; for people
 attempt_started, updated    seconds since 1970
@@ -76,7 +76,7 @@ class StatusFile:
                 self._write({})
 
     def checkpoint(self, name: str, step: int, when: float) -> None:
-        """A restart point is durable since `when`, in seconds since 1970 (rank 0)."""
+        """A restart checkpoint is durable since `when`, in seconds since 1970 (rank 0)."""
         self._content["checkpoint"] = {"name": name, "step": step, "time": when}
 
     def end(self, state: State, reason: str, **content: Any) -> None:

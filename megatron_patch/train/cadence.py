@@ -1,4 +1,4 @@
-"""When a checkpoint is due: restart points often and few kept, milestones seldom and for ever.
+"""When a checkpoint is due: restart checkpoints often and few kept, milestones seldom and for ever.
 
 Milestones fall on every multiple of their interval, and on the last step of a run, whatever its number.
 """
@@ -16,7 +16,7 @@ class Cadence:
         self._policy = policy
         self.milestone_steps = steps_per_segment if policy.milestone_steps is None else policy.milestone_steps
 
-    def restart_point_due(self, step: int) -> bool:
+    def restart_checkpoint_due(self, step: int) -> bool:
         """By steps; the clock asks through `signals.Requests`."""
         return bool(self._policy.interval_steps) and step % self._policy.interval_steps == 0
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from data_tools.files.durable import write_whole
 from megatron_patch import launch, recipe
-from megatron_patch.data.deal import micro_batches
-from megatron_patch.data.loader import BatchShare, Loader, held_out_shares
+from megatron_patch.data.loader import BatchShard, Loader, held_out_shards
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import DataError, Segments, open_segments
+from megatron_patch.data.sharding import micro_batches
 from megatron_patch.kernels.choice import KernelError
 from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe, RecipeError
@@ -211,7 +211,7 @@ class _Attempt:
         withheld = self._state.step - self._state.optimizer_step
         self._losses = LossWatch(resolved.watchdog, self._state.spike_window, self._state.withheld, withheld)
         self._slow = SlowWatch(resolved.watchdog.slow_factor)
-        dealt = {
+        sharding = {
             "data_parallel_rank": place.data_rank,
             "data_parallel_size": place.data_size,
             "micro_batch_size": resolved.batch.micro_batch_size,
@@ -219,10 +219,10 @@ class _Attempt:
         }
         rows = resolved.data.held_out_rows if resolved.data.held_out_interval else 0
         self._held_out = list(
-            held_out_shares(segments, num_rows=rows, global_batch_size=resolved.batch.global_batch_size, **dealt)
+            held_out_shards(segments, num_rows=rows, global_batch_size=resolved.batch.global_batch_size, **sharding)
         )
         self._log = Log(resolved, place.world_size, total, self._state.step) if place.rank == 0 else None
-        self._loader = Loader(segments, order, samples_consumed=self._state.samples, **dealt)
+        self._loader = Loader(segments, order, samples_consumed=self._state.samples, **sharding)
         self._last_end = device.Moment()
         self._stop: str | None = None
 
@@ -327,17 +327,17 @@ class _Attempt:
             raise _stopped(number, losses.reason, len(losses.in_a_row), segment, rows.tolist())
 
     def _score(self, number: int) -> None:
-        shares = _beating(self._held_out, self._hang, number)
-        loss = self._trainer.held_out_loss(shares, sum(share.labels for share in self._held_out))
+        shards = _beating(self._held_out, self._hang, number)
+        loss = self._trainer.held_out_loss(shards, sum(shard.labels for shard in self._held_out))
         if self._log:
             self._log.held_out(number, loss)
         self._last_end = device.Moment()  # its time is not the next step's
 
 
-def _beating(shares: Iterable[BatchShare], hang: HangWatch, step: int) -> Iterator[BatchShare]:
-    for share in shares:
+def _beating(shards: Iterable[BatchShard], hang: HangWatch, step: int) -> Iterator[BatchShard]:
+    for shard in shards:
         hang.beat(f"held-out loss after step {step}")
-        yield share
+        yield shard
 
 
 def _stopped(step: int, reason: str, in_a_row: int, segment: int, rows: list[int]) -> TrainingError:

@@ -78,7 +78,7 @@ class Decision:
     """What all ranks do after a step."""
 
     stop: str | None  # the reason to stop, or None
-    save: bool  # a restart point is due by the clock
+    save: bool  # a restart checkpoint is due by the clock
 
 
 class Requests:
@@ -103,7 +103,7 @@ class Requests:
         return float(asked)
 
     def saved(self) -> None:
-        """A restart point was begun: the clock starts anew."""
+        """A restart checkpoint was begun: the clock starts anew."""
         self._last_save = time.monotonic()
 
     def decide(self, total: float) -> Decision:

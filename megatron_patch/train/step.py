@@ -2,7 +2,7 @@
 
 The loss is the sum over the global batch divided by its labels, never a mean of means: each micro-batch's summed loss
 is divided by the labels that count in the whole global batch, rows of zero weight pad ranks that fall short, and
-gradients are summed, so the result does not depend on how rows were dealt to ranks.
+gradients are summed, so the result does not depend on how rows are sharded across ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.loader import BatchShard
 from megatron_patch.data.marks import boundaries
 from megatron_patch.model.build import build
 from megatron_patch.model.gpt import Conversations, MobiLlama
@@ -54,7 +54,7 @@ class Trainer:
     """The model and optimizer of this rank under one recipe and topology."""
 
     def __init__(self, recipe: Recipe, topology: Topology, micro_batches: int) -> None:
-        """`micro_batches` is the number each data-parallel rank runs a step (megatron_patch.data.deal)."""
+        """`micro_batches` is the number each data-parallel rank runs a step (megatron_patch.data.sharding)."""
         self.recipe, self.topology, self.micro_batches = recipe, topology, micro_batches
         self.chunks = build(recipe, device.current())
         initialise(self.chunks, recipe.model, recipe.seed, topology.tensor_rank, topology.tensor_size)
@@ -62,14 +62,14 @@ class Trainer:
         self._schedule = get_forward_backward_func()
         self._loss = torch.zeros(())  # this rank's part of the step's loss, from `compute` to `update`
 
-    def compute(self, share: BatchShare) -> device.Moment:
-        """Forward and backward of this rank's share of one global batch, and the reduction of gradients.
+    def compute(self, shard: BatchShard) -> device.Moment:
+        """Forward and backward of this rank's shard of one global batch, and the reduction of gradients.
 
         Returns the moment at which this rank begins to wait for the others. Weights stay as they are: what was
-        computed may be dropped, by all ranks alike, by computing another share.
+        computed may be dropped, by all ranks alike, by computing another shard.
         """
         self.optimizer.clear_gradients()
-        self._loss = self._run(share, share.labels, forward_only=False)
+        self._loss = self._run(shard, shard.labels, forward_only=False)
         computed = device.Moment()
         self.optimizer.reduce_gradients()
         return computed
@@ -92,35 +92,35 @@ class Trainer:
         self.optimizer.step(learning_rate, clip.clamp(max=1.0), withheld)
         return Step(torch.cat([sums, withheld[None]]))
 
-    def step(self, share: BatchShare, learning_rate: float) -> StepResult:
+    def step(self, shard: BatchShard, learning_rate: float) -> StepResult:
         """Compute and update, to the end: the numbers are read, and the whole weights gathered."""
-        self.compute(share)
+        self.compute(shard)
         result = self.update(learning_rate).result()
         self.optimizer.gather()
         return result
 
     @torch.no_grad()
-    def held_out_loss(self, shares: Iterable[BatchShare], labels: int) -> float:
-        """Mean loss in nats over the `labels` of held-out rows dealt to ranks as `shares`; equal on every rank."""
+    def held_out_loss(self, shards: Iterable[BatchShard], labels: int) -> float:
+        """Mean loss in nats over the `labels` of held-out rows, `shards` being this rank's; equal on every rank."""
         total = torch.zeros((), device=device.current())
-        for share in shares:
-            total += self._run(share, labels, forward_only=True)
+        for shard in shards:
+            total += self._run(shard, labels, forward_only=True)
         dist.all_reduce(total)
         return total.item()
 
-    def _run(self, share: BatchShare, labels: int, forward_only: bool) -> torch.Tensor:
+    def _run(self, shard: BatchShard, labels: int, forward_only: bool) -> torch.Tensor:
         """This rank's part of the loss, the sum over counted labels divided by `labels`.
 
         An fp32 scalar; 0 unless last stage and first tensor rank.
         """
-        batches = micro_batches(share, labels, self.recipe.data.reset_at_starts)
+        batches = micro_batches(shard, labels, self.recipe.data.reset_at_starts)
         losses = self._schedule(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
             # model/gpt.py: tokens lie row after row
-            seq_length=share.tokens.shape[1] * self.recipe.model.sequence_length,
+            seq_length=shard.tokens.shape[1] * self.recipe.model.sequence_length,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -137,15 +137,15 @@ class MicroBatch(NamedTuple):
     conversations: Conversations | None
 
 
-def micro_batches(share: BatchShare, labels: int, reset_at_starts: bool) -> list[MicroBatch]:
-    """A rank's share on its way to the device; each label's loss is divided by `labels`."""
-    rows = device.upload(torch.from_numpy(share.tokens.astype(np.int64)))
-    coefficients = (share.weights / np.float32(labels))[:, :, None]
-    if share.marks is None:
+def micro_batches(shard: BatchShard, labels: int, reset_at_starts: bool) -> list[MicroBatch]:
+    """A rank's shard on its way to the device; each label's loss is divided by `labels`."""
+    rows = device.upload(torch.from_numpy(shard.tokens.astype(np.int64)))
+    coefficients = (shard.weights / np.float32(labels))[:, :, None]
+    if shard.marks is None:
         places: Iterable[Conversations | None] = [None] * len(rows)
     else:
-        coefficients = coefficients * share.marks.counted[:, :, 1:]
-        places = map(_conversations, share.marks.starts[:, :, :-1]) if reset_at_starts else [None] * len(rows)
+        coefficients = coefficients * shard.marks.counted[:, :, 1:]
+        places = map(_conversations, shard.marks.starts[:, :, :-1]) if reset_at_starts else [None] * len(rows)
     uploaded = device.upload(torch.from_numpy(coefficients))
     return [MicroBatch(*batch) for batch in zip(rows, uploaded, places, strict=True)]
 

@@ -9,10 +9,10 @@ import pytest
 
 from data_tools.dataset.format import SEED
 from data_tools.files.errors import DataError
-from megatron_patch.data.deal import deal, share_of
-from megatron_patch.data.loader import HELD_OUT_SEGMENT, Loader, held_out_shares
+from megatron_patch.data.loader import HELD_OUT_SEGMENT, Loader, held_out_shards
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import open_segments
+from megatron_patch.data.sharding import accumulation_steps, shard_of
 from tests.data.conftest import ROW_LENGTH, ROWS, VOCAB
 
 BATCH = 8
@@ -23,17 +23,17 @@ BATCH = 8
     [(800, 160, 5, 1, 1), (800, 152, 5, 1, 2), (8, 3, 1, 1, 3), (8, 3, 1, 2, 4), (7, 2, 2, 1, 2), (1, 4, 3, 1, 1)],
 )
 def test_every_rank_runs_the_same_number(batch: int, ranks: int, micro: int, multiple_of: int, expected: int) -> None:
-    assert deal(batch, ranks, micro, multiple_of) == expected
+    assert accumulation_steps(batch, ranks, micro, multiple_of) == expected
 
 
 @pytest.mark.parametrize(("ranks", "micro", "multiple_of"), [(1, 8, 1), (2, 2, 1), (3, 1, 1), (3, 2, 2), (5, 3, 4)])
 def test_shares_are_the_batch(ranks: int, micro: int, multiple_of: int) -> None:
     batch = np.random.RandomState(0).permutation(100)[:BATCH]
-    count = deal(BATCH, ranks, micro, multiple_of)
-    shares = [share_of(batch, rank, ranks, micro, count) for rank in range(ranks)]
-    seen = np.concatenate([rows[weights > 0] for rows, weights in shares])
+    count = accumulation_steps(BATCH, ranks, micro, multiple_of)
+    shards = [shard_of(batch, rank, ranks, micro, count) for rank in range(ranks)]
+    seen = np.concatenate([rows[weights > 0] for rows, weights in shards])
     assert sorted(seen.tolist()) == sorted(batch.tolist())
-    for rank, (rows, weights) in enumerate(shares):
+    for rank, (rows, weights) in enumerate(shards):
         assert rows.shape == weights.shape == (count, micro)
         np.testing.assert_array_equal(rows[weights > 0], batch[rank::ranks])
         assert (rows[weights == 0] == -1).all()
@@ -48,7 +48,7 @@ def loaders(folder, ranks: int, micro: int, samples_consumed: int = 0) -> list[L
             data_parallel_rank=rank,
             data_parallel_size=ranks,
             micro_batch_size=micro,
-            num_micro_batches=deal(BATCH, ranks, micro, 1),
+            num_micro_batches=accumulation_steps(BATCH, ranks, micro, 1),
             samples_consumed=samples_consumed,
         )
         for rank in range(ranks)
@@ -61,15 +61,15 @@ def test_the_ranks_together_read_the_global_batch(data_set, ranks: int, micro: i
     order = SampleOrder(3, ROWS, BATCH, SEED)
     steps = list(zip(*loaders(folder, ranks, micro), strict=True))
     assert len(steps) == order.total_steps == 9
-    for step, shares in enumerate(steps):
+    for step, shards in enumerate(steps):
         segment, batch = order.batch(step * BATCH)
         seen = []
-        for share in shares:
-            assert (share.segment, share.samples_consumed) == (segment, step * BATCH)
-            real = share.weights > 0
-            np.testing.assert_array_equal(share.tokens[real], rows[segment][share.rows[real]])
-            assert not share.tokens[~real].any()
-            seen += share.rows[real].tolist()
+        for shard in shards:
+            assert (shard.segment, shard.samples_consumed) == (segment, step * BATCH)
+            real = shard.weights > 0
+            np.testing.assert_array_equal(shard.tokens[real], rows[segment][shard.rows[real]])
+            assert not shard.tokens[~real].any()
+            seen += shard.rows[real].tolist()
         assert sorted(seen) == sorted(batch.tolist())
 
 
@@ -78,7 +78,7 @@ def test_resumed_anywhere_it_goes_on_as_if_never_stopped(data_set) -> None:
     whole = list(loaders(folder, 1, 4)[0])
     for step in range(len(whole) + 1):
         rest = list(loaders(folder, 1, 4, step * BATCH)[0])
-        assert [share.samples_consumed for share in rest] == [share.samples_consumed for share in whole[step:]]
+        assert [shard.samples_consumed for shard in rest] == [shard.samples_consumed for shard in whole[step:]]
         for ours, theirs in zip(rest, whole[step:], strict=True):
             np.testing.assert_array_equal(ours.tokens, theirs.tokens)
 
@@ -105,19 +105,19 @@ def test_held_out_rows_are_dealt_like_batches(data_set) -> None:
     segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=VOCAB)
     seen = []
     for rank in range(2):
-        shares = held_out_shares(
+        shards = held_out_shards(
             segments,
             num_rows=6,
             global_batch_size=4,
             data_parallel_rank=rank,
             data_parallel_size=2,
             micro_batch_size=1,
-            num_micro_batches=deal(4, 2, 1, 1),
+            num_micro_batches=accumulation_steps(4, 2, 1, 1),
         )
-        for share in shares:
-            assert share.segment == HELD_OUT_SEGMENT
-            assert share.rows.shape == (2, 1)
-            real = share.weights > 0
-            np.testing.assert_array_equal(share.tokens[real], held_out[share.rows[real]])
-            seen += share.rows[real].tolist()
+        for shard in shards:
+            assert shard.segment == HELD_OUT_SEGMENT
+            assert shard.rows.shape == (2, 1)
+            real = shard.weights > 0
+            np.testing.assert_array_equal(shard.tokens[real], held_out[shard.rows[real]])
+            seen += shard.rows[real].tolist()
     assert sorted(seen) == list(range(6))

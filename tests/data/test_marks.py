@@ -11,11 +11,11 @@ from data_tools.dataset.format import MARKS, pack_marks, segment_name, unpack_ma
 from data_tools.dataset.segment_files import DatasetPlan, write_companions, write_dataset_manifest
 from data_tools.files.digest import new_digest
 from data_tools.files.errors import DataError
-from megatron_patch.data.deal import deal
-from megatron_patch.data.loader import Loader, held_out_shares
+from megatron_patch.data.loader import Loader, held_out_shards
 from megatron_patch.data.marks import Marks, boundaries
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import open_segments
+from megatron_patch.data.sharding import accumulation_steps
 
 SEGMENTS, ROWS, ROW_LENGTH, VOCAB, BATCH, EPOCHS = 2, 45, 13, 64, 20, 3
 
@@ -51,7 +51,7 @@ def loaders(folder: Path, ranks: int, samples_consumed: int = 0, stage_folder: P
             data_parallel_rank=rank,
             data_parallel_size=ranks,
             micro_batch_size=1,
-            num_micro_batches=deal(BATCH, ranks, 1, 1),
+            num_micro_batches=accumulation_steps(BATCH, ranks, 1, 1),
             samples_consumed=samples_consumed,
         )
         for rank in range(ranks)
@@ -61,12 +61,12 @@ def loaders(folder: Path, ranks: int, samples_consumed: int = 0, stage_folder: P
 def steps(folder: Path, ranks: int, samples_consumed: int = 0, **more) -> list[tuple[int, frozenset[int]]]:
     """Of each step from a position on: the segment and the rows that the ranks together read; each checked."""
     seen = []
-    for shares in zip(*loaders(folder, ranks, samples_consumed, **more), strict=True):
-        [(segment, labels)] = {(share.segment, share.labels) for share in shares}
-        real = [share.rows[share.weights > 0] for share in shares]
+    for shards in zip(*loaders(folder, ranks, samples_consumed, **more), strict=True):
+        [(segment, labels)] = {(shard.segment, shard.labels) for shard in shards}
+        real = [shard.rows[shard.weights > 0] for shard in shards]
         seen.append((segment, frozenset(np.concatenate(real).tolist())))
         assert sum(map(len, real)) == len(seen[-1][1]) == BATCH
-        counted = sum(int(share.marks.counted[..., 1:].sum()) for share in shares)
+        counted = sum(int(shard.marks.counted[..., 1:].sum()) for shard in shards)
         assert counted == labels, "what the loss is divided by is what counts on all ranks together"
     return seen
 
@@ -75,12 +75,12 @@ def steps(folder: Path, ranks: int, samples_consumed: int = 0, **more) -> list[t
 def test_marks_follow_their_rows(marked, ranks: int) -> None:
     folder, rows, marks = marked
     for loader in loaders(folder, ranks):
-        for share in loader:
-            real, name = share.weights > 0, segment_name(share.segment)
-            np.testing.assert_array_equal(share.tokens[real], rows[name][share.rows[real]])
-            for ours, whole in zip(share.marks, marks[name], strict=True):
-                np.testing.assert_array_equal(ours[real], whole[share.rows[real]])
-            assert not share.marks.counted[~real].any() and share.marks.starts[..., 0].all()
+        for shard in loader:
+            real, name = shard.weights > 0, segment_name(shard.segment)
+            np.testing.assert_array_equal(shard.tokens[real], rows[name][shard.rows[real]])
+            for ours, whole in zip(shard.marks, marks[name], strict=True):
+                np.testing.assert_array_equal(ours[real], whole[shard.rows[real]])
+            assert not shard.marks.counted[~real].any() and shard.marks.starts[..., 0].all()
 
 
 def test_every_epoch_has_an_order_of_its_own_and_any_number_of_ranks_the_same_rows(marked, tmp_path: Path) -> None:
@@ -101,12 +101,16 @@ def test_every_epoch_has_an_order_of_its_own_and_any_number_of_ranks_the_same_ro
 def test_held_out_labels_are_counted(marked) -> None:
     folder, _, marks = marked
     segments = open_segments(folder, row_length=ROW_LENGTH, vocab_size=VOCAB)
-    dealt = {"data_parallel_size": 3, "micro_batch_size": 2, "num_micro_batches": deal(BATCH, 3, 2, 1)}
-    shares = [
-        held_out_shares(segments, num_rows=30, global_batch_size=BATCH, data_parallel_rank=rank, **dealt)
+    sharding = {
+        "data_parallel_size": 3,
+        "micro_batch_size": 2,
+        "num_micro_batches": accumulation_steps(BATCH, 3, 2, 1),
+    }
+    shards = [
+        held_out_shards(segments, num_rows=30, global_batch_size=BATCH, data_parallel_rank=rank, **sharding)
         for rank in range(3)
     ]
-    labels = [[share.labels for share in mine] for mine in shares]
+    labels = [[shard.labels for shard in mine] for mine in shards]
     counted = marks["held_out"].counted[:, 1:]
     assert labels == [[counted[:BATCH].sum(), counted[BATCH:30].sum()]] * 3
 

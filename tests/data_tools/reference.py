@@ -31,7 +31,7 @@ def reference_rows(
 
 
 def reference_segments(rows: list[tuple[list[int], str]], num_segments: int) -> list[list[tuple[list[int], str]]]:
-    """Rows dealt round-robin, the remainder dropped so that all segments are equal."""
+    """Rows distributed round-robin, the remainder dropped so that all segments are equal."""
     kept = rows[: len(rows) // num_segments * num_segments]
     return [kept[k::num_segments] for k in range(num_segments)]
 

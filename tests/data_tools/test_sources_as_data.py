@@ -49,7 +49,7 @@ def write_text(folder: Path, names: list[str], tokenizer: Path) -> dict[str, lis
 
 
 def expected_rows(ids: dict[str, list[int]], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and codes, dealt to two segments: [segment, row, id] and [segment, row]."""
+    """Rows and codes, distributed over two segments: [segment, row, id] and [segment, row]."""
     rows = [(ids[n][at : at + ROWS], i) for i, n in enumerate(names) for at in range(0, len(ids[n]) - ROWS + 1, ROWS)]
     rows = rows[: len(rows) // 2 * 2]
     return np.array([[row for row, _ in rows[k::2]] for k in (0, 1)]), np.array(

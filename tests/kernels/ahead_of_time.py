@@ -2,7 +2,7 @@
 
     python -m tests.kernels.ahead_of_time [--json]
 
-The launches are those of training: kernels are called with tensors that have a shape and no storage, Triton is told of
+The launches are those of training: kernels are called with tensors that have a shape and no storage, Triton is given
 a GPU that it cannot find, and each launch ends where the compiler does. So every specialisation (types, strides,
 divisibility by 16, constants, warps) is the one that a step would ask for. Needs a process in which Triton has not
 been imported as an interpreter.
@@ -139,7 +139,7 @@ def cases() -> Iterator[tuple[str, Iterator[str]]]:
 
 
 def resources(case: str, kernel: Any, architecture: int) -> Compiled:
-    """ptxas's own account of a kernel, from the code that Triton handed it."""
+    """ptxas's own account of a kernel, from the code that Triton generated."""
     suffix = "a" if architecture >= 90 else ""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"

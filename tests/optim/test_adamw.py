@@ -16,7 +16,7 @@ from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.train.checkpoint.plan import local_ranges
 from megatron_patch.train.step import Trainer
 from tests.ranks import run_ranks
-from tests.toy import toy_recipe, toy_share, toy_trainer
+from tests.toy import toy_recipe, toy_shard, toy_trainer
 
 STEPS, PEAK = 5, 1e-2
 BETA1, BETA2, DECAY = 0.8, 0.95, 0.1
@@ -52,7 +52,7 @@ def five_steps(overrides: list[str]) -> dict[str, Any]:
     trainer = toy_trainer(toy_recipe(*SETTINGS, *overrides))
     start, gradients = list(pieces(trainer, "master")), []
     for step in range(STEPS):
-        trainer.compute(toy_share(trainer, step))
+        trainer.compute(toy_shard(trainer, step))
         gradients.append(list(pieces(trainer, "gradient")))
         trainer.update(PEAK / (1 + step)).result()
         trainer.optimizer.gather()

@@ -8,14 +8,14 @@ import torch
 from megatron_patch.model.parameters import local_parameters
 from megatron_patch.train.watchdog import Ceiling
 from tests.ranks import run_ranks
-from tests.toy import toy_recipe, toy_share, toy_trainer
+from tests.toy import toy_recipe, toy_shard, toy_trainer
 
 
 def gradients(trainer) -> dict[str, torch.Tensor]:
     """fp32 gradients of one global batch, before any reduction (one rank: already the whole sum)."""
     trainer.optimizer.clear_gradients()
-    share = toy_share(trainer, 0)
-    trainer._run(share, share.labels, forward_only=False)
+    shard = toy_shard(trainer, 0)
+    trainer._run(shard, shard.labels, forward_only=False)
     return {w.name: p.main_grad.clone() for w, p in local_parameters(trainer.chunks, trainer.recipe.model)}
 
 
@@ -125,7 +125,7 @@ def test_shared_gradient_accumulates_in_fp32():
 
 def optimizer_bytes(zero_stage: int) -> dict[str, float]:
     trainer = toy_trainer(toy_recipe(f"parallel.zero_stage={zero_stage}", "precision=bf16"))
-    trainer.step(toy_share(trainer, 0), 1e-4)
+    trainer.step(toy_shard(trainer, 0), 1e-4)
     optimizer = trainer.optimizer
     mine = 0
     for group, master in enumerate(optimizer.master_shards):
@@ -156,7 +156,7 @@ def test_each_rank_holds_its_share_of_the_optimizer_state(zero_stage):
 def norm_of_one_batch(overrides: list[str]) -> tuple[float, float]:
     """The norm a step reports and that of the gathered gradient of one rank."""
     trainer = toy_trainer(toy_recipe(*overrides))
-    reported = trainer.step(toy_share(trainer, 0), 0.0).grad_norm
+    reported = trainer.step(toy_shard(trainer, 0), 0.0).grad_norm
     own = gradients(trainer)
     return reported, torch.cat([g.double().flatten() for g in own.values()]).norm().item()
 
@@ -180,18 +180,18 @@ def state_of(trainer) -> list[torch.Tensor]:
 def withheld_update(precision: str, wrong: str) -> tuple[bool, bool, bool]:
     """(was the wrong step applied, is the state as before it, was the next one applied and the state another)."""
     trainer = toy_trainer(toy_recipe("model.num_ffns=1", f"precision={precision}"))
-    share = toy_share(trainer, 0)
-    usual = trainer.step(share, 1e-2).loss
+    shard = toy_shard(trainer, 0)
+    usual = trainer.step(shard, 1e-2).loss
     before = state_of(trainer)
     ceiling = Ceiling(usual - 1.0, 0.5) if wrong == "too high" else None
-    bad = share
+    bad = shard
     if wrong == "not finite" and trainer.topology.data_rank == 1:
-        bad = replace(share, weights=share.weights * float("nan"))
+        bad = replace(shard, weights=shard.weights * float("nan"))
     trainer.compute(bad)
     result = trainer.update(1e-2, ceiling=ceiling).result()
     trainer.optimizer.gather()
     same = all(torch.equal(a, b) for a, b in zip(before, state_of(trainer), strict=True))
-    after = trainer.step(share, 1e-2).applied
+    after = trainer.step(shard, 1e-2).applied
     return result.applied, same, after and not torch.equal(before[0], state_of(trainer)[0])
 
 

@@ -9,7 +9,7 @@ from megatron_patch.model.parameters import local_parameters, whole_tensors
 from megatron_patch.optim import gradients, weights
 from megatron_patch.train.schedule import learning_rate
 from tests.ranks import run_ranks
-from tests.toy import gather, toy_recipe, toy_share, toy_trainer, train_toy
+from tests.toy import gather, toy_recipe, toy_shard, toy_trainer, train_toy
 
 STEPS = 3
 IN_BUCKETS, AFTER = "parallel.reduce_bucket=5000", "parallel.reduce_bucket=0"
@@ -59,7 +59,7 @@ def started(overrides: list[str]) -> list[tuple[str, list[str]]]:
 
     gradients.GradientBuffer._start = recording
     trainer.optimizer.reduce_gradients = reduce_gradients
-    trainer.step(toy_share(trainer, 0), 1e-4)
+    trainer.step(toy_shard(trainer, 0), 1e-4)
     return events
 
 
@@ -125,7 +125,7 @@ def train_gathering_late(overrides: list[str]) -> tuple[list[tuple[float, float]
                             lambda layer, _: seen.append((f"layer {layer.layer_number}", Late.begun, Late.moved))
                         )
                 seen.append(("start", Late.begun, Late.moved))
-            trainer.compute(toy_share(trainer, number))
+            trainer.compute(toy_shard(trainer, number))
             steps.append(trainer.update(learning_rate(number, recipe.optimizer, STEPS)))
         seen.append(("end", Late.begun, Late.moved))
         trainer.optimizer.gather()
@@ -164,7 +164,7 @@ def digests(overrides: list[str]) -> list[str]:
     trainer = toy_trainer(toy_recipe(*overrides))
     answers = []
     for number in range(STEPS):
-        trainer.step(toy_share(trainer, number), 1e-3)
+        trainer.step(toy_shard(trainer, number), 1e-3)
         flat = [t.detach().float().numpy().tobytes() for t in trainer.optimizer.flat_weights]
         answers.append(hashlib.sha256(b"".join(flat)).hexdigest())
     return answers

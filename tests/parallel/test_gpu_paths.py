@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from megatron_patch.data.loader import BatchShare
+from megatron_patch.data.loader import BatchShard
 from megatron_patch.kernels import choice
 from megatron_patch.launch import LaunchError
 from megatron_patch.parallel import device, topology
@@ -26,10 +26,10 @@ MICRO_BATCHES = 2
 KERNELS = {"_forward", "_backward", "_turn", "_row_statistics", "_to_logits_gradient"}
 
 
-def empty_share(recipe: Recipe, micro_batches: int) -> BatchShare:
+def empty_shard(recipe: Recipe, micro_batches: int) -> BatchShard:
     shape = (micro_batches, recipe.batch.micro_batch_size)
     tokens = np.zeros((*shape, recipe.row_length), np.uint16)
-    return BatchShare(0, 0, np.zeros(shape, int), tokens, np.ones(shape, np.float32), tokens[..., 1:].size)
+    return BatchShard(0, 0, np.zeros(shape, int), tokens, np.ones(shape, np.float32), tokens[..., 1:].size)
 
 
 def steps(overrides: list[str], world_size: int, rank: int) -> set[str]:
@@ -37,16 +37,16 @@ def steps(overrides: list[str], world_size: int, rank: int) -> set[str]:
     with become_gpu(world_size, rank) as pretended:
         recipe = load("recipes/demo.yaml", overrides)
         trainer = Trainer(recipe, topology.initialize(recipe.parallel), MICRO_BATCHES)
-        share = empty_share(recipe, MICRO_BATCHES)
-        trainer.step(share, 1e-4)  # tables and moments are made, once
+        shard = empty_shard(recipe, MICRO_BATCHES)
+        trainer.step(shard, 1e-4)  # tables and moments are made, once
         pretended.launches.clear()
         with pretended.no_waits():
             for _ in range(2):
-                trainer.compute(share)
+                trainer.compute(shard)
                 step = trainer.update(1e-4)
             assert step.result().applied
         trainer.optimizer.gather()
-        trainer.held_out_loss([share], labels=64)
+        trainer.held_out_loss([shard], labels=64)
         return set(pretended.launches)
 
 

@@ -56,8 +56,8 @@ def numel(sizes: list[list[int]]) -> int:
 def measure(overrides: list[str]) -> dict[str, Any]:
     """On a rank: what one step allocates for good and exchanges."""
     trainer = toy.toy_trainer(toy.toy_recipe(*overrides))
-    share = toy.toy_share(trainer, 0)
-    trainer.step(share, 1e-4)  # the optimizer makes its moments in the first step
+    shard = toy.toy_shard(trainer, 0)
+    trainer.step(shard, 1e-4)  # the optimizer makes its moments in the first step
     exchanged: Counter[tuple[str, str]] = Counter()
     calls: Counter[tuple[str, str]] = Counter()
     send = dist.ProcessGroup.send
@@ -69,7 +69,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
 
     before = len(json.loads(device.flight_record())["entries"])
     with mock.patch.object(dist.ProcessGroup, "send", counted_send):
-        trainer.step(share, 1e-4)
+        trainer.step(shard, 1e-4)
     for entry in json.loads(device.flight_record())["entries"][before:]:
         group = entry["process_group"][1].split("_")[0].lower()
         operation = OPERATIONS[entry["profiling_name"].removeprefix("gloo:")]
@@ -141,7 +141,7 @@ def saved_bytes(overrides: list[str]) -> tuple[int, int]:
         mock.patch("torch.autograd.graph._engine_run_backward", marked),
         mock.patch("torch.autograd._engine_run_backward", marked),
     ):
-        trainer.step(toy.toy_share(trainer, 0), 1e-4)
+        trainer.step(toy.toy_shard(trainer, 0), 1e-4)
     m = trainer.recipe.model
     table = 2 * m.sequence_length * m.head_dim // 2 * 4  # rotary angles: once a model, not once a layer
     sizes = [t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters]

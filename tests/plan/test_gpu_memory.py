@@ -8,7 +8,7 @@ from megatron_patch.parallel import topology
 from megatron_patch.plan import memory
 from megatron_patch.recipe import load
 from megatron_patch.train.step import Trainer
-from tests.parallel.test_gpu_paths import empty_share
+from tests.parallel.test_gpu_paths import empty_shard
 from tests.pretend_gpu import become_gpu
 from tests.ranks import run_ranks
 
@@ -22,10 +22,10 @@ def planned_and_allocated(name: str, world_size: int, rank: int, overrides: list
         place = topology.initialize(recipe.parallel)
         planned = memory.Place(recipe, place.data_size, place.pipeline_rank)
         trainer = Trainer(recipe, place, planned.micro_batches)
-        share = empty_share(recipe, planned.micro_batches)
-        trainer.step(share, 1e-4)
+        shard = empty_shard(recipe, planned.micro_batches)
+        trainer.step(shard, 1e-4)
         pretended.peak = pretended.allocated
-        trainer.step(share, 1e-4)
+        trainer.step(shard, 1e-4)
         return memory.memory(planned).total, pretended.peak
 
 

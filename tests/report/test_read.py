@@ -64,7 +64,7 @@ def test_real_run(run: Path, evaluations: Path) -> None:
     assert [tokens for _, tokens, _ in found.steps.curves["loss"].points()] == [i * tokens / 20 for i in range(1, 61)]
     assert [at for _, at, _ in found.held_out.points()] == [tokens, 2 * tokens, 3 * tokens]
     (restart,) = found.restarts
-    assert restart.step in (12, 24, 36, 48)  # the newest restart point that was durable when it was killed
+    assert restart.step in (12, 24, 36, 48)  # the newest restart checkpoint that was durable when it was killed
     assert restart.lost > 0
     assert [m["name"] for m in found.milestones] == ["ckpt_000", "ckpt_001", "ckpt_002"]
     assert len(found.scores) == 3

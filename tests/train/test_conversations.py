@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_patch.model.parameters import local_parameters
 from tests.model.test_logits import expanded
 from tests.ranks import run_ranks
-from tests.toy import gather, random_marks, random_rows, toy_recipe, toy_share, toy_trainer
+from tests.toy import gather, random_marks, random_rows, toy_recipe, toy_shard, toy_trainer
 
 PACKED = ["data.reset_at_starts=true", "model.num_ffns=1", "batch.micro_batch_size=2"]
 LAYOUTS = {
@@ -36,7 +36,7 @@ def packed_batch(overrides: list[str]) -> dict:
         if whole.kind != "norm":
             parameter.data *= 5.0  # far enough from zero to tell layers apart
     before = weights_of(trainer)
-    trainer.compute(toy_share(trainer, 0))
+    trainer.compute(toy_shard(trainer, 0))
     loss = trainer._loss.clone()
     dist.all_reduce(loss)
     names = {id(p): whole.name for whole, p in local_parameters(trainer.chunks, trainer.recipe.model)}
@@ -115,14 +115,14 @@ def test_a_packed_row_is_the_sum_of_its_conversations_alone(layout, alone):
 
 def held_out(overrides: list[str]) -> float:
     trainer = toy_trainer(toy_recipe(*overrides))
-    shares = [toy_share(trainer, step) for step in range(3)]
-    return trainer.held_out_loss(iter(shares), sum(share.labels for share in shares))
+    shards = [toy_shard(trainer, step) for step in range(3)]
+    return trainer.held_out_loss(iter(shards), sum(shard.labels for shard in shards))
 
 
 def held_out_by_steps(overrides: list[str]) -> list[tuple[float, int]]:
     trainer = toy_trainer(toy_recipe(*overrides))
-    shares = [toy_share(trainer, step) for step in range(3)]
-    return [(trainer.held_out_loss([share], share.labels), share.labels) for share in shares]
+    shards = [toy_shard(trainer, step) for step in range(3)]
+    return [(trainer.held_out_loss([shard], shard.labels), shard.labels) for shard in shards]
 
 
 def test_held_out_loss_is_over_counted_labels_not_over_batches():

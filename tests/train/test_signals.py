@@ -56,8 +56,8 @@ def in_resume(send: Callable[[], None]) -> None:
 def in_evaluation(send: Callable[[], None]) -> None:
     real = Trainer._run
 
-    def run(self: Trainer, share, tokens: int, forward_only: bool):
-        answer = real(self, share, tokens, forward_only)
+    def run(self: Trainer, shard, tokens: int, forward_only: bool):
+        answer = real(self, shard, tokens, forward_only)
         if forward_only:
             send()
         return answer
@@ -201,7 +201,7 @@ def test_the_wall_time_budget_stops_a_run(data_folder: Path, tmp_path: Path) -> 
     assert newest(run).step == 1
 
 
-def test_the_clock_asks_for_restart_points(data_folder: Path, tmp_path: Path) -> None:
+def test_the_clock_asks_for_restart_checkpoints(data_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     clock = [
         "checkpoint.interval_steps=0",

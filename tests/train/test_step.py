@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_patch.train.step import Step, Trainer
 from megatron_patch.train.watchdog import Ceiling
 from tests.ranks import run_ranks
-from tests.toy import toy_recipe, toy_share, toy_trainer
+from tests.toy import toy_recipe, toy_shard, toy_trainer
 from tests.train.job import Job, run_settings
 
 aten = torch.ops.aten
@@ -72,18 +72,18 @@ def steps_without_waiting(overrides: list[str]) -> list[tuple[float, ...]]:
     # mcore compares two states of the CPU's generator around the embedding: host memory on a GPU too.
     random.CudaRNGStatesTracker.fork = lambda *_: nullcontext()
     trainer = toy_trainer(toy_recipe(*overrides))
-    shares = [toy_share(trainer, number) for number in range(3)]
+    shards = [toy_shard(trainer, number) for number in range(3)]
     steps = []
-    for share in shares:
+    for shard in shards:
         with no_wait():
-            trainer.compute(share)
+            trainer.compute(shard)
             steps.append(trainer.update(1e-3, request=1.0, ceiling=Ceiling(5.0, 100.0)))
     return [tuple(step.result()) for step in steps]
 
 
 def steps_read_one_by_one(overrides: list[str]) -> list[tuple[float, ...]]:
     trainer = toy_trainer(toy_recipe(*overrides))
-    return [tuple(trainer.step(toy_share(trainer, number), 1e-3)) for number in range(3)]
+    return [tuple(trainer.step(toy_shard(trainer, number), 1e-3)) for number in range(3)]
 
 
 LAYOUTS = {

@@ -109,8 +109,8 @@ def poison(*steps: int) -> Callable[[int], None]:
         calls = iter(range(1, 10**6))
         real = Trainer._run
 
-        def run(self: Trainer, share, tokens: int, forward_only: bool):
-            answer = real(self, share, tokens, forward_only)
+        def run(self: Trainer, shard, tokens: int, forward_only: bool):
+            answer = real(self, shard, tokens, forward_only)
             if not forward_only and next(calls) in steps and rank == 1:
                 self.optimizer.buffers[0].flat.fill_(math.nan)
             return answer

@@ -43,7 +43,7 @@ class Keeper:
         self._saver = Saver(recipe, topology, optimizer)
         self._are_numbered = True  # whether milestones have numbers; where those are taken, each is named by its step
         self._owes_end = False  # whether the step resumed from is the last one and has no milestone yet
-        self._newest: int | None = None  # step of the newest restart point begun or resumed from
+        self._newest: int | None = None  # step of the newest restart checkpoint begun or resumed from
 
     def resume(self, data_digest: str, accept_changes: bool) -> State:
         """Restore the newest good checkpoint; the state of step 0 where there is none. See `checkpoint.resume`.
@@ -65,13 +65,13 @@ class Keeper:
         if found is None:
             return State(step=0, samples=0, tokens=0, optimizer_step=0, data_digest=data_digest)
         if self._topology.rank == 0:
-            for folder in self._folder.restart_points()[:1]:
+            for folder in self._folder.restart_checkpoints()[:1]:
                 step = int(folder.name.removeprefix("step_"))
                 self._status.checkpoint(folder.name, step, (folder / MARKER_NAME).stat().st_mtime)
         # It may have stood there when more steps were planned.
         self._owes_end = found.step == self._total_steps and found.step not in steps
-        # A milestone it went on from is no restart point: `finish` must leave one.
-        self._newest = found.step if self._folder.restart_point(found.step).exists() else None
+        # A milestone it went on from is no restart checkpoint: `finish` must leave one.
+        self._newest = found.step if self._folder.restart_checkpoint(found.step).exists() else None
         return found.model_copy(update={"data_digest": data_digest})
 
     def _milestones(self) -> tuple[list[int], bool]:
@@ -84,7 +84,7 @@ class Keeper:
         return [int(row["step"]) for row in self._folder.recorded()], not taken
 
     def after_step(self, state: State, due: bool) -> bool:
-        """Begin the saves that fall on this step; `due`: the clock asks for a restart point. True where one was begun.
+        """Begin the saves that fall on this step; `due`: by the clock a restart checkpoint is. True where one was begun.
 
         Raises CheckpointError where a save before failed.
         """
@@ -96,18 +96,18 @@ class Keeper:
             self._milestone(folder, state, contents)
         elif state.step == self._total_steps:
             self._end_milestone(state)
-        if due or self._cadence.restart_point_due(state.step):
-            self._restart_point(state)
+        if due or self._cadence.restart_checkpoint_due(state.step):
+            self._restart_checkpoint(state)
             return True
         return False
 
     def finish(self, state: State) -> None:
-        """Leave a durable restart point of this state. Raises CheckpointError where it cannot be written."""
+        """Leave a durable restart checkpoint of this state. Raises CheckpointError where it cannot be written."""
         if self._owes_end:
             self._end_milestone(state)
             self._owes_end = False
         if self._newest != state.step:
-            self._restart_point(state)
+            self._restart_checkpoint(state)
         self._saver.wait()
 
     def _end_milestone(self, state: State) -> None:
@@ -118,15 +118,15 @@ class Keeper:
         complete, earlier = self._complete(state), self._folder.keep_earlier
         self._saver.save(folder, complete, contents, self._milestone_durable, earlier)
 
-    def _restart_point(self, state: State) -> None:
-        folder = self._folder.restart_point(state.step)
-        self._saver.save(folder, self._complete(state), "full", self._restart_point_durable)
+    def _restart_checkpoint(self, state: State) -> None:
+        folder = self._folder.restart_checkpoint(state.step)
+        self._saver.save(folder, self._complete(state), "full", self._restart_checkpoint_durable)
         self._newest = state.step
 
     def _complete(self, state: State) -> State:
         return state.model_copy(update={"optimizer_step": self._saver.optimizer_step})
 
-    def _restart_point_durable(self, saved: Saved) -> None:
+    def _restart_checkpoint_durable(self, saved: Saved) -> None:
         deleted = self._folder.retain()
         self._status.checkpoint(saved.folder.name, saved.state.step, time.time())
         _report(saved, f"; deleted {', '.join(deleted)}" if deleted else "")

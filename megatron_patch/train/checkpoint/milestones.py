@@ -45,7 +45,7 @@ def missing_lines(runs: RunFolder, order: SampleOrder) -> Iterator[Milestone]:
     """Lines of finished milestones that the table lacks, or has of an earlier folder of that name.
 
     What stops a run between a milestone and its line (a full disk, a kill) leaves the one without the other. A damaged
-    milestone gets none: whoever opens it is told.
+    milestone gets none: opening it raises the error.
     """
     recorded = {row["name"]: row["digest"] for row in runs.recorded()}
     for folder in runs.milestones():

@@ -126,7 +126,7 @@ class Checkpoint:
             raise CheckpointError(
                 self.folder,
                 f"holds weights alone, no {what}",
-                "take a full checkpoint (a restart point, or a milestone that keeps the optimizer)",
+                "take a full checkpoint (a restart checkpoint, or a milestone that keeps the optimizer)",
             )
         stored_what = what if what in stored_whats(self.index.contents, self.recipe.precision) else "weight"
         stored = self.index.tensors[name]

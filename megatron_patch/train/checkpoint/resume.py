@@ -150,7 +150,7 @@ def _problem(check: Callable[[], None], channel: SideChannel) -> str:
 def _renamed(checkpoint: Checkpoint, runs: RunFolder) -> str:
     """A copy under a later step's name would stay the newest for ever, and every resume would go back to it."""
     folder = checkpoint.folder
-    if folder.name.startswith("step_") and folder != runs.restart_point(checkpoint.step):
+    if folder.name.startswith("step_") and folder != runs.restart_checkpoint(checkpoint.step):
         return f"{folder}: holds step {checkpoint.step}, so it was renamed"
     return ""
 

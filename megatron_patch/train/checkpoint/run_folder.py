@@ -1,12 +1,12 @@
 """The checkpoints of one run: which there are, which are kept, which is the newest.
 
-    RUN/checkpoints/step_00000120/       a restart point: full, the last K are kept
+    RUN/checkpoints/step_00000120/       a restart checkpoint: full, the last K are kept
     RUN/checkpoints/ckpt_007/            a milestone: kept for ever; weights alone, every M-th full
     RUN/checkpoints/ckpt_step_00061036/  a milestone without a number: of a last step with which no interval ends, or
                                          where another interval has given its number to another step
     RUN/checkpoints/ckpt_007.earlier/    a milestone whose step was done again, otherwise, after the run had gone back
     RUN/checkpoints/checkpoints.csv      the milestones
-    RUN/checkpoints/latest               name of the newest restart point, for people and scripts; `train` looks itself
+    RUN/checkpoints/latest               name of the newest restart checkpoint, for people; `train` looks itself
     RUN/checkpoints/NAME.broken          set aside: a resume fell back to an earlier one, or it is not what it is called
 
 Only rank 0 changes anything here.
@@ -39,7 +39,7 @@ class RunFolder:
         self.path = recipe.run_folder / "checkpoints"
         self._keep = recipe.checkpoint.keep
 
-    def restart_point(self, step: int) -> Path:
+    def restart_checkpoint(self, step: int) -> Path:
         return self.path / f"step_{step:08d}"
 
     def milestone(self, number: int) -> Path:
@@ -53,19 +53,19 @@ class RunFolder:
         """Finished ones, by name."""
         return sorted(p for p in self._folders() if _MILESTONE.fullmatch(p.name) and _is_finished(p))
 
-    def restart_points(self) -> list[Path]:
+    def restart_checkpoints(self) -> list[Path]:
         """Finished ones, newest first."""
         found = [p for p in self._folders() if re.fullmatch(r"step_\d{8,}", p.name) and _is_finished(p)]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def candidates(self) -> list[Path]:
-        """Folders that training may go on from, newest first: restart points and full milestones."""
-        by_step = [(int(p.name.removeprefix("step_")), 1, p) for p in self.restart_points()]
+        """Folders that training may go on from, newest first: restart checkpoints and full milestones."""
+        by_step = [(int(p.name.removeprefix("step_")), 1, p) for p in self.restart_checkpoints()]
         for folder in self.milestones():
             try:
                 index = read_index(folder)
             except CheckpointError:
-                continue  # whoever opens that milestone is told; the run goes on from another
+                continue  # opening that milestone raises the error; the run goes on from another
             if index.contents == "full":
                 by_step.append((index.state.step, 0, folder))
         return [folder for _, _, folder in sorted(by_step, reverse=True)]
@@ -103,20 +103,20 @@ class RunFolder:
         return aside.name
 
     def point_latest(self) -> None:
-        """Make `latest` name the newest restart point; without one there is no `latest`."""
-        points = self.restart_points()
+        """Make `latest` name the newest restart checkpoint; without one there is no `latest`."""
+        points = self.restart_checkpoints()
         if points:
             write_whole(self.path / LATEST_NAME, f"{points[0].name}\n".encode())
         else:
             (self.path / LATEST_NAME).unlink(missing_ok=True)
 
     def retain(self) -> list[str]:
-        """After a restart point is durable: point `latest` to it, delete those beyond the last K; returns their names.
+        """After a restart checkpoint is durable: point `latest` to it, delete those beyond the last K; their names.
 
         The new one was read back and compared after its flush, so the newest verified one is always among those kept.
         """
         self.point_latest()
-        surplus = self.restart_points()[self._keep :]
+        surplus = self.restart_checkpoints()[self._keep :]
         for old in surplus:
             remove(old)
         return [old.name for old in surplus]
@@ -148,7 +148,7 @@ class RunFolder:
 
 
 def _is_finished(folder: Path) -> bool:
-    """Whether a folder has a marker; one that cannot be read counts: whoever opens it is told, nobody removes it."""
+    """Whether a folder has a marker; one that cannot be read counts: opening it raises, nothing removes it."""
     try:
         (folder / MARKER_NAME).stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -109,7 +109,7 @@ def test_a_damaged_field_of_a_source_or_a_part_is_named(
 
 def test_a_source_is_what_its_folder_is_called(rows: Path, tmp_path: Path) -> None:
     (rows / "wikipedia").rename(rows / "book")
-    with pytest.raises(DataError, match=r"book/source\.json: speaks of wikipedia"):
+    with pytest.raises(DataError, match=r"book/source\.json: is the record of wikipedia"):
         mix(rows, tmp_path / "out", OPTIONS)
 
 

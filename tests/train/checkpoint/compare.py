@@ -12,7 +12,7 @@ from megatron_patch.train.checkpoint.format import What
 
 
 def newest(run: Path) -> Checkpoint:
-    """The restart point that `latest` names, verified."""
+    """The restart checkpoint that `latest` names, verified."""
     checkpoints = run / "checkpoints"
     return open_checkpoint(checkpoints / (checkpoints / "latest").read_text().strip())
 

@@ -53,7 +53,7 @@ def names(run: Path) -> list[str]:
     return sorted(p.name for p in (run / "checkpoints").iterdir())
 
 
-def test_the_last_restart_points_and_every_milestone_are_kept(finished: Path) -> None:
+def test_the_last_restart_checkpoints_and_every_milestone_are_kept(finished: Path) -> None:
     assert names(finished) == [
         "checkpoints.csv",
         "ckpt_000",
@@ -246,7 +246,7 @@ def test_a_damaged_table_is_set_aside_and_its_whole_lines_are_kept(tmp_path: Pat
 
 
 def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: Path, tmp_path: Path) -> None:
-    """With both restart points broken the full milestone of step 20 is what the run goes on from."""
+    """With both restart checkpoints broken the full milestone of step 20 is what the run goes on from."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in ("step_00000028", "step_00000030"):
@@ -254,7 +254,7 @@ def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: 
     again = settings(data_folder, run, "checkpoint.milestone_steps=10")
     stopped = Job(1, [*again, "run.steps=20"], tmp_path / "log").run()
     assert "ckpt_001 at step 20" in stopped
-    assert newest(run).step == 20, "a milestone is no restart point"
+    assert newest(run).step == 20, "a milestone is no restart checkpoint"
     Job(1, again, tmp_path / "log").run()
     assert history(run) == history(finished)
     with (run / "checkpoints/checkpoints.csv").open() as stream:
@@ -355,4 +355,4 @@ def test_cadence() -> None:
     assert ours.milestone(767_880) == (359, "full")
     assert [ours.milestone(2133 * k)[1] for k in (1, 35, 36, 37)] == ["weights", "weights", "full", "weights"]  # type: ignore[index]
     assert Cadence(paper, 2133).milestone(2000) == (0, "weights")
-    assert not any(ours.restart_point_due(step) for step in range(1, 100)), "by the clock alone"
+    assert not any(ours.restart_checkpoint_due(step) for step in range(1, 100)), "by the clock alone"

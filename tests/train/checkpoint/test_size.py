@@ -18,7 +18,7 @@ from megatron_patch.train.checkpoint import open_checkpoint
 from megatron_patch.train.checkpoint.format import Fragment, What, stored_whats
 from megatron_patch.train.checkpoint.plan import fragment, shard_ranges
 from tests.ranks import run_ranks
-from tests.toy import toy_share, toy_trainer
+from tests.toy import toy_shard, toy_trainer
 
 UNIQUE_05B = 534_865_920
 BYTES = {"weight": 2, "master": 4, "exp_avg": 4, "exp_avg_sq": 4}
@@ -85,7 +85,7 @@ def saved_bytes(recipe: Recipe) -> int:
     from megatron_patch.train.checkpoint.save import Saver
 
     trainer = toy_trainer(recipe)
-    trainer.step(toy_share(trainer, 0), 1e-4)
+    trainer.step(toy_shard(trainer, 0), 1e-4)
     saver = Saver(recipe, trainer.topology, trainer.optimizer)
     folder = recipe.run_folder / "checkpoint"
     state = State(step=1, samples=1, tokens=1, optimizer_step=1, data_digest=None)

@@ -1,4 +1,4 @@
-"""How a global batch is dealt to data-parallel ranks so that every rank runs the same number of micro-batches."""
+"""How a global batch is sharded across data-parallel ranks so that every rank runs the same number of micro-batches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ def micro_batches(recipe: Recipe, data_parallel_size: int) -> int:
     """Micro-batches that every rank runs a step; the interleaved schedule wants a multiple of the pipeline's size."""
     parallel, batch = recipe.parallel, recipe.batch
     multiple = parallel.pipeline if parallel.virtual_pipeline > 1 else 1
-    return deal(batch.global_batch_size, data_parallel_size, batch.micro_batch_size, multiple)
+    return accumulation_steps(batch.global_batch_size, data_parallel_size, batch.micro_batch_size, multiple)
 
 
-def deal(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int) -> int:
+def accumulation_steps(global_batch_size: int, data_parallel_size: int, micro_batch_size: int, multiple_of: int) -> int:
     """Micro-batches that every rank runs for one global batch, rounded up to a multiple of `multiple_of`."""
-    largest_share = -(-global_batch_size // data_parallel_size)
-    needed = -(-largest_share // micro_batch_size)
+    largest_shard = -(-global_batch_size // data_parallel_size)
+    needed = -(-largest_shard // micro_batch_size)
     return -(-needed // multiple_of) * multiple_of
 
 
-def share_of(
+def shard_of(
     batch: np.ndarray, data_parallel_rank: int, data_parallel_size: int, micro_batch_size: int, num_micro_batches: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A rank's part of a global batch: positions rank, rank + size, rank + 2 * size, ...
+    """A data-parallel rank's shard of a global batch: positions rank, rank + size, rank + 2 * size, ...
 
     Args:
         batch: int64 [n] row numbers, n at most the global batch size.
