@@ -84,7 +84,7 @@ class Keeper:
         return [int(row["step"]) for row in self._folder.recorded()], not taken
 
     def after_step(self, state: State, due: bool) -> bool:
-        """Begin the saves that fall on this step; `due`: by the clock a restart checkpoint is. True where one was begun.
+        """Begin the saves that fall on this step; `due`: by the clock a restart checkpoint is. True if one was begun.
 
         Raises CheckpointError where a save before failed.
         """
