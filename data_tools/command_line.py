@@ -1,4 +1,4 @@
-"""What the data tools' commands share: numbers that can be used, and errors said without a traceback."""
+"""What the data tools' commands share: numbers that can be used, and errors reported without a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def count(lowest: int, highest: int | None = None) -> Callable[[str], int]:
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """The exit code of `run`; errors in the data and of the file system are said in one or two lines."""
+    """The exit code of `run`; errors in the data and of the file system are printed in one or two lines."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # Slurm's time limit, a closed terminal: as Ctrl-C, unless ignored
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _interrupt)

@@ -84,7 +84,7 @@ VERBS = {
     ),
     "loss_compare": Verb(
         "megatron_patch.report.loss_compare",
-        "do two runs lose alike, step by step?",
+        "the losses of two runs, compared step by step.",
         "python -m megatron_patch loss_compare runs/before runs/after --assert-equal",
     ),
     "train": Verb(

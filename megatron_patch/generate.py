@@ -57,7 +57,7 @@ def sample(
 
 
 class Answer(NamedTuple):
-    """What a model says to a prompt."""
+    """A model's answer to a prompt."""
 
     ids: list[int]
     """Without the end of turn."""
@@ -77,7 +77,7 @@ def answer(
 ) -> list[Answer]:
     """Greedy answers of up to `limit` ids to all prompts at once, none beyond a row of `sequence_length`.
 
-    Only ids below `vocab_size`, the tokenizer's, are said. Rows are padded on the right, which no token before sees.
+    Only ids below `vocab_size`, the tokenizer's, are given. Rows are padded on the right, which no token before sees.
     """
     said = [list(prompt) for prompt in prompts]
     ended = [False] * len(said)

@@ -1,4 +1,4 @@
-"""Brings a segment near before its rows are asked for: small random reads are poison to a parallel file system.
+"""Prefetches or stages a segment before its rows are read: small random reads are poison to a parallel file system.
 
 Either a segment's `.bin` is copied, whole and checked, to storage of the node (`stage_folder`) by whichever
 of its ranks comes first; or it is read through once, front to back, so that the page cache holds it. The segment after
@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 23
 
 
 class Ahead:
-    """Where to read a segment's `.bin` from, and the bringing of the next one."""
+    """Where to read a segment's `.bin` from, and the prefetch of the next one."""
 
     def __init__(
         self, folder: Path, segments: list[SegmentManifest], *, read: bool, stage_folder: Path | None, again: bool
@@ -66,7 +66,7 @@ class Ahead:
         return path
 
     def close(self) -> None:
-        """Ends the thread; what is being brought is finished first."""
+        """Ends the thread; what is being fetched is finished first."""
         self._thread.shutdown(cancel_futures=True)
 
     def _bring(self, segment: int) -> None:

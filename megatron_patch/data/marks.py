@@ -1,6 +1,6 @@
 """What a data set holds of a row beyond its ids: which of them count in the loss, and where conversations begin.
 
-A new thing to be said of a row (an image that it points to) is one more field of `Marks`, read by `Segments.marks`
+Whatever else belongs to a row (an image that it points to) is one more field of `Marks`, read by `Segments.marks`
 beside the ids and sharded over data-parallel ranks with them; a data set without them is never asked for any.
 """
 

@@ -125,7 +125,7 @@ class Segments:
         folder: where it lies.
         digest: names its content (digest of the manifest).
         num_segments, rows_per_segment, held_out_rows, row_length, vocab_size: its shape.
-        is_marked: whether something is said of its rows beyond their ids (marks.py).
+        is_marked: whether its rows have marks beside their ids (marks.py).
         tokenizer_path: the tokenizer that made it; None where the data set came without one.
     """
 
@@ -169,7 +169,7 @@ class Segments:
         return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
 
     def marks(self, segment: int, rows: np.ndarray) -> Marks | None:
-        """What is said of rows of a segment by number; None where the data set says nothing."""
+        """Marks of rows of a segment by number; None where the data set has none."""
         return self._marks(segment_name(segment), self.rows_per_segment, rows)
 
     def held_out_marks(self, rows: np.ndarray) -> Marks | None:

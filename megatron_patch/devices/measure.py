@@ -1,4 +1,4 @@
-"""One form in one process: speed, memory, and what it says of given texts.
+"""One form in one process: speed, memory, and log-probabilities of given texts.
 
 `python -m megatron_patch.devices.measure` reads a job as JSON and writes the answer as the last line of its output; a
 process of its own, so that memory and threads are this form's alone.

@@ -124,7 +124,7 @@ class CausalLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would say it) of each continuation.
+        """(log-likelihood, whether greedy decoding gives it) of each continuation.
 
         Requests that differ in the last token alone (a letter to choose) share one forward pass.
         """

@@ -1,4 +1,4 @@
-"""Where ranks meet before they form a group: waited for so that a signal ends it, and said whom it waits for.
+"""Rendezvous of ranks before they form a group: a signal ends the wait, and it names the ranks that are missing.
 
 torch's own rendezvous waits in C++, where no signal handler runs, and names nobody.
 """
@@ -82,7 +82,7 @@ class _Making:
 
 
 class _Wait:
-    """How long it has been waited, and what is said of it."""
+    """How long the wait has lasted, and what is printed about it."""
 
     def __init__(self, patience: float, asked: Callable[[], str | None]) -> None:
         self._asked = asked

@@ -69,7 +69,7 @@ class Plan:
         return self.settings.run.steps or ROWS_PER_SEGMENT // self.settings.batch.global_batch_size * NUM_SEGMENTS
 
     @property
-    def dealt_share(self) -> float:
+    def unpadded_share(self) -> float:
         """Rows that are trained on among all that ranks compute; the rest are padding of zero weight."""
         computed = self.places[0].micro_batches * self.settings.batch.micro_batch_size * self.places[0].data_size
         return self.settings.batch.global_batch_size / computed

@@ -46,7 +46,7 @@ def table(found: Sequence[Plan]) -> str:
             f"{plan.hardware.nodes}",
             f"{plan.ranks}",
             f"{plan.places[0].micro_batches} x {plan.settings.batch.micro_batch_size}",
-            f"{1 - plan.dealt_share:.1%}",
+            f"{1 - plan.unpadded_share:.1%}",
             f"{plan.step.seconds:.3f}",
             f"{plan.step.waited / plan.step.seconds:.1%}",
             f"{plan.tokens_per_second:,.0f}",

@@ -20,7 +20,7 @@ def text(plan: Plan, energy: str) -> str:
         f"FLOPs               {counts.flops_per_token(s.model) / 1e9:.2f} GFLOP a token, forward and backward, causal",
         f"batch               {s.batch.global_batch_size} rows = {plan.tokens_per_step:,} tokens: "
         f"{first.micro_batches} micro-batches of {s.batch.micro_batch_size} a rank"
-        + (f", {1 - plan.dealt_share:.1%} of them padding" if plan.dealt_share < 1 else ""),
+        + (f", {1 - plan.unpadded_share:.1%} of them padding" if plan.unpadded_share < 1 else ""),
         f"length              {plan.steps:,} steps, {plan.steps * plan.tokens_per_step / 1e9:,.1f}B tokens",
         "",
         *_memory_lines(plan),

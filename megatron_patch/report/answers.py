@@ -1,4 +1,4 @@
-"""What a chat model says to held-out questions: how many answers end by themselves, and some of them to read."""
+"""A chat model's answers to held-out questions: how many answers end by themselves, and some of them to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m megatron_patch loss_compare A B`: do two runs lose alike, step by step?
+"""`python -m megatron_patch loss_compare A B`: the losses of two runs, compared step by step.
 
 A change that claims speed shows that losses stay what they were: bit-equal where it moves no arithmetic
 (--assert-equal), within a stated bound where it reorders sums (--bound).

@@ -75,7 +75,7 @@ def is_step(record: dict[str, Any]) -> bool:
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """Records in the order of the log, none where there is no file.
 
-    A line that a full or failing disk damaged is left out, and said on standard error: the others still tell.
+    A line that a full or failing disk damaged is left out, and reported on standard error: the others still tell.
     """
     if not path.exists():
         return

@@ -36,7 +36,7 @@ class StatusFile:
     """Rank 0 holds the run folder and keeps the file up to date; any rank may write why it failed.
 
     A disk that is full or gone must not end a training that could go on without this file: after `start`, what cannot
-    be written is said on standard error and left out.
+    be written is reported on standard error and left out.
     """
 
     def __init__(self, run_folder: Path, rank: int) -> None:
@@ -91,7 +91,7 @@ class StatusFile:
             self._write({"state": "failed", "reason": REFUSED + reason, "rank": 0, "node": platform.node()})
 
     def fail(self, reason: str) -> None:
-        """This rank cannot go on. The first rank to fail is the cause; what others say after it is left out."""
+        """This rank cannot go on. The first rank to fail is the cause; what other ranks report after it is left out."""
         try:
             content = launch.read_json(self.path)
         except OSError:  # the folder is gone: what ended the run must still be said

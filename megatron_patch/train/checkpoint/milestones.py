@@ -63,7 +63,7 @@ def missing_lines(runs: RunFolder, order: SampleOrder) -> Iterator[Milestone]:
 
 
 def numbers_taken(runs: RunFolder, cadence: Cadence) -> str:
-    """Says which milestone of the table has a number that the run would now give to another step; empty where none.
+    """Which milestone of the table has a number that the run would now give to another step; empty where none.
 
     Numbers follow from checkpoint.milestone_steps, or from the batch and the rows of a segment. A milestone that was
     moved elsewhere counts as well: it still is what it is called.
