@@ -63,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         from data_tools.index.verify import report
 
         return report(arguments.input)
-    from data_tools.chat.build import ChatOptions, build
+    from data_tools.chat.build import build
+    from data_tools.chat.rows import ChatOptions
 
     options = ChatOptions(arguments.row_length, arguments.overlong, arguments.held_out_rows, arguments.seed)
     manifest = build(

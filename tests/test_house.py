@@ -32,9 +32,10 @@ FLOORS = {
         {"sources"},
         {"index"},
         {"pack", "chat"},
-        {"build_config", "command_line", "demo_corpus"},
-        {"run_all", "demo_conversations"},
+        {"vision", "build_config", "command_line", "demo_corpus"},
+        {"run_all", "demo_conversations", "demo_digits"},
         {"build_amber", "build_chat"},
+        {"build_vision"},
     ),
 }
 ROOMS = [(package, room) for package, floors in FLOORS.items() for room in sorted(set().union(*floors))]

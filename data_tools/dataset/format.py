@@ -18,7 +18,9 @@ Conversations (data_tools/build_chat.py) are such rows:
     segment_000.starts    one bit an id: whether a conversation (or the padding after the last one) begins with it
     chat_template.jinja   the template that made the ids of the messages
 
-Beside the files it is made of (`data_tools/files`) this module imports nothing else of the repository.
+Conversations about images (data_tools/build_vision.py) have what `dataset/images.py` says beside it.
+
+Beside that and the files it is made of (`data_tools/files`) this module imports nothing else of the repository.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.dataset.images import IMAGES, ROW_IMAGES_DTYPE, ImagesRecord, ShardRecord
 from data_tools.files.errors import DataError
 from data_tools.files.json_file import fields_named, read_json, read_sealed, sealed
 from data_tools.files.plain_file import open_plain
@@ -194,9 +197,11 @@ class SegmentManifest:
     input: dict[str, Any]
     """What it was made from: file name, bytes and XXH3-128 of a JSONL segment, or the digest of the mixed rows."""
     digests: dict[str, str]
-    """XXH3-128 by suffix: bin, idx, src, and those of MARKS where the rows are marked."""
+    """XXH3-128 by suffix: bin, idx, src, those of MARKS where the rows are marked, images where they have some."""
     sources: tuple[str, ...] = AMBER_SOURCES
     """What the bytes of `.src` are positions in; in the file only where it is not Amber's list."""
+    images_per_row: int = 0
+    """Images that a row can point to; in the file only where it is not 0."""
     tool_version: str = TOOL_VERSION
 
     @property
@@ -211,26 +216,31 @@ class SegmentManifest:
     def sizes(self) -> dict[str, int]:
         """Bytes of each of its files, by suffix."""
         sizes = {"bin": bin_size(self.rows, self.row_length), "idx": idx_size(self.rows), "src": self.rows}
+        if self.images_per_row:
+            sizes[IMAGES] = self.rows * self.images_per_row * ROW_IMAGES_DTYPE.itemsize
         return sizes | dict.fromkeys(MARKS if self.is_marked else (), self.rows * marks_row_bytes(self.row_length))
 
     def to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "tokens": self.tokens}
         if self.sources == AMBER_SOURCES:
             del value["sources"]
+        if not self.images_per_row:
+            del value["images_per_row"]
         return value
 
     @classmethod
     def from_json(cls, value: dict[str, Any], file: Path) -> SegmentManifest:
         """Raises DataError where a field is missing or has the wrong type."""
         sources = checked_sources(value.get("sources", AMBER_SOURCES), file)
-        names = [field.name for field in fields(cls) if field.name != "sources"]
+        names = [field.name for field in fields(cls) if field.name not in ("sources", "images_per_row")]
+        per_row = value.get("images_per_row", 0)
         try:
-            manifest = cls(**{name: value[name] for name in names}, sources=sources)
+            manifest = cls(**{name: value[name] for name in names}, sources=sources, images_per_row=per_row)
         except KeyError as error:
             raise DataError(
                 f"field {error} is missing", file=file, remedy="not a segment's manifest: build it again"
             ) from None
-        numbers = (manifest.rows, manifest.row_length, manifest.vocab_size, manifest.rejected)
+        numbers = (manifest.rows, manifest.row_length, manifest.vocab_size, manifest.rejected, per_row)
         counts = manifest.rows_per_source
         sound = isinstance(counts, dict) and isinstance(manifest.input, dict) and isinstance(manifest.digests, dict)
         if not sound or not all(type(n) is int and n >= 0 for n in (*numbers, *counts.values())):
@@ -241,7 +251,8 @@ class SegmentManifest:
                 file=file,
                 remedy="build the segment again",
             )
-        if set(manifest.digests) not in ({"bin", "idx", "src"}, {"bin", "idx", "src", *MARKS}, {"jsonl"}):
+        plain, pictures = {"bin", "idx", "src"}, {IMAGES} if per_row else set()
+        if set(manifest.digests) not in (plain, plain | {*MARKS} | pictures, {"jsonl"}):
             raise DataError(f"digests of {sorted(manifest.digests)}", file=file, remedy="build the segment again")
         return manifest
 
@@ -269,6 +280,7 @@ class DatasetManifest:
     sources: tuple[str, ...] = AMBER_SOURCES
     """The sources in their order: a byte of a segment's `.src` is a position in it."""
     chat: ChatRecord | None = None
+    images: ImagesRecord | None = None
     tool_version: str = TOOL_VERSION
 
     @property
@@ -289,6 +301,8 @@ class DatasetManifest:
         value["sources"] = list(self.sources)
         if self.chat is None:  # the digest of a data set of documents is that of before there were others
             del value["chat"]
+        if self.images is None:
+            del value["images"]
         return sealed(value)
 
     @classmethod
@@ -310,6 +324,7 @@ class DatasetManifest:
                 held_out=SegmentManifest.from_json(value["held_out"], path) if value["held_out"] else None,
                 sources=checked_sources(value["sources"], path),
                 chat=ChatRecord(**value["chat"]) if "chat" in value else None,
+                images=_images(value["images"]) if "images" in value else None,
                 tool_version=value["tool_version"],
             )
         segments = dataset.segments
@@ -319,6 +334,10 @@ class DatasetManifest:
         if found != (dataset.num_segments, {dataset.rows_per_segment}, dataset.rows_per_source):
             raise DataError("its numbers are not those of its segments", file=path, remedy=remedy)
         return dataset
+
+
+def _images(value: dict[str, Any]) -> ImagesRecord:
+    return ImagesRecord(**{**value, "shards": [ShardRecord(**shard) for shard in value["shards"]]})
 
 
 def checked_sources(names: Any, file: Path) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from data_tools.dataset.format import (
     tokenizer_name,
     total_per_source,
 )
+from data_tools.dataset.images import ImagesRecord
 from data_tools.files.digest import new_digest
 from data_tools.files.durable import LOCK_NAME, folder_lock, write_beside, write_whole
 from data_tools.files.errors import DataError
@@ -47,6 +48,7 @@ class DatasetPlan:
     sources: tuple[str, ...] = AMBER_SOURCES
     """In their order: a byte of a segment's `.src` is a position in it."""
     chat: ChatRecord | None = None
+    images: ImagesRecord | None = None
 
     def segment(
         self,
@@ -68,6 +70,7 @@ class DatasetPlan:
             input=source,
             digests=digests,
             sources=self.sources,
+            images_per_row=self.images.per_row if self.images else 0,
         )
 
 
@@ -108,14 +111,14 @@ def write_companions(
     bin_digest: str,
     marks: Mapping[str, Iterable[bytes]] | None = None,
 ) -> SegmentManifest:
-    """Writes `.src`, `.idx`, any marks and, last, the manifest of the segment whose `.bin` is in place.
+    """Writes `.src`, `.idx`, any marks and images and, last, the manifest of the segment whose `.bin` is in place.
 
     Args:
         base: the segment's path without suffix.
         codes: source codes of the rows, in blocks.
         source: what the segment was made from, for the manifest.
         bin_digest: XXH3-128 of the `.bin`.
-        marks: the bytes of the files of marks by suffix, all of `MARKS`, in blocks.
+        marks: the bytes of the files of marks by suffix, all of `MARKS`, and of images where there are some, in blocks.
     """
     counts = np.zeros(len(plan.sources), dtype=np.int64)
     digests = {"bin": bin_digest}
@@ -236,6 +239,7 @@ def write_dataset_manifest(folder: Path, plan: DatasetPlan) -> DatasetManifest:
         held_out=held_out[0] if held_out else None,
         sources=plan.sources,
         chat=plan.chat,
+        images=plan.images,
     )
     with folder_lock(folder, f"{LOCK_NAME}.manifest", wait=True):  # two merges at once write the same
         write_whole(folder / MANIFEST_NAME, canonical_json(dataset.to_json()))

@@ -31,6 +31,7 @@ from data_tools.files.plain_file import read_exactly
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import list_segments
 from data_tools.index.segment_reader import SegmentReader
+from data_tools.index.verify_images import row_faults, shard_faults
 
 BLOCK_ROWS = 1024
 REMEDY = "remove the segment's .json and build the segment again"
@@ -56,11 +57,15 @@ def verify(folder: Path, segments: range | None = None, against: Path | None = N
         sources = {segment_name(k): path for k, path in list_segments(against, wanted)}
         sources[HELD_OUT_NAME] = against / f"{HELD_OUT_NAME}.jsonl"
     faults = list(_tokenizer_faults(folder, manifest))
+    if manifest.images is not None and segments is None:
+        faults += shard_faults(folder, manifest.images)
     with Progress("verify", sum(record.rows for _, record in records), "rows") as progress:
         for base, record in records:
             try:
                 sound = len(faults)
                 faults += segment_faults(base, record)
+                if record.images_per_row:
+                    faults += row_faults(base, record, manifest)
                 if len(faults) > sound and base.name in sources and sources[base.name].is_file():
                     faults += _row_faults(base, sources[base.name], record)
             except DataError as error:
