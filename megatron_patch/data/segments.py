@@ -10,6 +10,7 @@ import numpy as np
 from data_tools.dataset.format import (
     HELD_OUT_NAME,
     MANIFEST_NAME,
+    MARKS,
     TOKEN_DTYPE,
     DatasetManifest,
     SegmentManifest,
@@ -141,7 +142,7 @@ class Segments:
         self.is_marked = manifest.segments[0].is_marked
         self.tokenizer_path = folder / manifest.tokenizer.file if manifest.tokenizer else None
         self._ahead = ahead
-        self._mapped: tuple[int, np.ndarray] | None = None
+        self._mapped: tuple[int, dict[str, np.ndarray]] | None = None
 
     def read(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Rows of a segment by number.
@@ -156,37 +157,31 @@ class Segments:
         Raises:
             DataError: an id beyond the data set's vocabulary: the file is damaged.
         """
-        # One segment is mapped at a time: rows are read segment after segment. The local name keeps the right one when
-        # threads of several loaders read from different segments.
-        mapped = self._mapped
-        if mapped is None or mapped[0] != segment:
-            mapped = self._mapped = (segment, self._map(self._ahead.path(segment), self.rows_per_segment))
-        return self._checked(segment_name(segment), rows, mapped[1][rows])
+        return self._checked(segment_name(segment), rows, self._segment(segment)["bin"][rows])
 
     def read_held_out(self, rows: np.ndarray) -> np.ndarray:
         """Held-out rows by number: uint16 [n, row_length]."""
-        path = self.folder / f"{HELD_OUT_NAME}.bin"
-        return self._checked(HELD_OUT_NAME, rows, self._map(path, self.held_out_rows)[rows])
+        return self._checked(HELD_OUT_NAME, rows, self._map(self._held_out("bin"))[rows])
 
     def marks(self, segment: int, rows: np.ndarray) -> Marks | None:
-        """Marks of rows of a segment by number; None where the data set has none."""
-        return self._marks(segment_name(segment), self.rows_per_segment, rows)
+        """Marks of rows of a segment by number; None where the data set has none.
+
+        Raises:
+            DataError: marks that the data tools never write: the file is damaged.
+        """
+        return self._marks(segment_name(segment), self._segment(segment), rows) if self.is_marked else None
 
     def held_out_marks(self, rows: np.ndarray) -> Marks | None:
         """The same of held-out rows."""
-        return self._marks(HELD_OUT_NAME, self.held_out_rows, rows)
-
-    def _marks(self, name: str, count: int, rows: np.ndarray) -> Marks | None:
-        """Raises DataError where a row cannot be what the data tools write: the file is damaged."""
         if not self.is_marked:
             return None
+        return self._marks(HELD_OUT_NAME, {suffix: self._map(self._held_out(suffix)) for suffix in MARKS}, rows)
 
-        def stored(suffix: str) -> np.ndarray:
-            shape = (count, marks_row_bytes(self.row_length))
-            mapped = np.memmap(self.folder / f"{name}.{suffix}", dtype=np.uint8, mode="r", shape=shape)
-            return unpack_marks(mapped[rows], self.row_length)
+    def _held_out(self, suffix: str) -> Path:
+        return self.folder / f"{HELD_OUT_NAME}.{suffix}"
 
-        marks = Marks(stored("mask"), stored("starts"))
+    def _marks(self, name: str, mapped: dict[str, np.ndarray], rows: np.ndarray) -> Marks:
+        marks = Marks(*(unpack_marks(mapped[suffix][rows], self.row_length) for suffix in MARKS))
         bad = ~(marks.starts[:, 0] & marks.counted[:, 1:].any(axis=1))
         if bad.any():
             raise DataError(
@@ -218,9 +213,20 @@ class Segments:
         """Ends the reading ahead."""
         self._ahead.close()
 
-    def _map(self, path: Path, rows: int) -> np.ndarray:
+    def _segment(self, segment: int) -> dict[str, np.ndarray]:
+        """The files of a segment by suffix. One is mapped at a time: rows are read segment after segment."""
+        mapped = self._mapped  # threads of several loaders read from different segments
+        if mapped is None or mapped[0] != segment:
+            files = self._ahead.files(segment)
+            mapped = self._mapped = (segment, {suffix: self._map(path) for suffix, path in files.items()})
+        return mapped[1]
+
+    def _map(self, path: Path) -> np.ndarray:
+        """[rows, row_length] ids, or what one of MARKS stores of each row."""
         with path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         # Rows are asked for at random: the kernel's own reading ahead would bring 32 times what is wanted.
         mapped.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(mapped, dtype=TOKEN_DTYPE).reshape(rows, self.row_length)
+        if path.suffix == ".bin":
+            return np.frombuffer(mapped, dtype=TOKEN_DTYPE).reshape(-1, self.row_length)
+        return np.frombuffer(mapped, dtype=np.uint8).reshape(-1, marks_row_bytes(self.row_length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,33 @@ def test_every_epoch_has_an_order_of_its_own_and_any_number_of_ranks_the_same_ro
     assert steps(folder, 1, middle * BATCH, stage_folder=tmp_path) == whole[middle:]
     first = np.random.RandomState(7 + SEGMENTS).permutation(ROWS)[:BATCH]  # visit 2 is segment 0 once more
     assert whole[SEGMENTS * a_segment] == (0, frozenset(first.tolist()))
+
+
+def test_marks_are_staged_beside_the_ids(marked, tmp_path: Path) -> None:
+    """Once on the node, nothing is read where the data set lies; what is copied is compared with its digests."""
+    folder, scratch = tmp_path / "data", tmp_path / "scratch"
+    shutil.copytree(marked[0], folder)
+    shape = {"row_length": ROW_LENGTH, "vocab_size": VOCAB, "stage_folder": scratch}
+    segments = open_segments(folder, **shape)
+    segments.read(0, np.arange(ROWS))
+    segments.close()
+    assert {path.suffix for path in scratch.glob("segment_000-*")} >= {".bin", ".mask", ".starts"}
+    for suffix in ("bin", *MARKS):
+        path = folder / f"segment_000.{suffix}"
+        path.write_bytes(bytes(path.stat().st_size))
+    segments = open_segments(folder, **shape)
+    np.testing.assert_array_equal(segments.read(0, np.arange(ROWS)), marked[1]["segment_000"])
+    np.testing.assert_array_equal(segments.marks(0, np.arange(ROWS)), marked[2]["segment_000"])
+    segments.read(1, np.arange(ROWS))
+    segments.close()
+    assert {path.suffix for path in scratch.glob("segment_000-*")} == {".lock"}, "removed behind"
+    segments = open_segments(folder, **{**shape, "stage_folder": tmp_path / "other"})
+    with pytest.raises(DataError, match=r"segment_000.bin: its digest is"):
+        segments.marks(0, np.arange(ROWS))
+    (folder / "segment_000.bin").write_bytes(marked[1]["segment_000"].tobytes())
+    segments = open_segments(folder, **{**shape, "stage_folder": tmp_path / "other"})
+    with pytest.raises(DataError, match=r"segment_000.mask: its digest is"):
+        segments.read(0, np.arange(ROWS))
 
 
 def test_held_out_labels_are_counted(marked) -> None:
