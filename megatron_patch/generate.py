@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from megatron_patch.model.attention import Seen
 from megatron_patch.model.build import build
 from megatron_patch.model.initialise import fill
 from megatron_patch.parallel import device, topology
@@ -65,36 +66,27 @@ class Answer(NamedTuple):
     """Whether the model ended its turn by itself."""
 
 
-@torch.no_grad()
 def answer(
     model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     *,
     end_of_turn: int,
     limit: int,
     sequence_length: int,
     vocab_size: int,
-) -> list[Answer]:
-    """Greedy answers of up to `limit` ids to all prompts at once, none beyond a row of `sequence_length`.
-
-    Only ids below `vocab_size`, the tokenizer's, are given. Rows are padded on the right, which no token before sees.
-    """
-    said = [list(prompt) for prompt in prompts]
-    ended = [False] * len(said)
-    open_rows = [i for i, ids in enumerate(said) if len(ids) < sequence_length]
-    for _ in range(limit):
-        if not open_rows:
-            break
-        longest = max(len(said[i]) for i in open_rows)
-        rows = torch.tensor([said[i] + [0] * (longest - len(said[i])) for i in open_rows], device=device.current())
-        last = torch.tensor([len(said[i]) - 1 for i in open_rows], device=rows.device)
-        logits = model(rows)[torch.arange(len(rows), device=rows.device), last, :vocab_size]
-        for i, token in zip(open_rows, logits.float().argmax(-1).tolist(), strict=True):
-            ended[i] = token == end_of_turn
-            if not ended[i]:
-                said[i].append(token)
-        open_rows = [i for i in open_rows if not ended[i] and len(said[i]) < sequence_length]
-    return [Answer(ids[len(p) :], end) for ids, p, end in zip(said, prompts, ended, strict=True)]
+) -> Answer:
+    """The greedy answer of up to `limit` ids to a prompt, within a row of `sequence_length`; see `stream`."""
+    ids = list(
+        stream(
+            model,
+            prompt,
+            end_of_turn=end_of_turn,
+            limit=limit,
+            sequence_length=sequence_length,
+            vocab_size=vocab_size,
+        )
+    )
+    return Answer(ids, ended=len(ids) < min(limit, sequence_length - len(prompt)))
 
 
 @torch.no_grad()
@@ -106,18 +98,23 @@ def stream(
     limit: int,
     sequence_length: int,
     vocab_size: int,
-    temperature: float,
-    generator: torch.Generator,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Iterator[int]:
-    """The ids of one answer as they are drawn, up to the end of turn; greedy at temperature 0."""
-    ids = list(prompt)
-    for _ in range(min(limit, sequence_length - len(ids))):
-        logits = model(torch.tensor([ids], device=device.current()))[0, -1, :vocab_size].float().cpu()
+    """The ids of one answer as they are drawn, up to the end of turn; greedy at temperature 0.
+
+    Only ids below `vocab_size`, the tokenizer's, are given. Each token is computed once; keys and values of all before
+    it are kept.
+    """
+    seen, following = Seen(sequence_length), list(prompt)
+    for _ in range(min(limit, sequence_length - len(prompt))):
+        rows = torch.tensor([following], device=device.current())
+        logits = model(rows, seen=seen)[0, -1, :vocab_size].float().cpu()
         if temperature:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
         else:
             token = int(logits.argmax())
         if token == end_of_turn:
             return
-        ids.append(token)
+        following = [token]
         yield token

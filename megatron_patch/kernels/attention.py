@@ -31,8 +31,11 @@ def mix_for(head_sizes: frozenset[int]) -> None:
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(query key^T / sqrt(d)) value over the positions up to each token's own; all four [b, s, heads, d].
 
+    Where keys and values are more than queries, the queries are the last tokens', and the rest lies before them.
     Attention runs over the whole row and is not reset at end-of-document; see `packed_causal_attention`.
     """
+    if query.shape[1] < key.shape[1]:
+        return after_others(query, key, value)
     same_bits = torch.are_deterministic_algorithms_enabled()
     if flash_attn_func is not None and query.is_cuda and query.dtype != torch.float32:
         return flash_attn_func(query, key, value, causal=True, deterministic=same_bits)
@@ -71,6 +74,14 @@ def by_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return out.transpose(1, 2)
+
+
+def after_others(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of the last s of n tokens [b, s, heads, d], over keys and values of all [b, n, heads, d]."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    s, n = query.shape[1], key.shape[1]
+    seen = None if s == 1 else torch.ones(s, n, dtype=torch.bool, device=query.device).tril(n - s)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def by_cudnn_and_flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

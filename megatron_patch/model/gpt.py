@@ -7,7 +7,9 @@ token, and the attention kernels, which alone know of rows, find each whole in m
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_patch.kernels.loss import linear_cross_entropy
+from megatron_patch.model.attention import Seen
 from megatron_patch.parallel import device
 
 
@@ -46,22 +49,26 @@ class MobiLlama(GPTModel):
         labels: torch.Tensor | None = None,
         coefficients: torch.Tensor | None = None,
         conversations: Conversations | None = None,
+        seen: Seen | None = None,
     ) -> torch.Tensor:
         """Of tokens [b, s]: with labels and coefficients [b, s] a loss, without them logits [b, s, V/TP].
 
         The loss is the sum over tokens of coefficient times cross-entropy, an fp32 scalar to be differentiated
         unscaled (kernels/loss.py). Chunks that are not the last stage return hidden states [b * s, 1, h], those that
         are not the first take them by `set_input_tensor`, and of `tokens` the shape alone. With `conversations` tokens
-        see their own conversation and nothing before it, as if each were run alone.
+        see their own conversation and nothing before it, as if each were run alone. With `seen`, tokens follow those of
+        the calls before with the same `seen`.
         """
         b, s = tokens.shape
-        table, packed = self.rotary_pos_emb(s), None
+        first = seen.tokens if seen is not None else 0
+        table, packed = self.rotary_pos_emb(first + s)[:, first:], None
         if conversations is not None:
             table = table[:, conversations.positions]  # of all tokens, which attention then takes as one row
             cumulative, longest = conversations.cumulative, conversations.longest
             packed = PackedSeqParams("thd", cumulative, cumulative, max_seqlen_q=longest, max_seqlen_kv=longest)
         hidden = self.embedding(tokens.reshape(1, -1), None) if self.pre_process else None
-        hidden = self.decoder(hidden, None, rotary_pos_emb=table, packed_seq_params=packed)
+        with self._keeping(seen, s):
+            hidden = self.decoder(hidden, None, rotary_pos_emb=table, packed_seq_params=packed)
         if not self.post_process:
             return hidden
         if labels is None:
@@ -76,6 +83,22 @@ class MobiLlama(GPTModel):
             tensor_group=self.pg_collection.tp,
             sequence_parallel=self.config.sequence_parallel,
         )
+
+    @contextlib.contextmanager
+    def _keeping(self, seen: Seen | None, count: int) -> Iterator[None]:
+        """While it lasts, attention has `seen`, to which `count` tokens are added."""
+        if seen is None:
+            yield
+            return
+        layers = [layer.self_attention for layer in self.decoder.layers]
+        try:
+            for attention in layers:
+                attention.seen = seen
+            yield
+            seen.tokens += count
+        finally:
+            for attention in layers:
+                attention.seen = None
 
 
 class RotaryTable(RotaryEmbedding):

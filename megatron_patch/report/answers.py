@@ -27,14 +27,17 @@ def held_out_answers(model: torch.nn.Module, segments: Segments, limit: int) -> 
     if not pairs:
         return "\nanswers        no rows are held out, so no question is left to ask"
     tokenizer = ChatTokenizer(segments.tokenizer_path, segments.folder / CHAT_TEMPLATE_NAME, segments.vocab_size)
-    said = answer(
-        model,
-        [prompt for prompt, _ in pairs],
-        end_of_turn=chat.end_of_turn_id,
-        limit=limit,
-        sequence_length=segments.row_length - 1,
-        vocab_size=segments.vocab_size,
-    )
+    said = [
+        answer(
+            model,
+            prompt,
+            end_of_turn=chat.end_of_turn_id,
+            limit=limit,
+            sequence_length=segments.row_length - 1,
+            vocab_size=segments.vocab_size,
+        )
+        for prompt, _ in pairs
+    ]
     ended = sum(one.ended for one in said)
     lines = [
         f"\nanswers        {ended} of {len(said)} ({ended / len(said):.0%}) end by themselves within {limit} tokens"
@@ -47,7 +50,9 @@ def held_out_answers(model: torch.nn.Module, segments: Segments, limit: int) -> 
 
 
 def held_out_questions(segments: Segments) -> list[tuple[list[int], list[int]]]:
-    """Of each held-out conversation the ids before the first answer, and that answer's."""
+    """Of each held-out conversation the ids before the first answer, and that answer's; none without held-out rows."""
+    if not segments.held_out_rows:
+        return []
     every = np.arange(segments.held_out_rows)
     marks = segments.held_out_marks(every)
     assert marks is not None

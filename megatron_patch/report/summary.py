@@ -150,8 +150,11 @@ def _table(recipe: Recipe, history: History, segments: Segments) -> str:
         ("loss", f"{_loss(first['loss'])} -> {_loss(last['loss'])} nats/token"),
     ]
     if history.has_held_out and segments.is_marked:
-        losses = f"{_loss(history.first_held_out)} -> {_loss(history.last_held_out)}"
-        rows.append(("on answers", f"held-out loss {losses} nats/token over {recipe.data.held_out_rows} rows"))
+        before, after = history.first_held_out, history.last_held_out
+        losses = f"held-out loss {_loss(before)} -> {_loss(after)} nats/token over {recipe.data.held_out_rows} rows"
+        if before is not None and after is not None:
+            losses += f": {'better' if after < before else 'WORSE'} by {abs(before - after):.4f}"
+        rows.append(("on answers", losses))
     elif history.has_held_out:
         held_out = history.last_held_out
         unigram = unigram_loss(segments, recipe.data.held_out_rows)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_patch.model.attention import Seen
 from megatron_patch.model.parameters import local_parameters
 from tests.ranks import run_ranks
 from tests.toy import toy_recipe, toy_trainer
@@ -13,7 +14,10 @@ TOKENS = np.random.RandomState(0).randint(0, 64, (3, 16))
 
 
 def our_logits(overrides: list[str]):
-    """fp32 logits [rows, tokens, vocab] of seeded weights, with weights far enough from zero to tell layers apart."""
+    """fp32 logits [rows, tokens, vocab] of seeded weights, with weights far enough from zero to tell layers apart.
+
+    Of whole rows, and of the same rows a few tokens after the other, keys and values of those before kept.
+    """
     trainer = toy_trainer(toy_recipe(*overrides))
     weights = {}
     for whole, parameter in local_parameters(trainer.chunks, trainer.recipe.model):
@@ -22,8 +26,10 @@ def our_logits(overrides: list[str]):
         else:
             parameter.data *= 5.0
         weights[whole.name] = parameter.detach().clone()
+    model, rows, seen = trainer.chunks[0], torch.from_numpy(TOKENS), Seen(TOKENS.shape[1])
     with torch.no_grad():
-        return trainer.chunks[0](torch.from_numpy(TOKENS)), weights
+        parts = [model(part, seen=seen) for part in rows.split([5, 1, 1, 6, 3], dim=1)]
+        return model(rows), torch.cat(parts, 1), weights
 
 
 def expanded(weights: dict[str, torch.Tensor], layers: int, heads: int) -> dict[str, torch.Tensor]:
@@ -56,7 +62,7 @@ def test_logits_equal_stock_llama(norm_epsilon):
 
     overrides = [*DEEP, f"model.norm_epsilon={norm_epsilon}"]
     model = toy_recipe(*overrides).model
-    ours, weights = run_ranks(1, our_logits, overrides)[0]
+    ours, in_parts, weights = run_ranks(1, our_logits, overrides)[0]
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
@@ -75,7 +81,8 @@ def test_logits_equal_stock_llama(norm_epsilon):
     with torch.no_grad():
         theirs = llama(torch.from_numpy(TOKENS)).logits
     assert theirs.abs().max() > 1  # the comparison is of numbers worth comparing
-    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    for found in (ours, in_parts):
+        assert (found - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 def loss_and_logits(overrides: list[str]):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_tools.build_chat import build_parser, run
+from data_tools.dataset.format import DatasetManifest
+from megatron_patch.__main__ import main
 from megatron_patch.convert.export import export, tokenizer_of
 from megatron_patch.convert.imported import ImportedModel
 from megatron_patch.convert.source import ConvertError
@@ -79,11 +85,19 @@ def test_killed_in_its_second_epoch_it_ends_as_if_it_never_was(data: Path, undis
 
 
 def our_answers(run_folder: Path) -> list[Answer]:
+    """Greedy answers, each token computed once; in one pass over prompt and answer every token is the likeliest too."""
     checkpoint = newest(run_folder)
     model = load_model(checkpoint.recipe, checkpoint.tensor, None)  # type: ignore[arg-type]
     segments = open_segments(checkpoint.recipe.data.folder, row_length=ROW, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
     prompts = [prompt for prompt, _ in held_out_questions(segments)][:6]
-    return answer(model, prompts, end_of_turn=2, limit=12, sequence_length=ROW - 1, vocab_size=VOCAB_SIZE)
+    limits = {"end_of_turn": 2, "limit": 12, "sequence_length": ROW - 1, "vocab_size": VOCAB_SIZE}
+    said = [answer(model, prompt, **limits) for prompt in prompts]
+    for prompt, one in zip(prompts, said, strict=True):
+        whole = torch.tensor([[*prompt, *one.ids]])
+        likeliest = model(whole)[0, len(prompt) - 1 :].argmax(-1).tolist()
+        assert likeliest[: len(one.ids) + one.ended] == one.ids + [2] * one.ended
+    assert any(one.ended for one in said)
+    return said
 
 
 @pytest.mark.parametrize("form", ["shared", "expanded"])
@@ -108,6 +122,44 @@ def test_the_exported_folder_answers_the_same_in_stock_transformers(undisturbed:
         assert out == said.ids + [2] * said.ended
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "A chat model: tuned" in card and "Each answer ends with `</s>`" in card and "`in.jsonl`" in card
+
+
+def typed(words: list[str], text: str) -> tuple[int, str, str]:
+    """A verb with a text on its standard input: exit code, standard output and error."""
+    sys.stdin = io.StringIO(text)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    return code, out.getvalue(), err.getvalue()
+
+
+def test_chat_answers_line_by_line(undisturbed: Path, tmp_path: Path) -> None:
+    """Each question after those before it, an empty line begins anew; what is too long says so and the rest goes on."""
+    asked = ["the fox 1?", "over dog 2?", "", "the fox 1?", "fox " * 60, "quick dog 3?", *["the fox 1?"] * 4]
+    code, out, err = run_ranks(1, typed, ["chat", str(undisturbed)], "\n".join(asked) + "\n")[0]
+    answers = out.splitlines()
+    assert code == 0 and answers[0] == answers[2] == "dog" and len(answers) == 8
+    assert f"and the model sees {ROW - 1}: ask a shorter question" in err
+    assert "the first question is forgotten: the context is full" in err
+    likeliest = run_ranks(1, typed, ["chat", str(undisturbed), "--temperature", "1e-4"], "the fox 1?\n")[0]
+    assert likeliest[1] == "dog\n"
+    code, _, err = run_ranks(1, typed, ["chat", str(undisturbed), "--data", str(tmp_path)], "the fox 1?\n")[0]
+    assert code == 2 and f"{tmp_path}/manifest.json" in err
+
+
+def test_summary_says_what_tuning_changed_on_answers(data: Path, undisturbed: Path) -> None:
+    code, out, err = run_ranks(1, typed, ["summary", str(undisturbed)], "")[0]
+    assert code == 0, err
+    losses = [
+        record["held_out_loss"]
+        for record in map(json.loads, (undisturbed / "log.jsonl").read_text().splitlines())
+        if "held_out_loss" in record
+    ]
+    first, last = losses[0], losses[-1]
+    assert f"held-out loss {first:.4f} -> {last:.4f} nats/token over 8 rows: better by {first - last:.4f}" in out
+    ended, questions = map(int, re.findall(r"^answers +(\d+) of (\d+)", out, re.M)[0])
+    chat = DatasetManifest.read(data / "manifest.json").chat
+    assert chat is not None and 0.9 * questions <= ended <= questions == chat.held_out_conversations
+    assert out.count("(true: dog)") == 4
 
 
 def test_held_out_loss_falls_and_is_known_before_the_first_step(data: Path, undisturbed: Path, tmp_path: Path) -> None:
