@@ -74,9 +74,10 @@ demo: env
 	    recipes/demo.yaml
 	$(BIN)/python -m megatron_patch summary demo/run
 
-# The demo's model tuned on questions and answers, which then answers those that were held out. The demo comes first.
+# The demo's model tuned on questions and answers, which then answers those that were held out. The demo comes first, and
+# is finished where it was interrupted.
 demo-chat: $(VENV)/ready-chat
-	test -e demo/run/checkpoints/latest || $(MAKE) demo
+	grep -qs '"state": "completed"' demo/run/status.json || $(MAKE) demo
 	$(BIN)/python -m data_tools.demo_conversations --output demo/conversations/library.jsonl
 	$(BIN)/python data_tools/build_chat.py build --input demo/conversations --output demo/chat_data \
 	    --tokenizer demo/raw/tokenizer.model --row-length 257 --held-out-rows 32
