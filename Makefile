@@ -9,7 +9,7 @@ demo demo-chat: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
 demo demo-chat: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data asan emulate clean
+.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data ladder-data ladder ladder-smoke asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
 	@echo "make gpu-session   a resume, the kernels' tests and bench-gpu on one GPU, under 9 minutes (make gpu-data first)"
+	@echo "make ladder        does one FFN for all layers pay? an answer at laptop size, about an hour (make ladder-data first)"
 	@echo "make bench-data    the data tools against their peers, about 6 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"
 	@echo "make emulate       the same with AVX-512 emulated, for processors without (libsimde-dev)"
@@ -108,6 +109,28 @@ demo/gpu/data/manifest.json: | $(VENV)/ready
 	$(BIN)/python data_tools/build_amber.py tokenize --input demo/raw --output demo/gpu/rows --tokenizer demo/raw/tokenizer.model
 	$(BIN)/python data_tools/build_amber.py mix --input demo/gpu/rows --output demo/gpu/segments --num-segments 1
 	$(BIN)/python data_tools/build_amber.py index --input demo/gpu/segments --output demo/gpu/data
+
+# Text for the ladder: 110 MB of Debian's documentation (apt-get update first), documents held out whole.
+ladder-data: demo/ladder/data/manifest.json
+
+LADDER_BUILD := $(BIN)/python data_tools/build_amber.py
+demo/ladder/data/manifest.json: | $(VENV)/ready
+	$(BIN)/python -m data_tools.debian_corpus --packages demo/ladder/packages --output demo/ladder/raw
+	for side in train held_out; do $(LADDER_BUILD) tokenize --config data_tools/debian.yaml --row-length 257 \
+	    --tokenizer demo/ladder/raw/tokenizer.model --input demo/ladder/raw/$$side --output demo/ladder/rows/$$side || exit; done
+	$(LADDER_BUILD) mix --config data_tools/debian.yaml --direct --num-segments 1 \
+	    --input demo/ladder/rows/train --held-out demo/ladder/rows/held_out --output demo/ladder/data
+	$(LADDER_BUILD) verify --input demo/ladder/data
+
+# Small models that share their FFN against models that do not (docs/sharing.md); finished runs are not done again.
+LADDER_SIZE ?= small
+LADDER_WORKERS ?= 2
+ladder: demo/ladder/data/manifest.json | $(VENV)/ready-dev
+	$(BIN)/python -m benchmarks.ladder $(LADDER_SIZE) --workers $(LADDER_WORKERS)
+
+ladder-smoke: demo/ladder/data/manifest.json | $(VENV)/ready-dev
+	rm -rf demo/ladder/smoke
+	$(BIN)/python -m benchmarks.ladder smoke --workers 2
 
 gpu-session:
 	$(GPU_PYTHON) -m benchmarks.gpu_session --data demo/gpu/data --out gpu_session

@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -62,7 +61,7 @@ class Benchmark:
         now = datetime.now(UTC)
         self.results: dict[str, Any] = {
             "date": now.isoformat(timespec="seconds"),
-            "commit": _commit(),
+            "commit": measure.commit(),
             "command": "python -m benchmarks.gpu " + " ".join(sys.argv[1:]),
             "device": device.name(),
             "gpus": 1 if device.HAS_GPU else 0,
@@ -314,13 +313,6 @@ def _reset_peak() -> None:
     if device.HAS_GPU:
         torch.cuda.empty_cache()  # what the last case left in pieces, out of memory or not
         torch.cuda.reset_peak_memory_stats()
-
-
-def _commit() -> str:
-    if named := os.environ.get("COMMIT"):  # of a copy whose git folder is absent or another's
-        return named
-    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
 
 
 def main() -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,14 @@ LONGEST = 40  # kernels that a breakdown names
 GEMMS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 LOSS_NAMES = ("row_statistics", "logits_gradient", "linearcrossentropy", "cross_entropy", "nll_loss", "log_softmax")
 ATTENTION_NAMES = ("attention", "flash", "fmha", "sdpa", "softmax")
+
+
+def commit() -> str:
+    """The revision that a result is of: COMMIT where it is set, else what git says of the working folder."""
+    if named := os.environ.get("COMMIT"):  # of a copy whose git folder is absent or another's
+        return named
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
 
 
 class TimeIsUp(RuntimeError):

@@ -117,7 +117,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(mix)
     mix.add_argument("--num-segments", type=count(1), default=NUM_SEGMENTS, metavar="N", help="(360)")
     mix.add_argument("--direct", action="store_true", help="write indexed binaries at once, no JSONL")
-    mix.add_argument("--held-out-per-source", type=count(0), default=0, metavar="N", help="rows kept from training (0)")
+    held_out = mix.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--held-out-per-source", type=count(0), default=0, metavar="N", help="rows kept from training (0)"
+    )
+    held_out.add_argument(
+        "--held-out", type=Path, metavar="FOLDER", help="tokenised documents held out whole: all their rows"
+    )
     mix.add_argument("--seed", type=count(0), default=SEED, metavar="N", help=f"chooses the held-out rows ({SEED})")
     _add_sources(mix, "the order of the sources is that of")
     _add_segment(mix, "once without it")
@@ -203,7 +209,8 @@ def run(arguments: argparse.Namespace) -> int:
                 file=arguments.input,
                 remedy="run tokenize for it first",
             )
-        result = mix(arguments.input, arguments.output, options, arguments.segment, config.source_names)
+        names = config.source_names
+        result = mix(arguments.input, arguments.output, options, arguments.segment, names, arguments.held_out)
         if isinstance(result, DatasetManifest):
             _say_dataset(arguments.output, result)
         elif result is not None:

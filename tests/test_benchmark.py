@@ -90,7 +90,7 @@ def test_a_kernel_is_counted_once_and_the_longest_come_first():
 
 def test_the_revision_that_is_named_is_the_one_that_is_recorded(monkeypatch):
     monkeypatch.setenv("COMMIT", "1234567")
-    assert gpu._commit() == "1234567"
+    assert measure.commit() == "1234567"
 
 
 def test_table_holds_every_case_and_only_the_ratios_that_were_measured(tmp_path):

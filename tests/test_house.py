@@ -33,7 +33,7 @@ FLOORS = {
         {"index"},
         {"pack", "chat"},
         {"vision", "build_config", "command_line", "demo_corpus"},
-        {"run_all", "demo_conversations", "demo_digits"},
+        {"run_all", "demo_conversations", "demo_digits", "debian_corpus"},
         {"build_amber", "build_chat"},
         {"build_vision"},
     ),

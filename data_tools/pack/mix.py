@@ -68,11 +68,13 @@ def mix(
     options: MixOptions,
     segments: range | None = None,
     names: tuple[str, ...] = AMBER_SOURCES,
+    held_out: Path | None = None,
 ) -> DatasetManifest | dict[str, Any] | None:
     """Mixes the sources under `folder` into `output`; with `segments`, only those.
 
     Args:
         names: the list of sources, in the order of their codes and of their rows in each round.
+        held_out: tokenised documents that are held out whole, all their rows, in place of `held_out_per_source`.
 
     Returns:
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
@@ -84,7 +86,8 @@ def mix(
     sources = open_sources(folder, names)
     if absent := [name for name in names if name not in {source.name for source in sources}]:
         print(f"mix: no rows of {', '.join(absent)}", file=sys.stderr)
-    mixed = MixedRows(sources, names, options.held_out_per_source, options.seed)
+    apart = open_sources(held_out, names, like=sources[0]) if held_out else []
+    mixed = MixedRows(sources, names, options.held_out_per_source, options.seed, apart)
     rounds = mixed.rows // options.num_segments
     if not rounds:
         raise DataError(
@@ -100,12 +103,14 @@ def mix(
         tokenizer=TokenizerRecord(**first["tokenizer"]),
         dropped_rows=mixed.rows - rounds * options.num_segments,
         rejected=sum(source.manifest["rejected"] for source in sources),
-        has_held_out=options.held_out_per_source > 0,
+        has_held_out=options.held_out_per_source > 0 or bool(apart),
         sources=names,
     )
     made_of = {"options": asdict(options), "sources": [source.manifest for source in sources]}
     if names != AMBER_SOURCES:
         made_of["names"] = names
+    if apart:
+        made_of["held_out"] = [source.manifest for source in apart]
     identity = {"mix": hashlib.sha256(canonical_json(made_of)).hexdigest()}
     wanted = chosen_segments(segments, options.num_segments, folder)
     part = "" if segments is None else f"-{wanted.start:03d}-{wanted.stop - 1:03d}"

@@ -125,14 +125,22 @@ class MixedRows:
     """
 
     def __init__(
-        self, sources: Sequence[SourceRows], names: tuple[str, ...], held_out_per_source: int, seed: int
+        self,
+        sources: Sequence[SourceRows],
+        names: tuple[str, ...],
+        held_out_per_source: int,
+        seed: int,
+        apart: Sequence[SourceRows] = (),
     ) -> None:
         """Chooses `held_out_per_source` rows of each source by `seed`.
+
+        `apart` are rows of documents that are held out whole, and stand in no source.
 
         Raises:
             DataError: a source has no rows to spare.
         """
         self.names = names
+        self._apart, self._seed = apart, seed
         self.sources = sorted(sources, key=lambda source: names.index(source.name))
         self.held_out: list[np.ndarray] = []
         for source in self.sources:
@@ -173,16 +181,27 @@ class MixedRows:
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)), codes
 
     def read_held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """All held-out rows: uint16 [n, row_length] ids and uint8 [n] source codes, in the order of the sources."""
+        """All held-out rows: uint16 [n, row_length] ids and uint8 [n] source codes, in the order of the sources.
+
+        Rows of documents held out whole in an order drawn by the seed: the first N are a sample of all.
+        """
+        if self._apart:
+            order = np.random.RandomState(self._seed % (1 << 32)).permutation(
+                sum(source.rows for source in self._apart)
+            )
+            ids = np.concatenate([source.read(0, source.rows) for source in self._apart])
+            counts = [source.rows for source in self._apart]
+            codes = np.repeat([self.names.index(source.name) for source in self._apart], counts).astype(np.uint8)
+            return ids[order], codes[order]
         rows = [
             np.concatenate([source.read(int(row), 1) for row in held])
             for source, held in zip(self.sources, self.held_out, strict=True)
         ]
-        codes = [
+        codes_by_source = [
             np.full(len(held), self.names.index(source.name), dtype=np.uint8)
             for source, held in zip(self.sources, self.held_out, strict=True)
         ]
-        return np.concatenate(rows), np.concatenate(codes)
+        return np.concatenate(rows), np.concatenate(codes_by_source)
 
     def codes(self, segment: int, num_segments: int, rounds: int) -> list[bytes]:
         """Source codes of a segment's rows, in blocks: row j of the segment is row j * num_segments + segment here."""
@@ -207,8 +226,10 @@ def _read_kept(source: SourceRows, held: np.ndarray, first: int, count: int) -> 
     return np.delete(rows, inside, axis=0) if len(inside) else rows
 
 
-def open_sources(folder: Path, names: tuple[str, ...]) -> list[SourceRows]:
+def open_sources(folder: Path, names: tuple[str, ...], like: SourceRows | None = None) -> list[SourceRows]:
     """Every source of `names` under `folder` that `tokenize` has finished, in that order.
+
+    With `like`, their row length and tokenizer must be those of that source.
 
     Raises:
         DataError: none is there, there is one that `names` does not list, or they differ in row length or tokenizer.
@@ -223,8 +244,8 @@ def open_sources(folder: Path, names: tuple[str, ...]) -> list[SourceRows]:
     sources = [SourceRows(folder / name) for name in names if (folder / name).is_dir()]
     if not sources:
         raise DataError("no tokenised source", file=folder, remedy="run data_tools/build_amber.py tokenize first")
-    first = sources[0].manifest
-    for source in sources[1:]:
+    first = (like or sources[0]).manifest
+    for source in sources:
         for field in ("row_length", "tokenizer", "eos_id"):
             if source.manifest[field] != first[field]:
                 raise DataError(
