@@ -163,6 +163,14 @@ def main(argv: list[str]) -> int:
         if decision == "go":
             print(decision, why, run)
             return 0
+    elif all(record.get("series") != args.series for record in attempts(args.run)):  # `begin` has left one there
+        print("give-up")
+        print(
+            f"{args.run} is no longer the folder in which this attempt began (deleted, renamed, replaced): restore it, "
+            "or name the one that holds its checkpoints as run.folder, and submit again",
+            file=sys.stderr,
+        )
+        return 0
     else:
         run = args.run
         decision, why = decide(run, args.series, args.limit)

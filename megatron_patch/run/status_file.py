@@ -16,6 +16,7 @@ attempt_started, updated    seconds since 1970
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 import time
@@ -25,7 +26,8 @@ from typing import Any, Literal
 from megatron_patch import launch
 from megatron_patch.recipe import RecipeError
 from megatron_patch.run.attempts import REFUSED
-from megatron_patch.run.lock import RunBusy, RunLock
+from megatron_patch.run.held import Held
+from megatron_patch.run.lock import LOCK_NAME, RunBusy, RunLock
 
 State = Literal["starting", "running", "completed", "stopped", "failed"]
 STATUS_NAME = "status.json"
@@ -44,9 +46,10 @@ class StatusFile:
         self.path, self._rank = run_folder / STATUS_NAME, rank
         self._content: dict[str, Any] = {}
         self._written = 0.0
+        self._seen: list[Held] = []  # what this rank, not the first one, has found in place
         if rank == 0:
             try:
-                self._lock = RunLock(run_folder)
+                self.lock = RunLock(run_folder)
             except RunBusy as error:
                 raise RecipeError(f"run.folder {error}; wait for its end, or choose another run.folder") from None
             except OSError as error:
@@ -63,9 +66,18 @@ class StatusFile:
             self._write(content, must=True)  # what the attempt before left would be taken for this one's
 
     def resumed(self, **content: Any) -> None:
-        """From where this attempt goes on."""
+        """From where this attempt goes on; the first rank has the run folder by then."""
         if self._rank == 0:
             self._write(content)
+        else:
+            with contextlib.suppress(OSError):  # not to be read: then it cannot be written either
+                self._seen = [Held(self.path.parent), Held(self.path.with_name(LOCK_NAME))]
+
+    def look(self) -> str:
+        """What of the run folder and its lock is gone from its path (rank 0), see `RunLock.look`."""
+        gone = self.lock.look()
+        self.path = self.lock.place / STATUS_NAME
+        return gone
 
     def progress(self, **content: Any) -> None:
         """A step is done; written at once for the first, then at most every few seconds."""
@@ -107,9 +119,14 @@ class StatusFile:
         self._content |= {**content, "updated": time.time()}
         self._written = time.monotonic()
         try:
+            if not (must or self._is_ours()):  # what lies there may be another training's
+                raise FileNotFoundError(f"{self.path.parent} or its lock is gone from its path")
             launch.write_json(self.path, self._content)
         except OSError as error:
             if must:
                 raise
             if self._rank == 0:
                 launch.say(f"{self.path}: cannot be written ({error})", sys.stderr)
+
+    def _is_ours(self) -> bool:
+        return self.lock.holds() if self._rank == 0 else not any(held.missing() for held in self._seen)

@@ -24,7 +24,7 @@ from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train import signals
 from megatron_patch.train.alike import check_alike
 from megatron_patch.train.checkpoint import CheckpointError
-from megatron_patch.train.checkpoint.keeper import Keeper
+from megatron_patch.train.checkpoint.keeper import ONE_TRAINING, Keeper
 from megatron_patch.train.checkpoint.resume import ResumeRefused
 from megatron_patch.train.hang import HangWatch
 from megatron_patch.train.metrics import Log, check_loggers
@@ -225,6 +225,7 @@ class _Attempt:
         self._loader = Loader(segments, order, samples_consumed=self._state.samples, **sharding)
         self._last_end = device.Moment()
         self._stop: str | None = None
+        self._gone = ""  # what of the run the first rank no longer finds at its path
 
     def run(self) -> None:
         """To the last step, or to the one after which any rank was asked to stop; that step's checkpoint is durable."""
@@ -233,13 +234,20 @@ class _Attempt:
         try:
             self._steps()
             self._hang.beat("last save")
-            self._keeper.finish(self._state)
+            self._look()
+            gone = self._keeper.finish(self._state, self._gone)
         finally:
             self._hang.close()
             self._loader.close()
             if self._log:
                 self._log.close()
         step, withheld = self._state.step, self._losses.withheld
+        if gone:
+            place = self._status.path.parent
+            raise TrainingError(
+                f"{gone}; stopped after step {step}, whose checkpoint is in {place}/checkpoints. Start again with "
+                f"run.folder={place} to go on"
+            )
         if step == self._total and 2 * withheld > step:
             raise TrainingError(
                 f"all {step} steps are done, but {withheld} of their updates were withheld: the model has learnt from "
@@ -281,6 +289,7 @@ class _Attempt:
 
     def _finish(self, queued: _Queued) -> None:
         """Read a step's numbers, log it and do what it asks for; before the next step's update is queued."""
+        self._look()
         result = queued.step.result()
         self._losses.judge(result.loss, result.grad_norm, result.applied)
         self._report_loss(queued.number, result.applied)
@@ -312,6 +321,19 @@ class _Attempt:
         self._hang.beat(f"save after step {queued.number}")
         if self._keeper.after_step(self._state, due=decision.save):
             self._requests.saved()
+
+    def _look(self) -> None:
+        """See whether the run is still at its path, and ask all ranks to stop where it is not (rank 0).
+
+        Raises TrainingError where another training has the folder: nothing more may be written there.
+        """
+        if not self._log:
+            return
+        self._gone = self._gone or self._status.look() or self._log.missing() or self._keeper.missing()
+        if self._gone:
+            self._requests.stop(self._gone)
+            if taken := self._status.lock.taken:
+                raise TrainingError(f"{self._gone}; {taken}. Step {self._state.step} is not saved: {ONE_TRAINING}")
 
     def _report_loss(self, number: int, applied: bool) -> None:
         """Log what the watchdog found. Raises TrainingError where the run must stop, the step before being saved."""

@@ -45,7 +45,8 @@ class Log:
         peak = device.peak_flops()
         self._peak = None if peak is None else peak * world_size
         recipe.run_folder.mkdir(parents=True, exist_ok=True)
-        self._loggers = _open(recipe, done)
+        self._lines = JsonLines(recipe.run_folder / "log.jsonl", done)
+        self._loggers: list[Logger] = [self._lines, *_others(recipe, done)]
         self._recent: deque[float] = deque(maxlen=50)
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
@@ -101,6 +102,10 @@ class Log:
         self._write({"step": step, "left_out": {"segment": segment, "rows": rows}, "time": time.time()})
         note(f"segment {segment} is done: {len(rows)} of its rows make no whole batch and are left out (log.jsonl)")
 
+    def missing(self) -> str:
+        """What of log.jsonl is no longer at its path; empty where all is."""
+        return self._lines.missing()
+
     def close(self) -> None:
         for logger in self._loggers:
             logger.close()
@@ -110,9 +115,9 @@ class Log:
             logger.write(record)
 
 
-def _open(recipe: Recipe, done: int) -> list[Logger]:
+def _others(recipe: Recipe, done: int) -> list[Logger]:
     folder = recipe.run_folder
-    loggers: list[Logger] = [JsonLines(folder / "log.jsonl", done)]
+    loggers: list[Logger] = []
     if recipe.run.tensorboard and event_files.is_installed():
         loggers.append(event_files.EventFiles(folder / "tensorboard", done))
     for name in recipe.run.loggers:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 # The sum is fp32, exact below 2^24: two counts of ranks and two bits that rank 0 alone sets.
-_TERM, _USR1, _SAVE, _BUDGET = 1, 1 << 11, 1 << 22, 1 << 23
+_TERM, _USR1, _SAVE, _FIRST = 1, 1 << 11, 1 << 22, 1 << 23
 MAX_RANKS = _USR1 - 1
 
 _NUMBERS = {signal.SIGTERM: _TERM, signal.SIGINT: _TERM, signal.SIGHUP: _TERM, signal.SIGUSR1: _USR1}
@@ -91,6 +91,11 @@ class Requests:
         self._first, self._world_size = rank == 0, world_size
         self._interval, self._wall = 60 * interval_minutes, 60 * wall_minutes
         self._last_save = time.monotonic()
+        self._reason = ""
+
+    def stop(self, reason: str) -> None:
+        """From now on this rank, the first one, asks all to stop."""
+        self._reason = reason
 
     def number(self) -> float:
         """What this rank asks for now."""
@@ -99,7 +104,7 @@ class Requests:
         if self._first:
             now = time.monotonic()
             asked += _SAVE * bool(self._interval and now - self._last_save >= self._interval)
-            asked += _BUDGET * bool(self._wall and now - STARTED >= self._wall)
+            asked += _FIRST * bool(self._reason or (self._wall and now - STARTED >= self._wall))
         return float(asked)
 
     def saved(self) -> None:
@@ -115,6 +120,6 @@ class Requests:
             for name, count in ((ends, asked % _USR1), ("SIGUSR1", asked % _SAVE // _USR1))
             if count
         ]
-        if asked & _BUDGET:
-            reasons.append(f"run.wall_minutes {self._wall / 60:g} used up")
+        if asked & _FIRST:
+            reasons.append(self._reason or f"run.wall_minutes {self._wall / 60:g} used up")
         return Decision(stop=", ".join(reasons) or None, save=bool(asked & _SAVE))

@@ -256,8 +256,9 @@ def test_a_damaged_pointer_is_no_checkpoint(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_run_that_was_stopped_before_it_began_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert begin(tmp_path) == "go"
     (tmp_path / "STOP").touch()
-    assert attempts.main(["end", str(tmp_path), "--series", "1", "--limit", "3"]) == 0
+    assert attempts.main(["end", str(tmp_path), "--series", "job-1", "--limit", "3"]) == 0
     assert run_status(str(tmp_path)) == 0
     assert "state        stopped" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -10,10 +11,11 @@ from megatron_patch.data.order import SampleOrder
 from megatron_patch.optim.zero import ShardedOptimizer
 from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
+from megatron_patch.run.held import Held
 from megatron_patch.run.milestones import TABLE_NAME
 from megatron_patch.run.status_file import StatusFile
 from megatron_patch.train.cadence import Cadence
-from megatron_patch.train.checkpoint.format import MARKER_NAME, Contents, State
+from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, Contents, State
 from megatron_patch.train.checkpoint.milestones import milestone_of, missing_lines, numbers_taken
 from megatron_patch.train.checkpoint.resume import resume
 from megatron_patch.train.checkpoint.run_folder import RunFolder
@@ -22,6 +24,7 @@ from megatron_patch.train.note import note
 from megatron_patch.train.side_channel import SideChannel
 
 _SLOWEST_VERIFY = timedelta(hours=1)
+ONE_TRAINING = "let one training have the folder, and give another run.folder to any other"
 
 
 class Keeper:
@@ -40,7 +43,9 @@ class Keeper:
         self._order, self._total_steps, self._status = order, total_steps, status
         self._cadence = Cadence(recipe.checkpoint, order.steps_per_segment)
         self._folder = RunFolder(recipe)
-        self._saver = Saver(recipe, topology, optimizer)
+        self._saver = Saver(recipe, topology, optimizer, self._placed)
+        self._channel = SideChannel(_SLOWEST_VERIFY)
+        self._held: Held | None = None  # the folder of checkpoints (rank 0)
         self._are_numbered = True  # whether milestones have numbers; where those are taken, each is named by its step
         self._owes_end = False  # whether the step resumed from is the last one and has no milestone yet
         self._newest: int | None = None  # step of the newest restart checkpoint begun or resumed from
@@ -50,7 +55,6 @@ class Keeper:
 
         Completes the table of milestones.
         """
-        channel = SideChannel(_SLOWEST_VERIFY)
         found = resume(
             self._recipe,
             data_digest,
@@ -58,10 +62,11 @@ class Keeper:
             accept_changes,
             self._optimizer,
             self._topology,
-            channel,
+            self._channel,
             note if self._topology.rank == 0 else lambda _: None,
         )
-        steps, self._are_numbered = channel.from_first(self._milestones() if self._topology.rank == 0 else None)
+        self._hold()
+        steps, self._are_numbered = self._channel.from_first(self._milestones() if self._topology.rank == 0 else None)
         if found is None:
             return State(step=0, samples=0, tokens=0, optimizer_step=0, data_digest=data_digest)
         if self._topology.rank == 0:
@@ -101,14 +106,52 @@ class Keeper:
             return True
         return False
 
-    def finish(self, state: State) -> None:
-        """Leave a durable restart checkpoint of this state. Raises CheckpointError where it cannot be written."""
+    def missing(self) -> str:
+        """That the folder of checkpoints is no longer at its path (rank 0); empty where it is, or never was."""
+        return "" if self._held is None else self._held.missing()
+
+    def finish(self, state: State, gone: str = "") -> str:
+        """Leave a durable restart checkpoint of this state, wherever the run's folder is by now.
+
+        Returns, on every rank alike, what of the run is gone from its path: `gone`, where the first rank has seen it
+        before, or what it finds now. Raises CheckpointError where the restart checkpoint cannot be written.
+        """
         if self._owes_end:
             self._end_milestone(state)
             self._owes_end = False
-        if self._newest != state.step:
+        self._saver.wait()
+        if not self._channel.from_first(self._topology.rank == 0 and self._is_saved(state)):
             self._restart_checkpoint(state)
         self._saver.wait()
+        if self._topology.rank == 0:
+            gone = gone or self._status.look() or self.missing()
+        return str(self._channel.from_first(gone))
+
+    def _is_saved(self, state: State) -> bool:
+        """Whether this state's restart checkpoint, begun or resumed from, is there (rank 0)."""
+        with contextlib.suppress(CheckpointError, OSError):  # the save that follows tells all ranks
+            folder, _ = self._placed(self._folder.restart_checkpoint(state.step))
+            return self._newest == state.step and folder in self._folder.restart_checkpoints()
+        return False
+
+    def _placed(self, folder: Path) -> tuple[Path, str]:
+        """Where a checkpoint of this run is written now, and what of the run is gone (rank 0).
+
+        Raises CheckpointError where it must be written nowhere, OSError where it cannot be.
+        """
+        if gone := self._status.look():
+            if self._status.lock.taken:
+                raise CheckpointError(folder, f"{gone}; {self._status.lock.taken}", ONE_TRAINING)
+            self._folder.path = self._status.lock.place / self._folder.path.name
+        gone = gone or self.missing()
+        if not gone:
+            self._folder.path.mkdir(exist_ok=True)
+            self._hold()
+        return self._folder.path / folder.name, gone
+
+    def _hold(self) -> None:
+        if self._topology.rank == 0 and self._held is None and self._folder.path.is_dir():
+            self._held = Held(self._folder.path)
 
     def _end_milestone(self, state: State) -> None:
         if self._cadence.falls_between(state.step):

@@ -97,8 +97,17 @@ class HostCopy:
 class Saver:
     """Writes a run's checkpoints, one at a time. Every rank makes one and calls it at the same steps."""
 
-    def __init__(self, recipe: Recipe, topology: Topology, optimizer: ShardedOptimizer) -> None:
-        self._recipe, self._topology, self._optimizer = recipe, topology, optimizer
+    def __init__(
+        self,
+        recipe: Recipe,
+        topology: Topology,
+        optimizer: ShardedOptimizer,
+        placed: Callable[[Path], tuple[Path, str]] = lambda folder: (folder, ""),
+    ) -> None:
+        """`placed` is asked on rank 0, by the writing thread: where a folder is written now, and what of the run is
+        gone from its path. It may raise CheckpointError and OSError.
+        """
+        self._recipe, self._topology, self._optimizer, self._placed = recipe, topology, optimizer, placed
         self._copy = HostCopy(optimizer, topology)
         self._channel = SideChannel(_SLOWEST_WRITE)
         self._thread: threading.Thread | None = None
@@ -169,12 +178,53 @@ class Saver:
         started: float,
         stall: float,
     ) -> None:
+        """Where the folder went away meanwhile, once more: what is saved is still in memory."""
+        place, problem = self._place(folder)
+        while problem is None:
+            tried = place
+            problem = self._write_at(Path(tried[0]), state, contents, tensors, durable, make_way, started, stall)
+            if problem is None:
+                return
+            place, refusal = self._place(folder)
+            if refusal is not None or place != tried:
+                problem = refusal
+        if place and self._topology.rank == 0:
+            shutil.rmtree(partial_folder(Path(place[0])), ignore_errors=True)
+        what, remedy = problem
+        raise CheckpointError(folder, what, f"{remedy}; the run resumes from the newest good checkpoint")
+
+    def _place(self, folder: Path) -> tuple[list[str], list[str] | None]:
+        """On every rank: where a folder is written now and what of the run is gone, or why nowhere and the remedy."""
+        place: list[str] = []
+        problem: list[str] | None = None
+        if self._topology.rank == 0:
+            try:
+                path, gone = self._placed(folder)
+                place = [str(path), gone]
+            except (CheckpointError, OSError) as error:
+                problem = _told("not written", error)
+        place, problem = self._channel.from_first([place, problem])
+        return place, problem
+
+    def _write_at(
+        self,
+        folder: Path,
+        state: State,
+        contents: Contents,
+        tensors: dict[str, torch.Tensor],
+        durable: Callable[[Saved], None],
+        make_way: Callable[[Path, Marker], None],
+        started: float,
+        stall: float,
+    ) -> list[str] | None:
+        """None, on every rank, once `folder` is durable; else what went wrong, and the remedy."""
         rank, beside = self._topology.rank, partial_folder(folder)
         me = f"rank {rank} on {platform.node()}"
         mine: StoredFile | None = None
-        problem: list[str] | None = None  # what went wrong, and the remedy
+        problem: list[str] | None = None
         try:
-            beside.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(exist_ok=True)  # but not a run's folder: whoever moved it may have another there now
+            beside.mkdir(exist_ok=True)
             if tensors:
                 mine = write_file(beside / rank_file(rank), tensors)
         except (CheckpointError, OSError) as error:
@@ -202,12 +252,8 @@ class Saver:
                     durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
                 except (ValueError, OSError) as error:
                     problem = _told(f"durable, but what follows a save failed: {me}", error)
-        problem = self._channel.from_first(problem)
-        if problem is not None:
-            if rank == 0:
-                shutil.rmtree(beside, ignore_errors=True)
-            what, remedy = problem
-            raise CheckpointError(folder, what, f"{remedy}; the run resumes from the newest good checkpoint")
+        answer: list[str] | None = self._channel.from_first(problem)
+        return answer
 
 
 def _told(what: str, error: Exception) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 
 from data_tools.files.durable import full_disk_named, write_beside
 from data_tools.files.plain_file import open_plain
+from megatron_patch.run.held import Held
 from megatron_patch.run.log import DAMAGED, lines_backwards, record_of
 
 _END_BYTES = 1 << 20
@@ -27,11 +29,20 @@ class JsonLines:
         self.path = path
         _keep_until(done, path)
         self._lines = path.open("ab")
+        self._held = Held(path, self._lines.fileno())
+        self._size = self._lines.seek(0, os.SEEK_END)
 
     def write(self, record: Mapping[str, Any]) -> None:
         with full_disk_named(self.path):
-            self._lines.write(json.dumps(record).encode() + b"\n")
+            self._size += self._lines.write(json.dumps(record).encode() + b"\n")
             self._lines.flush()
+
+    def missing(self) -> str:
+        """That the log, or the end of what was written to it, is no longer at its path; empty where all is."""
+        if gone := self._held.missing():
+            return gone
+        size = os.fstat(self._lines.fileno()).st_size
+        return "" if size >= self._size else f"{self.path} was cut from {self._size} to {size} bytes"
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a line that the disk did not take was an error when it was written
