@@ -130,12 +130,12 @@ class Keeper:
     def _is_saved(self, state: State) -> bool:
         """Whether this state's restart checkpoint, begun or resumed from, is there (rank 0)."""
         with contextlib.suppress(CheckpointError, OSError):  # the save that follows tells all ranks
-            folder, _ = self._placed(self._folder.restart_checkpoint(state.step))
+            folder = self._placed(self._folder.restart_checkpoint(state.step))
             return self._newest == state.step and folder in self._folder.restart_checkpoints()
         return False
 
-    def _placed(self, folder: Path) -> tuple[Path, str]:
-        """Where a checkpoint of this run is written now, and what of the run is gone (rank 0).
+    def _placed(self, folder: Path) -> Path:
+        """Where a checkpoint of this run is written now (rank 0).
 
         Raises CheckpointError where it must be written nowhere, OSError where it cannot be.
         """
@@ -143,11 +143,9 @@ class Keeper:
             if self._status.lock.taken:
                 raise CheckpointError(folder, f"{gone}; {self._status.lock.taken}", ONE_TRAINING)
             self._folder.path = self._status.lock.place / self._folder.path.name
-        gone = gone or self.missing()
-        if not gone:
-            self._folder.path.mkdir(exist_ok=True)
-            self._hold()
-        return self._folder.path / folder.name, gone
+        self._folder.path.mkdir(exist_ok=True)
+        self._hold()
+        return self._folder.path / folder.name
 
     def _hold(self) -> None:
         if self._topology.rank == 0 and self._held is None and self._folder.path.is_dir():

@@ -41,6 +41,7 @@ from megatron_patch.train.checkpoint.write import finish, index_tensors, partial
 from megatron_patch.train.side_channel import SideChannel
 
 _SLOWEST_WRITE = timedelta(hours=1)
+_PAUSES = (0.1, 1.0, 5.0, 25.0)  # seconds: whoever deletes a folder may be at it for a while
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ class Saver:
         recipe: Recipe,
         topology: Topology,
         optimizer: ShardedOptimizer,
-        placed: Callable[[Path], tuple[Path, str]] = lambda folder: (folder, ""),
+        placed: Callable[[Path], Path] = lambda folder: folder,
     ) -> None:
-        """`placed` is asked on rank 0, by the writing thread: where a folder is written now, and what of the run is
-        gone from its path. It may raise CheckpointError and OSError.
+        """`placed` is asked on rank 0, by the writing thread: where a folder is written now.
+
+        It may raise CheckpointError and OSError.
         """
         self._recipe, self._topology, self._optimizer, self._placed = recipe, topology, optimizer, placed
         self._copy = HostCopy(optimizer, topology)
@@ -178,33 +180,33 @@ class Saver:
         started: float,
         stall: float,
     ) -> None:
-        """Where the folder went away meanwhile, once more: what is saved is still in memory."""
-        place, problem = self._place(folder)
-        while problem is None:
-            tried = place
-            problem = self._write_at(Path(tried[0]), state, contents, tensors, durable, make_way, started, stall)
-            if problem is None:
-                return
-            place, refusal = self._place(folder)
-            if refusal is not None or place != tried:
-                problem = refusal
-        if place and self._topology.rank == 0:
-            shutil.rmtree(partial_folder(Path(place[0])), ignore_errors=True)
-        what, remedy = problem
-        raise CheckpointError(folder, what, f"{remedy}; the run resumes from the newest good checkpoint")
+        """Again where the folder goes away meanwhile: what is saved is still in memory."""
+        pauses = iter(_PAUSES)
+        while True:
+            place, problem = self._place(folder)
+            if place is not None:
+                saved = (state, contents, tensors, durable, make_way, started, stall)
+                problem, is_lost = self._write_at(Path(place), *saved)
+                if problem is None:
+                    return
+                if is_lost and (pause := next(pauses, None)) is not None:
+                    time.sleep(pause)
+                    continue
+                if self._topology.rank == 0 and not is_lost:
+                    shutil.rmtree(partial_folder(Path(place)), ignore_errors=True)
+            what, remedy = problem
+            raise CheckpointError(folder, what, f"{remedy}; the run resumes from the newest good checkpoint")
 
-    def _place(self, folder: Path) -> tuple[list[str], list[str] | None]:
-        """On every rank: where a folder is written now and what of the run is gone, or why nowhere and the remedy."""
-        place: list[str] = []
+    def _place(self, folder: Path) -> Any:
+        """Where a folder is written now, and None; or None, and why nowhere with the remedy. Alike on every rank."""
+        place: str | None = None
         problem: list[str] | None = None
         if self._topology.rank == 0:
             try:
-                path, gone = self._placed(folder)
-                place = [str(path), gone]
+                place = str(self._placed(folder))
             except (CheckpointError, OSError) as error:
                 problem = _told("not written", error)
-        place, problem = self._channel.from_first([place, problem])
-        return place, problem
+        return self._channel.from_first([place, problem])
 
     def _write_at(
         self,
@@ -216,8 +218,11 @@ class Saver:
         make_way: Callable[[Path, Marker], None],
         started: float,
         stall: float,
-    ) -> list[str] | None:
-        """None, on every rank, once `folder` is durable; else what went wrong, and the remedy."""
+    ) -> Any:
+        """None once `folder` is durable; else what went wrong and the remedy. And whether what was written is gone.
+
+        Alike on every rank.
+        """
         rank, beside = self._topology.rank, partial_folder(folder)
         me = f"rank {rank} on {platform.node()}"
         mine: StoredFile | None = None
@@ -252,8 +257,7 @@ class Saver:
                     durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
                 except (ValueError, OSError) as error:
                     problem = _told(f"durable, but what follows a save failed: {me}", error)
-        answer: list[str] | None = self._channel.from_first(problem)
-        return answer
+        return self._channel.from_first([problem, not (beside.is_dir() or folder.is_dir())])
 
 
 def _told(what: str, error: Exception) -> list[str]:
