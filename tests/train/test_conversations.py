@@ -8,7 +8,8 @@ import torch.distributed as dist
 from megatron_patch.model.parameters import local_parameters
 from tests.model.test_logits import expanded
 from tests.ranks import run_ranks
-from tests.toy import gather, random_marks, random_rows, toy_recipe, toy_shard, toy_trainer
+from tests.toy import gather, random_marks, random_rows, toy_recipe, toy_shard, toy_trainer, train_toy
+from tests.train.test_layouts import STEPS, check, on_one_rank
 
 PACKED = ["data.reset_at_starts=true", "model.num_ffns=1", "batch.micro_batch_size=2"]
 LAYOUTS = {
@@ -111,6 +112,14 @@ def test_a_packed_row_is_the_sum_of_its_conversations_alone(layout, alone):
             theirs = {**theirs, f"model.layers.{i}.mlp.{name}_proj.weight": total}
     for name, gradient in in_llama(ours).items():
         assert (gradient - theirs[name]).norm() < 1e-6 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("layout", ["PP2xVPP2", "DP3", "ZeRO-2 on DP2", "TP2xPP2xDP2+SP"])
+def test_packed_rows_train_as_on_one_rank(layout):
+    """Losses, norms and weights of steps whose ranks and micro-batches count different numbers of labels."""
+    ranks, overrides = LAYOUTS[layout]
+    overrides = [*PACKED, *overrides]
+    check(run_ranks(ranks, train_toy, overrides, STEPS), overrides, on_one_rank(*PACKED), 1e-5)
 
 
 def held_out(overrides: list[str]) -> float:
