@@ -273,7 +273,11 @@ fi
 nodes=$(hosts_by_switch)
 recipe=$1
 shift
-overrides=("data.folder=$SITE_DATA" "run.folder=$SITE_RUNS/${MOBILLAMA_RUN:-$(basename "$recipe" .yaml)}" "$@")
+data=$SITE_DATA
+if [[ $recipe == *_chat.yaml ]]; then
+    data=${SITE_CHAT_DATA:?is not set in slurm/site.sh: the folder that data_tools/build_chat.py wrote}
+fi
+overrides=("data.folder=$data" "run.folder=$SITE_RUNS/${MOBILLAMA_RUN:-$(basename "$recipe" .yaml)}" "$@")
 
 if [[ $verb == check ]]; then
     folder=$SITE_LOGS/preflight/$attempt_job

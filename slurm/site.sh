@@ -31,6 +31,7 @@ sbatch() {
 SITE_REPOSITORY=$(unset CDPATH && builtin cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)
 SITE_RAW_DATA=$SITE_REPOSITORY/data/amber_raw       # Amber's train_000.jsonl ... train_359.jsonl, 7.5 TB
 SITE_DATA=$SITE_REPOSITORY/data/amber               # what build_amber.sbatch makes of them, 2.5 TB
+SITE_CHAT_DATA=$SITE_REPOSITORY/data/chat           # what data_tools/build_chat.py makes of conversations
 SITE_RUNS=$SITE_REPOSITORY/runs                     # run folders: checkpoints, logs
 SITE_BENCHMARKS=$SITE_REPOSITORY/benchmarks_data    # what `python -m megatron_patch eval --download` fetched
 SITE_EVALUATIONS=$SITE_REPOSITORY/evaluations       # scores, one folder a checkpoint

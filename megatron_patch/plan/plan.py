@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from data_tools.dataset.format import NUM_SEGMENTS
+from data_tools.dataset.format import MANIFEST_NAME, NUM_SEGMENTS, DatasetManifest
 from megatron_patch.launch import check_rank_map
 from megatron_patch.model import counts
 from megatron_patch.parallel.gpus import GIB, Gpu
@@ -30,11 +30,13 @@ class Plan:
     settings: Recipe
     hardware: Hardware
     places: tuple[Place, ...]  # one rank of each pipeline stage
+    segments: int
+    rows: int  # of a segment
     restart_minutes: float = 0.0
 
     @classmethod
     def of(cls, settings: Recipe, hardware: Hardware, restart_minutes: float = 0.0) -> Plan:
-        """Raises ValueError where the layout does not divide the ranks."""
+        """Raises ValueError where the layout does not divide the ranks, or how long the run is cannot be known."""
         p = settings.parallel
         ranks, model_ranks = hardware.ranks, p.tensor * p.pipeline
         check_rank_map(p.tensor, hardware.gpu.per_node)
@@ -43,13 +45,14 @@ class Plan:
                 f"{ranks} GPUs / (parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline}) = "
                 f"{ranks / model_ranks:g}: use a number of nodes that divides"
             )
-        if not settings.run.steps and settings.batch.global_batch_size > ROWS_PER_SEGMENT:
+        segments, rows = _data_set(settings)
+        if not settings.run.steps and settings.batch.global_batch_size > rows:
             raise ValueError(
-                f"batch.global_batch_size {settings.batch.global_batch_size} is more than the {ROWS_PER_SEGMENT} rows "
-                "of a segment, so there is no whole batch; lower it, or set run.steps for data of your own"
+                f"batch.global_batch_size {settings.batch.global_batch_size} is more than the {rows} rows of a "
+                "segment, so there is no whole batch; lower it, or set run.steps for data of your own"
             )
         places = tuple(Place(settings, ranks // model_ranks, stage) for stage in range(p.pipeline))
-        return cls(settings, hardware, places, restart_minutes)
+        return cls(settings, hardware, places, segments, rows, restart_minutes)
 
     @property
     def gpu(self) -> Gpu:
@@ -65,8 +68,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Steps of the recipe; every whole batch of Amber's 360 segments where it does not say."""
-        return self.settings.run.steps or ROWS_PER_SEGMENT // self.settings.batch.global_batch_size * NUM_SEGMENTS
+        """Steps of the recipe; every whole batch of all segments in every epoch where it does not say."""
+        a_segment = self.rows // self.settings.batch.global_batch_size
+        return self.settings.run.steps or a_segment * self.segments * self.settings.data.epochs
 
     @property
     def unpadded_share(self) -> float:
@@ -143,7 +147,24 @@ class Plan:
         c = self.settings.checkpoint
         every = c.milestone_steps
         if every is None:
-            every = ROWS_PER_SEGMENT // self.settings.batch.global_batch_size
+            every = self.rows // self.settings.batch.global_batch_size
         whole = self.steps // every if every else 0
         total = whole + bool(every and self.steps % every)  # a last step is one, whatever its number
         return total, whole // c.full_milestone_every if c.full_milestone_every else 0
+
+
+def _data_set(settings: Recipe) -> tuple[int, int]:
+    """Segments, and rows of each: of the recipe's data set where it is built, else of Amber as published.
+
+    Raises ValueError where a recipe for conversations names none that are built, nor a number of steps.
+    """
+    folder = settings.data.folder
+    if folder is not None and (folder / MANIFEST_NAME).is_file():
+        manifest = DatasetManifest.read(folder / MANIFEST_NAME)
+        return manifest.num_segments, manifest.rows_per_segment
+    if settings.data.reset_at_starts and not settings.run.steps:
+        raise ValueError(
+            f"data.folder {folder}: holds no conversations yet, so nobody knows for how many steps; build them with "
+            "data_tools/build_chat.py, or set run.steps"
+        )
+    return NUM_SEGMENTS, ROWS_PER_SEGMENT

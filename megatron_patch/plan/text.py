@@ -21,14 +21,15 @@ def text(plan: Plan, energy: str) -> str:
         f"batch               {s.batch.global_batch_size} rows = {plan.tokens_per_step:,} tokens: "
         f"{first.micro_batches} micro-batches of {s.batch.micro_batch_size} a rank"
         + (f", {1 - plan.unpadded_share:.1%} of them padding" if plan.unpadded_share < 1 else ""),
-        f"length              {plan.steps:,} steps, {plan.steps * plan.tokens_per_step / 1e9:,.1f}B tokens",
+        f"length              {plan.steps:,} steps, {_tokens(plan.steps * plan.tokens_per_step)} tokens"
+        + ("" if s.run.steps else f": {_data(plan)}"),
         "",
         *_memory_lines(plan),
         "",
         *_traffic_lines(plan),
         "",
         *_step_lines(plan),
-        f"run                 {plan.days:.1f} days, {plan.gpu_hours / 1e3:.1f}K GPU hours",
+        f"run                 {_duration(plan)}",
         f"energy              {energy}",
         f"failures            {plan.failures:.1f} expected; effective time {plan.effective_share:.1%}",
         "",
@@ -79,12 +80,33 @@ def _storage_lines(plan: Plan) -> list[str]:
     keep = plan.settings.checkpoint.keep
     total, whole = plan.milestones
     kept = keep * full + whole * full + (total - whole) * weights
-    data = plan.steps * plan.settings.batch.global_batch_size * plan.settings.row_length * 2
+    rows = min(plan.steps * plan.settings.batch.global_batch_size, plan.segments * plan.rows)
+    data = rows * plan.settings.row_length * 2
     return [
         f"restart checkpoints {full / 1e9:.1f} GB each, {keep} kept",
         f"milestones          {total}, {weights / 1e9:.1f} GB each; {whole} of them with the optimizer",
-        f"storage             {kept / 1e12:.2f} TB of checkpoints, {data / 1e12:.2f} TB of indexed data",
+        f"storage             {_size(kept)} of checkpoints, {_size(data)} of indexed data",
     ]
+
+
+def _data(plan: Plan) -> str:
+    epochs = plan.settings.data.epochs
+    segments = f"{plan.segments} segment{'s' * (plan.segments > 1)} of {plan.rows:,} rows"
+    return segments + (f", in {epochs} epochs" if epochs > 1 else "")
+
+
+def _duration(plan: Plan) -> str:
+    if plan.days < 1:
+        return f"{plan.days * 24:.2g} hours, {plan.gpu_hours:,.3g} GPU hours"
+    return f"{plan.days:.1f} days, {plan.gpu_hours / 1e3:.1f}K GPU hours"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e9:,.1f}B" if count >= 1e9 else f"{count / 1e6:,.1f}M"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e12:.2f} TB" if count >= 1e11 else f"{count / 1e9:.2f} GB"
 
 
 def _assumed(plan: Plan) -> str:

@@ -24,6 +24,7 @@ from megatron_patch.plan import command as plan
 from megatron_patch.plan import memory, network
 from tests import toy
 from tests.ranks import run_ranks
+from tests.train.job import write_data_set
 
 os.environ["TORCH_FR_BUFFER_SIZE"] = "20000"  # the flight recorder keeps every collective of a toy step
 
@@ -177,6 +178,20 @@ def plan_of(*arguments: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = plan.main(parser.parse_intermixed_args(arguments))
     return code, out.getvalue(), err.getvalue()
+
+
+def test_a_run_is_as_long_as_its_own_data_set(tmp_path: Path) -> None:
+    """3 segments of 200 rows give 3 batches of 64 each, 3 times; of conversations not built nobody knows."""
+    chat = ("recipes/mobillama_05b_chat.yaml", f"data.folder={tmp_path / 'data'}", "--nodes", "1")
+    code, _, told = plan_of(*chat)
+    assert code == 2 and "holds no conversations yet" in told and "run.steps" in told
+    assert "2,500 steps, 327.7M tokens\n" in plan_of(*chat, "run.steps=2500")[1]
+    write_data_set(tmp_path / "data")
+    code, text, _ = plan_of(*chat)
+    assert code == 0 and "27 steps, 3.5M tokens: 3 segments of 200 rows, in 3 epochs\n" in text
+    assert re.search(r"run +0\.0\d+ hours", text) and "milestones          9, " in text
+    code, _, told = plan_of(*chat, "batch.global_batch_size=256")
+    assert code == 2 and "more than the 200 rows" in told
 
 
 def test_plan_of_the_published_run() -> None:
