@@ -17,11 +17,15 @@ import orjson
 from data_tools.files.digest import digest_stream
 from data_tools.files.durable import errors_named
 from data_tools.files.errors import DataError
+from data_tools.files.plain_file import open_plain
 from data_tools.sources.compressed import open_decompressed, unpacking_named
 from data_tools.sources.documents import LONGEST_LINE, bad_text
+from data_tools.sources.parquet import column_records
 from data_tools.sources.source_files import PARQUET_SUFFIX, list_files
 
 Message = dict[str, str]
+SHAPES = ("messages", "conversations", "instruction", "input", "output")
+"""The keys that are read."""
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -36,7 +40,7 @@ class Line(NamedTuple):
     place: str
     """Line number or Parquet row, counted from 1."""
     value: Any
-    """The parsed JSON, or the Parquet row as a dict."""
+    """The parsed JSON, or of a Parquet row a dict of those of `SHAPES` that it has."""
     raw: bytes
     reason: str = ""
     """Why it cannot be read; empty where it can."""
@@ -72,7 +76,7 @@ def read_lines(path: Path, digest: Any) -> Iterator[Line]:
     """
     with errors_named(path):
         if path.name.endswith(PARQUET_SUFFIX):
-            with path.open("rb") as stream:
+            with open_plain(path) as stream:
                 digest_stream(stream, digest)
             yield from _parquet_rows(path)
             return
@@ -98,16 +102,9 @@ def _json_line(raw: bytes, place: str) -> Line:
 
 
 def _parquet_rows(path: Path) -> Iterator[Line]:
-    import pyarrow  # 0.2 s and 100 MB that only Parquet files need
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield Line(f"row {number}", row, json.dumps(row, ensure_ascii=False, default=str).encode())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read: {error}", file=path, remedy="fetch or copy the file again") from None
+    for number, row in enumerate(column_records(path, SHAPES), 1):
+        raw = b"" if row is None else json.dumps(row, ensure_ascii=False, default=str).encode(errors="replace")
+        yield Line(f"row {number}", row, raw, "" if row is not None else "a text is not UTF-8")
 
 
 def messages_of(value: Any) -> list[Message]:

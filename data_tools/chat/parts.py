@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +30,11 @@ from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json, read_sealed, sealed
 from data_tools.files.progress import Progress
 from data_tools.sources.documents import Document, rejected_line
+from data_tools.sources.source_files import list_left_out
 
 PARTS = "parts"
-_BATCH = 256  # conversations at a time for a process
+_BATCH = 256  # conversations at a time for a process, fewer where they are long
+_BATCH_BYTES = 1 << 23
 _PR_SET_PDEATHSIG = 1
 _tokenizer: ChatTokenizer | None = None  # of a worker process
 
@@ -86,6 +88,8 @@ def read_parts(path: Path, output: Path, reading: Reading) -> list[Part]:
     folder.mkdir(parents=True, exist_ok=True)
     root = path.parent if path.is_file() else path
     names = [file.relative_to(root).as_posix() for file in files]
+    for left_out in list_left_out(path) if path.is_dir() else ():
+        print(f"conversations: {left_out}", file=sys.stderr)
     if extra := sorted(folder.glob("part_*.json"))[len(files) :]:
         raise DataError(
             f"is there, but the input has {len(files)} files",
@@ -167,7 +171,7 @@ def _write(base: Path, file: Path, name: str, reading: Reading) -> None:
 
 def _encoded(lines: Iterator[Line], reading: Reading) -> Iterator[_Read]:
     """Batches of lines, encoded, in order; by processes where more than one is wanted."""
-    batches = iter(lambda: list(islice(lines, _BATCH)), [])
+    batches = _batches(lines)
     arguments = (reading.tokenizer, reading.template, reading.vocab_size)
     if reading.workers == 1:
         tokenizer = ChatTokenizer(*arguments)
@@ -189,6 +193,19 @@ def _encoded(lines: Iterator[Line], reading: Reading) -> Iterator[_Read]:
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
+    batch: list[Line] = []
+    size = 0
+    for line in lines:
+        batch.append(line)
+        size += len(line.raw)
+        if len(batch) == _BATCH or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _begin(tokenizer: Path, template: Path, vocab_size: int) -> None:

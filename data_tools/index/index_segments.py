@@ -10,6 +10,7 @@ from typing import Any
 from data_tools.dataset.format import (
     AMBER_SOURCES,
     HELD_OUT_NAME,
+    MANIFEST_NAME,
     ROW_LENGTH,
     VOCAB_SIZE,
     DatasetManifest,
@@ -145,12 +146,31 @@ def _work(folder: Path, output: Path, plan: DatasetPlan, segments: range | None)
     """The JSONL files to index, each with its segment's path without suffix."""
     wanted = chosen_segments(segments, plan.num_segments, folder)
     paths = dict(list_segments(folder, wanted))
+    _refuse_added(paths, output)
     work = [(paths[k], output / segment_name(k)) for k in wanted]
     if plan.has_held_out and 0 in wanted:
         if folder.resolve() == output.resolve():
             raise DataError("is --input too, whose held_out.json is needed", file=output, remedy="use another --output")
         work.append((folder / f"{HELD_OUT_NAME}.jsonl", output / HELD_OUT_NAME))
     return work
+
+
+def _refuse_added(paths: dict[int, Path], output: Path) -> None:
+    """Raises DataError where a segment is not of the data set that was finished in `output`: what reads that knows its
+    manifest, and a run's steps name other rows of a larger one."""
+    manifest = output / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    try:
+        count = DatasetManifest.read(manifest).num_segments
+    except DataError:  # damaged: written anew
+        return
+    if added := [path for number, path in sorted(paths.items()) if number >= count]:
+        raise DataError(
+            f"was not there when {output} was finished, with {count} segments",
+            file=added[0],
+            remedy=f"take it away, use another --output, or remove {manifest} to make a larger data set of all",
+        )
 
 
 def _source(path: Path) -> dict[str, Any]:

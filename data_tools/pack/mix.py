@@ -46,6 +46,7 @@ from data_tools.files.plain_file import file_size
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import MIX_MANIFEST, jsonl_lines, jsonl_name
 from data_tools.pack.rows import MixedRows, open_sources
+from data_tools.pack.shared_text import refuse_shared_text
 
 BLOCK_BYTES = 1 << 25
 JOURNAL_BYTES = 1 << 32
@@ -80,10 +81,11 @@ def mix(
         The manifest of the whole, or None where only some segments were asked for and others are still missing.
 
     Raises:
-        DataError: sources unfinished, damaged or unlike each other, fewer rows than segments, or a folder begun
-            otherwise.
+        DataError: sources unfinished, damaged, unlike each other or with a text in common, fewer rows than segments, or
+            a folder begun otherwise.
     """
     sources = open_sources(folder, names)
+    refuse_shared_text(folder, sources)
     if absent := [name for name in names if name not in {source.name for source in sources}]:
         print(f"mix: no rows of {', '.join(absent)}", file=sys.stderr)
     apart = open_sources(held_out, names, like=sources[0]) if held_out else []

@@ -89,9 +89,10 @@ def _tokenize(job: Job) -> int:
     tokens = documents = characters = 0
     rejected: list[bytes] = []
     digests: list[str] = []
+    documents_of: list[int] = []
     pages, rest = [], b""
     with write_beside(base.with_suffix(".tokens")) as stream, contextlib.ExitStack() as inputs:
-        for batch in _batches(_good_texts(job, inputs, rejected, digests)):
+        for batch in _batches(_good_texts(job, inputs, rejected, digests, documents_of)):
             ids, lengths = encoder.encode(batch)
             stream.write(ids.data)
             content = memoryview(rest + ids.tobytes())
@@ -120,28 +121,32 @@ def _tokenize(job: Job) -> int:
     if len(digests) > 1:
         of_all = new_digest()
         of_all.update("".join(digests).encode())
-        manifest |= {"input_digest": of_all.hexdigest(), "input_digests": digests}
+        manifest |= {"input_digest": of_all.hexdigest(), "input_digests": digests, "input_documents": documents_of}
     write_whole(base.with_suffix(".json"), canonical_json(sealed(manifest)))
     return len(rejected)
 
 
-def _good_texts(job: Job, inputs: contextlib.ExitStack, rejected: list[bytes], digests: list[str]) -> Iterator[str]:
+def _good_texts(
+    job: Job, inputs: contextlib.ExitStack, rejected: list[bytes], digests: list[str], documents_of: list[int]
+) -> Iterator[str]:
     """The texts of a unit's good documents.
 
     Args:
         inputs: closed when all is read, finds the files as they were.
         rejected: takes the lines for the `.rejected.jsonl`.
-        digests: takes each task's digest.
+        digests, documents_of: take each task's digest, and how many good documents it has.
     """
     for task, size in zip(job.unit.tasks, job.unit.sizes, strict=True):
         inputs.enter_context(unchanged(job.folder / task.file, size))
-        digest = new_digest()
+        digest, documents = new_digest(), 0
         for document in read_documents(job.folder, task, digest):
             if document.reason:
                 _reject(job, task, document, rejected)
             else:
+                documents += 1
                 yield document.text
         digests.append(digest.hexdigest())
+        documents_of.append(documents)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

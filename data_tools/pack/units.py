@@ -124,7 +124,7 @@ def fitting_units(
         path = target / f"{part_name(number)}.json"
         with fields_named(path, REMOVE_AND_AGAIN):
             before = record["identity"]["options"]
-            _recorded_inputs(record)
+            recorded_inputs(record)
         if before != options:
             differing = [
                 f"{name} {before.get(name)}, now {value}"
@@ -148,7 +148,8 @@ def fitting_units(
     raise _changed(target, packed if of_units else single, records, parts, sizes)
 
 
-def _recorded_inputs(record: dict[str, Any]) -> list[Input]:
+def recorded_inputs(record: dict[str, Any]) -> list[Input]:
+    """What a part was made from, by its record."""
     identity = record["identity"]
     if "tasks" in identity:
         return [Input(*entry) for entry in identity["tasks"]]
@@ -160,7 +161,7 @@ def _changed(
     target: Path, units: list[Unit], records: dict[int, dict[str, Any]], parts: int | None, sizes: dict[str, int]
 ) -> DataError:
     """What became of the files since the records were written."""
-    recorded = {number: _recorded_inputs(record) for number, record in records.items()}
+    recorded = {number: recorded_inputs(record) for number, record in records.items()}
     before = {entry.file: entry.size for entry in chain.from_iterable(recorded.values())}
     others = [
         unit

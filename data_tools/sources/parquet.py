@@ -1,4 +1,4 @@
-"""The texts of a Parquet file, in memory bounded in bytes, with the checksums of its pages compared where it has them.
+"""Columns of a Parquet file, in memory bounded in bytes, with the checksums of its pages compared where it has them.
 
 A page is the least that can be unpacked, and a writer may put a whole row group into one (pyarrow's looks at the size
 only every 1,024 rows). So the headers of the pages are read first: the largest page says how many rows are asked for at
@@ -8,6 +8,7 @@ followed: it would have a column of dictionaries, or of views, hold all values o
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -22,11 +23,15 @@ LARGEST_PAGE = 3 << 26
 """Bytes of a page, unpacked. Reading one takes up to three times as much: packed, unpacked, and as a dictionary."""
 BATCH_BYTES = 1 << 26
 LARGEST_BATCH = 1024
+LARGEST_ROWS = 1 << 28
 LARGEST_FOOTER = 1 << 27
 _MAGIC = b"PAR1"
 _HEADER_BYTES = 1 << 12
 _LARGEST_HEADER = 1 << 24
 _DAMAGED = "fetch or copy the file again"
+_FEWER_ROWS = (
+    "write the file again as JSONL, or with fewer rows a group (pyarrow.parquet.write_table(..., row_group_size=64))"
+)
 
 
 def column_values(path: Path, names: Sequence[str]) -> Iterator[object]:
@@ -36,30 +41,94 @@ def column_values(path: Path, names: Sequence[str]) -> Iterator[object]:
         DataError: no Parquet, damaged, none of the columns or one twice, a column of other things than text, or a page
             of more than LARGEST_PAGE bytes.
     """
+    import pyarrow
+
+    with _opened(path) as file:
+        column = next((name for name in names if name in file.schema_arrow.names), None)
+        _refuse_unless_once(path, file, [column] if column else [], names)
+        kind = file.schema_arrow.field(column).type
+        if kind not in (pyarrow.string(), pyarrow.null()):
+            raise DataError(
+                f"column {column} holds {kind}, not string",
+                file=path,
+                remedy=f"write the file again with {column} as a string",
+            )
+        for batch in _batches(path, file, [column]):
+            yield from _values(batch.column(0))
+
+
+def column_records(path: Path, names: Sequence[str]) -> Iterator[dict[str, Any] | None]:
+    """The rows of those columns of `names` that there are, whatever they hold; None for a row that is not UTF-8.
+
+    Raises:
+        DataError: no Parquet, damaged, none of the columns or one twice, a page of more than LARGEST_PAGE bytes, or
+            a row of more than LARGEST_ROW.
+    """
+    with _opened(path) as file:
+        columns = [name for name in names if name in file.schema_arrow.names]
+        _refuse_unless_once(path, file, columns, names)
+        row = 0
+        for batch in _batches(path, file, columns):
+            first, row = row + 1, row + batch.num_rows
+            if batch.nbytes > LARGEST_ROWS:  # a row of many messages may lie in many pages
+                raise DataError(
+                    f"{batch.nbytes:,} bytes, which are read at once; up to {LARGEST_ROWS:,} are",
+                    file=path,
+                    place=f"row {first}" if first == row else f"rows {first} to {row}",
+                    remedy="take such rows away, or write the file again as JSONL",
+                )
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                yield from (_record(batch.slice(i, 1)) for i in range(batch.num_rows))
+
+
+def _record(batch: Any) -> dict[str, Any] | None:
+    try:
+        return cast(dict[str, Any], batch.to_pylist()[0])
+    except UnicodeDecodeError:
+        return None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that compares checksums; what goes wrong while it is read names the file."""
     import pyarrow  # 0.2 s and 100 MB that only Parquet sources need
     import pyarrow.parquet
 
     try:
-        metadata = _metadata(path)
-        options = {"metadata": metadata, "buffer_size": 1 << 20, "page_checksum_verification": True}
+        options = {"metadata": _metadata(path), "buffer_size": 1 << 20, "page_checksum_verification": True}
         with pyarrow.parquet.ParquetFile(path, **options) as file:
-            found = file.schema_arrow.names
-            column = next((name for name in names if name in found), None)
-            if column is None or found.count(column) > 1:
-                which = f"no {' or '.join(names)} column" if column is None else f"more than one column {column}"
-                raise DataError(which, file=path, remedy="check the source's files")
-            kind = file.schema_arrow.field(column).type
-            if kind not in (pyarrow.string(), pyarrow.null()):
-                raise DataError(
-                    f"column {column} holds {kind}, not string",
-                    file=path,
-                    remedy=f"write the file again with {column} as a string",
-                )
-            rows = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(1, _largest_page(path, metadata, column))))
-            for batch in file.iter_batches(batch_size=rows, columns=[column], use_threads=False):
-                yield from _values(batch.column(0))
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"cannot read: {error}", file=path, remedy=_DAMAGED) from None
+
+
+def _refuse_unless_once(path: Path, file: Any, columns: Sequence[str], names: Sequence[str]) -> None:
+    twice = next((name for name in columns if file.schema_arrow.names.count(name) > 1), None)
+    if twice or not columns:
+        which = f"more than one column {twice}" if twice else f"no {' or '.join(names)} column"
+        raise DataError(which, file=path, remedy="check the source's files")
+
+
+def _batches(path: Path, file: Any, columns: Sequence[str]) -> Iterator[Any]:
+    """Record batches of `columns`, as many rows at once as BATCH_BYTES take if each were as large as a page."""
+    pages = [_largest_page(path, file.metadata, column) for column in _leaves(file.metadata, columns)]
+    if (largest := sum(pages)) > LARGEST_PAGE:
+        raise DataError(
+            f"the largest pages of {', '.join(columns)} have {largest:,} bytes together; up to {LARGEST_PAGE:,}"
+            " are read",
+            file=path,
+            remedy=_FEWER_ROWS,
+        )
+    rows = max(1, min(LARGEST_BATCH, BATCH_BYTES // max(1, largest)))
+    yield from file.iter_batches(batch_size=rows, columns=list(columns), use_threads=False)
+
+
+def _leaves(metadata: Any, columns: Sequence[str]) -> list[str]:
+    """The columns that are stored: of a list of messages, each field of these (`messages.list.element.content`)."""
+    paths = (metadata.schema.column(i).path for i in range(metadata.num_columns))
+    return [path for path in paths if path.partition(".")[0] in columns]
 
 
 def _metadata(path: Path) -> Any:
@@ -122,8 +191,7 @@ def _largest_page(path: Path, metadata: Any, column: str) -> int:
                         f" {LARGEST_PAGE:,} are read",
                         file=path,
                         place=f"row group {group + 1}, column {column}",
-                        remedy="write the file again with fewer rows a group, or as JSONL"
-                        f" (pyarrow.parquet.write_table(..., row_group_size=64), {column} as a string)",
+                        remedy=f"{_FEWER_ROWS}, {column} as a string",
                     )
                 largest = max(largest, unpacked)
                 at += header + packed

@@ -236,14 +236,19 @@ def refuse_shared(folders: Mapping[str, Path]) -> None:
 
 
 def list_copies(folders: Mapping[str, Path]) -> list[str]:
-    """A sentence for each file that has the content of another one, within a source or between two.
+    """A sentence for each file that has the content of another one of its source.
 
     It may be meant, to weigh a text more. Files of a single document are not compared: a source has its duplicates.
+
+    Raises:
+        DataError: one has the content of another source's.
     """
     by_size: dict[tuple[int, str], list[Path]] = defaultdict(list)
-    for folder in folders.values():
+    source_of: dict[Path, str] = {}
+    for name, folder in folders.items():
         for path in filter(Path.is_file, list_files(folder)):
             by_size[path.stat().st_size, path.suffix].append(path)
+            source_of[path] = name
     copies = []
     for (size, _), paths in by_size.items():
         by_head: dict[bytes, list[Path]] = defaultdict(list)
@@ -254,8 +259,16 @@ def list_copies(folders: Mapping[str, Path]) -> list[str]:
             by_content: dict[str, Path] = {}
             for path in same_head if len(same_head) > 1 else []:
                 other = by_content.setdefault(digest_file(path), path)
-                if other is not path and _has_several_documents(path):
-                    copies.append(f"{path} is a copy of {other}: its text is taken twice")
+                if other is path or not _has_several_documents(path):
+                    continue
+                if source_of[other] != source_of[path]:
+                    raise DataError(
+                        f"is a copy of {other} of {source_of[other]}",
+                        file=path,
+                        place=source_of[path],
+                        remedy="a text has one source",
+                    )
+                copies.append(f"{path} is a copy of {other}: its text is taken twice")
     return copies
 
 

@@ -89,6 +89,36 @@ def test_the_number_of_segments_is_as_said(amber: Path) -> None:
     index(amber, "--num-segments", 3)
 
 
+def test_a_segment_that_comes_after_the_end_is_refused(amber: Path) -> None:
+    out = amber.parent / "out"
+
+    def build(segments: range | None = None) -> None:
+        index_in_process(
+            amber, out, plan_dataset(amber, ROW_LENGTH, 32000, segments=segments), ErrorPolicy(), segments=segments
+        )
+
+    build()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    added = amber / "train_003.jsonl"
+    added.write_bytes(b"\n".join(lines_of(3)))
+    attempts: list[Callable[[], object]] = [
+        build,
+        lambda: build(range(3, 4)),
+        lambda: merge(amber, out, plan_dataset(amber, ROW_LENGTH, 32000)),
+    ]
+    for attempt in attempts:
+        with pytest.raises(DataError, match=r"was not there when .*/out was finished, with 3 segments") as error:
+            attempt()
+        assert error.value.file == str(added)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".lock.")} == {
+        name: content for name, content in before.items() if not name.startswith(".lock.")
+    }
+    build(range(1, 3))  # what it has is looked at as before
+    (out / "manifest.json").unlink()  # as the remedy says
+    build()
+    assert json.loads((out / "manifest.json").read_text())["num_segments"] == 4
+
+
 BAD = {
     3: b'{"token_ids": [1, 2], "source": "c4"}',
     4: b"\xff\xfe nonsense",

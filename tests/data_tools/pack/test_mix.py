@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -167,3 +169,27 @@ def test_many_segments_are_many_open_files(rows: Path, tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert f"error: {tmp_path / '200'}: 200 segments grow together, but this process may open 200" in refused.stderr
     assert not list((tmp_path / "200").glob("segment_*"))
+
+
+def test_one_text_in_two_sources_is_refused_whatever_tokenised_them(small_corpus: Path, tmp_path: Path) -> None:
+    def texts(*documents: str) -> bytes:
+        return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in documents)
+
+    book, arxiv, raw = texts("one", "two words"), texts(*map(str, range(99))), tmp_path / "raw"
+    licence = texts("a licence that many have")
+    files = {
+        "book": {"a.jsonl": book, "b.jsonl": arxiv, "licence.jsonl": licence, "none.jsonl": b""},
+        "c4": {"licence.jsonl": licence, "none.jsonl": b"", "x.jsonl": texts("three", "four")},
+        "arxiv": {"only.jsonl.gz": gzip.compress(arxiv)},
+        "wikipedia": {"large.jsonl": texts("other", "words")},
+    }
+    for source, contents in files.items():
+        (raw / source).mkdir(parents=True)
+        for name, content in contents.items():
+            (raw / source / name).write_bytes(content)
+        tokenize_source(source, raw / source, tmp_path / "rows", small_corpus / "tokenizer.json", row_length=2)
+    options = MixOptions(2, True, 0, 1)
+    with pytest.raises(DataError, match=r"rows/book: b\.jsonl has the text of only\.jsonl\.gz, which is in arxiv"):
+        mix(tmp_path / "rows", tmp_path / "out", options, range(1))
+    shutil.rmtree(tmp_path / "rows/arxiv")
+    mix(tmp_path / "rows", tmp_path / "out", options)  # a licence and an empty file are no text of two sources

@@ -13,7 +13,7 @@ import pytest
 from data_tools.files.errors import DataError
 from data_tools.sources import parquet
 from data_tools.sources.documents import Task, read_documents
-from data_tools.sources.parquet import column_values
+from data_tools.sources.parquet import column_records, column_values
 
 KINDS: dict[str, tuple[Callable[[list[str]], Any], dict[str, Any]]] = {
     "string": (pa.array, {}),
@@ -102,3 +102,59 @@ def test_memory_is_bounded_by_bytes_not_rows(kind: str, tmp_path: Path, monkeypa
         assert found == text
     assert number == 499
     assert most < 6 << 20
+
+
+def conversations(texts: list[str]) -> pa.Table:
+    """As chat data is written: a list of messages, beside what nobody reads."""
+    messages = [[{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in texts]
+    return pa.table({"id": texts, "messages": messages, "input": [text[:9] for text in texts]})
+
+
+def test_records_are_read_in_few_bytes_and_what_is_not_asked_for_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 1 << 20)
+    path = tmp_path / "x.parquet"
+    table = conversations([f"{i} " + "abcdefgh" * 6_000 for i in range(120)])
+    pq.write_table(table, path, write_batch_size=5, data_page_size=1 << 17, write_page_checksum=True)
+    before, most = pa.total_allocated_bytes(), 0
+    for number, record in enumerate(column_records(path, ["messages", "input"])):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert record == {key: table[key][number].as_py() for key in ("messages", "input")}
+    assert number == 119
+    assert most < 8 << 20  # all of it: 12 MB
+    (chunk,) = (
+        chunk
+        for chunk in (pq.read_metadata(path).row_group(0).column(i) for i in range(4))
+        if chunk.path_in_schema.endswith("content")
+    )
+    sound, at = path.read_bytes(), chunk.data_page_offset + chunk.total_compressed_size // 2
+    path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+    with pytest.raises(DataError, match=r"x\.parquet: cannot read: .*CRC"):
+        list(column_records(path, ["messages"]))
+    assert len(list(column_records(path, ["input"]))) == 120
+
+
+def test_records_that_take_too_much_or_are_not_there_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(conversations(["a" * 3000, "b" * 3000]), path, use_dictionary=False)
+    with pytest.raises(DataError, match=r"x\.parquet: no conversations or instruction column"):
+        list(column_records(path, ["conversations", "instruction"]))
+    monkeypatch.setattr(parquet, "LARGEST_PAGE", 12_050)  # the contents have 12,016 and their levels
+    with pytest.raises(DataError, match=r"the largest pages of messages, input have \d+,\d+ bytes together"):
+        list(column_records(path, ["messages", "input"]))
+    monkeypatch.undo()
+    monkeypatch.setattr(parquet, "LARGEST_ROWS", 4000)
+    with pytest.raises(DataError, match=r"rows 1 to 2: 1\d,\d\d\d bytes, which are read at once; up to 4,000"):
+        list(column_records(path, ["messages"]))
+
+
+def test_a_record_that_is_not_utf_8_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(conversations(["one", "two", "six"]), path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"two", b"t\xffo"))
+    rows = list(column_records(path, ["messages"]))
+    assert rows[1] is None
+    assert [row["messages"][0]["content"] for row in rows if row] == ["one", "six"]

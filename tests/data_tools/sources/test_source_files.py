@@ -93,15 +93,17 @@ def test_copies_are_named(tmp_path: Path) -> None:
     long = b'{"text": "' + b"x" * 100_000 + b'"}\n'
     put(book, "long.jsonl", content=long + TEXT)
     put(book, "longer.jsonl", content=long + TEXT.replace(b"two", b"six"))  # differ behind what is read first
-    c4 = put(tmp_path / "c4", "z.jsonl", content=TEXT)
+    c4 = put(tmp_path / "c4", "short.jsonl", content=b'{"text": "a licence"}\n')
     said = [line.removeprefix(f"{tmp_path}/") for line in list_copies({"book": book, "c4": c4})]
     first = f"{book}/deep/x (1).jsonl"
     assert sorted(said) == [
         f"book/b.jsonl.gz is a copy of {book}/a.jsonl.gz: its text is taken twice",
         f"book/x copy.jsonl is a copy of {first}: its text is taken twice",
         f"book/x.jsonl is a copy of {first}: its text is taken twice",
-        f"c4/z.jsonl is a copy of {first}: its text is taken twice",
     ]
+    put(c4, "z.jsonl", content=TEXT)
+    with pytest.raises(DataError, match=r"c4/z\.jsonl: c4: is a copy of .*deep/x \(1\)\.jsonl of book"):
+        list_copies({"book": book, "c4": c4})
 
 
 @pytest.mark.parametrize(
