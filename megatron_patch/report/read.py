@@ -156,11 +156,12 @@ class Restarts:
         self._before = record["time"]
 
     def _is_unrecorded(self, begun: float) -> bool:
-        upto = bisect_right(self._recorded, begun)
         if self._step_before is None:
-            return upto == 0
+            return bisect_right(self._recorded, begun) == 0
         assert self._before is not None
-        return begun - self._before > _LONGEST_SAVE and bisect_right(self._recorded, self._before) == upto
+        if begun - self._before <= _LONGEST_SAVE:
+            return False
+        return bisect_right(self._recorded, self._before) == bisect_right(self._recorded, begun)
 
 
 def _mix(recipe: Recipe) -> dict[str, int] | None:

@@ -23,22 +23,38 @@ class Thinned:
     last: Point | None = None
     _ends: list[tuple[Point, ...]] = field(default_factory=list)
     _open: list[Point] = field(default_factory=list)
+    """Lowest and highest, as far as they differ, of the stretch that grows, in the order in which they came."""
+    _low: float = 0.0
+    _high: float = 0.0
+    _count: int = 0
     _width: int = 1
 
     def add(self, time: float, tokens: float, value: float) -> None:
-        self.last = (time, tokens, value)
-        while not self._open and len(self._ends) * min(self._width, 2) >= self.most:
-            pairs = zip(self._ends[::2], self._ends[1::2], strict=True)
-            self._ends = [_extremes([*first, *second]) for first, second in pairs]
-            self._width *= 2
-        self._open.append(self.last)
-        if len(self._open) == self._width:
-            self._ends.append(_extremes(self._open))
-            self._open = []
+        self.last = point = (time, tokens, value)
+        if not self._count:
+            while len(self._ends) * min(self._width, 2) >= self.most:
+                pairs = zip(self._ends[::2], self._ends[1::2], strict=True)
+                self._ends = [_extremes([*first, *second]) for first, second in pairs]
+                self._width *= 2
+            self._open, self._low, self._high = [point], value, value
+        elif value < self._low:
+            self._open, self._low = [self._highest(), point], value
+        elif value > self._high:
+            self._open, self._high = [self._lowest(), point], value
+        self._count += 1
+        if self._count == self._width:
+            self._ends.append(tuple(self._open))
+            self._open, self._count = [], 0
 
     def points(self) -> list[Point]:
         """In the order in which they came."""
-        return [point for ends in self._ends for point in ends] + list(_extremes(self._open) if self._open else ())
+        return [point for ends in self._ends for point in ends] + self._open
+
+    def _lowest(self) -> Point:
+        return next(point for point in self._open if point[2] == self._low)
+
+    def _highest(self) -> Point:
+        return next(point for point in self._open if point[2] == self._high)
 
 
 def _extremes(points: list[Point]) -> tuple[Point, ...]:

@@ -22,7 +22,8 @@ MOST_LINE_BYTES = 1 << 20
 _NUMBERS = ("time", "seconds", "samples", "tokens", "tokens_per_second", "learning_rate")
 _NUMBERS_OR_NULL = ("loss", "grad_norm", "held_out_loss")  # null: not finite
 _OF_A_STEP = {*_NUMBERS, "loss", "grad_norm"}
-_LARGEST = sys.float_info.max
+_of_numbers = operator.itemgetter(*_NUMBERS)
+_PLAIN = frozenset((int, float, type(None)))
 _BLOCK_BYTES = 1 << 20
 
 
@@ -44,27 +45,36 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def record_of(line: bytes) -> dict[str, Any]:
     """The record of a line. Raises one of DAMAGED where it is none."""
-    record: dict[str, Any] = _json(line)
+    record: Any
+    is_finite = False
+    if line.count(b"{") + line.count(b"[") > 8:
+        record = parse_bounded(line)
+    else:
+        try:
+            record, is_finite = orjson.loads(line), True  # which reads no number that is not
+        except orjson.JSONDecodeError:
+            record = json.loads(line)  # reads NaN, so that the number is named and not the line
     operator.index(record["step"])
+    if not (is_finite and _is_plain(record)):
+        _check_numbers(record)
+    return record  # type: ignore[no-any-return]
+
+
+def _is_plain(record: dict[str, Any]) -> bool:
+    """Whether nothing but numbers and null is in it, and no null where a number must be: said at once of a step."""
+    try:
+        return _PLAIN.issuperset(map(type, record.values())) and None not in _of_numbers(record)
+    except KeyError:
+        return False
+
+
+def _check_numbers(record: dict[str, Any]) -> None:
     for name in _NUMBERS:
-        # Most are floats, of which the comparison is true for the finite ones: the long way costs a second a run.
-        value = record.get(name, 0.0)
-        if not (type(value) is float and -_LARGEST <= value <= _LARGEST) and not is_number(value):
+        if not is_number(record.get(name, 0.0)):
             raise TypeError(f"{name} is not a number")
     for name in _NUMBERS_OR_NULL:
-        value = record.get(name)
-        if value is not None and not (type(value) is float and -_LARGEST <= value <= _LARGEST) and not is_number(value):
+        if (value := record.get(name)) is not None and not is_number(value):
             raise TypeError(f"{name} is not a number")
-    return record
-
-
-def _json(line: bytes) -> Any:
-    if line.count(b"{") + line.count(b"[") > 8:
-        return parse_bounded(line)
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return json.loads(line)  # which reads NaN, so that the number is named and not the line
 
 
 def is_step(record: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data_tools.files.bounded_json import read_bounded
+from data_tools.files.bounded_json import load_bounded, read_bounded
 from data_tools.files.digest import digest_file, new_digest
 from data_tools.files.json_file import canonical_json
 from megatron_patch.recipe import Recipe
@@ -193,6 +193,15 @@ def read_marker(folder: Path) -> Marker:
     if content != to_json(Marker.of(marker.files)) or INDEX_NAME not in marker.files:
         raise CheckpointError(path, "damaged (its content does not match its digest)", BROKEN)
     return marker
+
+
+def said_digest(folder: Path) -> str | None:
+    """What the marker says the content's digest is, unproved: enough to tell whether that was looked at before."""
+    try:
+        marker = load_bounded(folder / MARKER_NAME)
+    except (OSError, ValueError):
+        return None
+    return marker.get("digest") if isinstance(marker, dict) else None
 
 
 def check_file(folder: Path, name: str, expected: StoredFile) -> None:

@@ -20,6 +20,7 @@ from megatron_patch.train.checkpoint.format import (
     State,
     read_index,
     read_marker,
+    said_digest,
 )
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 
@@ -49,10 +50,10 @@ def missing_lines(runs: RunFolder, order: SampleOrder) -> Iterator[Milestone]:
     """
     recorded = {row["name"]: row["digest"] for row in runs.recorded()}
     for folder in runs.milestones():
+        if folder.name in recorded and said_digest(folder) == recorded[folder.name]:
+            continue
         try:
             digest = read_marker(folder).digest
-            if recorded.get(folder.name) == digest:
-                continue
             index = read_index(folder)
             written = (folder / MARKER_NAME).stat().st_mtime
         except (CheckpointError, OSError):

@@ -23,7 +23,14 @@ from data_tools.files.durable import write_whole
 from megatron_patch.recipe import Recipe
 from megatron_patch.run import milestones
 from megatron_patch.run.milestones import TABLE_NAME, Milestone
-from megatron_patch.train.checkpoint.format import MARKER_NAME, CheckpointError, Marker, read_index, read_marker
+from megatron_patch.train.checkpoint.format import (
+    MARKER_NAME,
+    CheckpointError,
+    Marker,
+    read_index,
+    read_marker,
+    said_digest,
+)
 from megatron_patch.train.checkpoint.write import remove
 
 LATEST_NAME = "latest"
@@ -59,9 +66,19 @@ class RunFolder:
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
     def candidates(self) -> list[Path]:
-        """Folders that training may go on from, newest first: restart checkpoints and full milestones."""
+        """Folders that training may go on from, newest first: restart checkpoints and full milestones.
+
+        The table says which milestones hold weights alone, as far as their markers name the content that it speaks of:
+        a whole run has 350 of these, and their indexes stay unread unless nothing else is there.
+        """
+        weights = {row["name"]: row["digest"] for row in self.recorded() if row["contents"] == "weights"}
+        return self._candidates(weights) or self._candidates({})
+
+    def _candidates(self, weights: dict[str, str]) -> list[Path]:
         by_step = [(int(p.name.removeprefix("step_")), 1, p) for p in self.restart_checkpoints()]
         for folder in self.milestones():
+            if folder.name in weights and said_digest(folder) == weights[folder.name]:
+                continue
             try:
                 index = read_index(folder)
             except CheckpointError:

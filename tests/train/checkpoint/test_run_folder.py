@@ -14,8 +14,8 @@ from megatron_patch.evaluate.models import checkpoints_in
 from megatron_patch.recipe import load
 from megatron_patch.run.milestones import Milestone
 from megatron_patch.train.cadence import Cadence
-from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint
-from megatron_patch.train.checkpoint.format import read_marker
+from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint, run_folder
+from megatron_patch.train.checkpoint.format import Index, read_index, read_marker
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from tests.train.checkpoint.compare import history, newest
 from tests.train.job import Job, write_data_set
@@ -210,6 +210,37 @@ def test_a_marker_that_cannot_be_read_is_no_missing_one(finished: Path, tmp_path
         (folder / "COMPLETE").unlink()
         (folder / "COMPLETE").symlink_to("COMPLETE")
     assert runs.sweep() == [] and runs.candidates() == before
+
+
+def test_a_resume_reads_no_index_that_the_table_vouches_for(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    runs, read = RunFolder(load("recipes/demo.yaml", [f"run.folder={tmp_path / 'run'}"])), list[str]()
+
+    def counted(folder: Path) -> Index:
+        read.append(folder.name)
+        return read_index(folder)
+
+    monkeypatch.setattr(run_folder, "read_index", counted)
+
+    def found() -> tuple[list[str], list[str]]:
+        read.clear()
+        return [folder.name for folder in runs.candidates()], sorted(read)
+
+    newest, all_three = ["step_00000030", "step_00000028", "ckpt_001"], ["ckpt_000", "ckpt_001", "ckpt_002"]
+    assert found() == (newest, ["ckpt_001"])
+    table = runs.path / "checkpoints.csv"
+    whole = table.read_text()
+    table.write_text(whole.replace("20,160", "40,160"))  # where a full one stands, it says itself
+    assert found() == (newest, ["ckpt_001"])
+    digest = read_marker(runs.path / "ckpt_001").digest
+    table.write_text(whole.replace(f"full,{digest}", f"weights,{digest}"))
+    for name in ("step_00000030", "step_00000028"):
+        shutil.rmtree(runs.path / name)
+    assert found() == (["ckpt_001"], all_three)  # nothing else is there: no table is believed
+    table.write_text("".join(line.replace(",weights,", ",weights,0") for line in whole.splitlines(keepends=True)))
+    assert found() == (["ckpt_001"], all_three)  # of other content
 
 
 def test_a_file_in_place_of_the_checkpoints_is_refused(data_folder: Path, tmp_path: Path) -> None:
