@@ -44,8 +44,9 @@ def column_values(path: Path, names: Sequence[str]) -> Iterator[object]:
     import pyarrow
 
     with _opened(path) as file:
-        column = next((name for name in names if name in file.schema_arrow.names), None)
-        _refuse_unless_once(path, file, [column] if column else [], names)
+        found = [name for name in names if name in file.schema_arrow.names][:1]
+        _refuse_unless_once(path, file, found, names)
+        (column,) = found
         kind = file.schema_arrow.field(column).type
         if kind not in (pyarrow.string(), pyarrow.null()):
             raise DataError(

@@ -45,7 +45,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def record_of(line: bytes) -> dict[str, Any]:
     """The record of a line. Raises one of DAMAGED where it is none."""
-    record: Any
+    record: dict[str, Any]
     is_finite = False
     if line.count(b"{") + line.count(b"[") > 8:
         record = parse_bounded(line)
@@ -57,7 +57,7 @@ def record_of(line: bytes) -> dict[str, Any]:
     operator.index(record["step"])
     if not (is_finite and _is_plain(record)):
         _check_numbers(record)
-    return record  # type: ignore[no-any-return]
+    return record
 
 
 def _is_plain(record: dict[str, Any]) -> bool:
