@@ -10,6 +10,8 @@ from megatron_patch.devices.runtimes import CTranslate2, LlamaCpp, OnnxRuntime, 
 from megatron_patch.model.counts import parameters
 from megatron_patch.recipe import Model
 
+_FP32_BITS = 31  # and more: the file has names and a tokenizer besides
+
 Kind = Literal["gguf", "onnx", "ctranslate2", "expanded", "shared"]
 
 
@@ -42,15 +44,19 @@ class DeviceForm:
         """Bits of file a stored weight."""
         return 8 * self.file_bytes / self.stored(model)
 
+    def is_fp32(self, model: Model) -> bool:
+        """Whether its weights are the checkpoint's, unrounded."""
+        return self.bits(model) > _FP32_BITS
+
     def bytes_read(self, model: Model) -> float:
         """Bytes of weights that a token's decoding reads: of each layer its own, an FFN at every use; no embedding."""
         counted = parameters(model)
         return self.bits(model) / 8 * (counted.applied - counted.embedding)
 
-    def open(self, threads: int, context: int) -> Runtime:
-        """Raises RuntimeFormError where its runtime cannot open it."""
+    def open(self, threads: int, context: int, exact: bool) -> Runtime:
+        """`exact`: with as little rounding as its runtime can. Raises RuntimeFormError where that cannot open it."""
         if self.kind == "gguf":
-            return LlamaCpp(self.model_file, threads, context)
+            return LlamaCpp(self.model_file, threads, context, exact)
         if self.kind == "onnx":
             return OnnxRuntime(self.model_file, threads)
         if self.kind == "ctranslate2":

@@ -53,10 +53,21 @@ class Answer:
 
 
 def measure(
-    path: Path, threads: int, new_tokens: int, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+    path: Path,
+    threads: int,
+    exact: bool,
+    new_tokens: int,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
 ) -> Answer:
-    """Opens the form in a process of its own and asks it. Raises RuntimeFormError with what the process said."""
-    job = {"path": str(path), "threads": threads, "new_tokens": new_tokens, "prompts": prompts, "rows": rows}
+    """Opens the form in a process of its own and asks it; `exact`: with as little rounding as the runtime can.
+
+    Raises RuntimeFormError with what the process said.
+    """
+    job = {
+        "path": str(path), "threads": threads, "exact": exact, "new_tokens": new_tokens, "prompts": prompts,
+        "rows": rows,
+    }  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     asked = subprocess.run(
         [sys.executable, "-m", __spec__.name], input=json.dumps(job), capture_output=True, text=True, env=environment
@@ -72,7 +83,7 @@ def _answer(job: dict[str, Any]) -> Answer:
     form = find_form(Path(job["path"]))
     began = time.perf_counter()
     context = max(len(ids) for ids in [*rows, *(p + [0] * count for p in prompts)]) + 8
-    runtime = form.open(job["threads"], context)
+    runtime = form.open(job["threads"], context, job["exact"])
     load = time.perf_counter() - began
     runtime.greedy(prompts[0], 2)  # pages of a mapped file come in here
     once = _costs(lambda: runtime.greedy(prompts[0], 1))

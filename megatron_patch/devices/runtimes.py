@@ -53,9 +53,14 @@ class Runtime(ABC):
 
 
 class LlamaCpp(Runtime):
-    """A GGUF file in llama.cpp's own server, in this process."""
+    """A GGUF file in llama.cpp's own server, in this process.
 
-    def __init__(self, file: Path, threads: int, context: int) -> None:
+    `exact` keeps keys and values in fp32 and attends without llama.cpp's flash attention, which rounds both to fp16
+    whatever its cache holds: log-probabilities of an fp32 file of the demo are then 1e-5 from the checkpoint's, and
+    2.5e-3 without. Everybody else runs llama.cpp as it comes.
+    """
+
+    def __init__(self, file: Path, threads: int, context: int, exact: bool = False) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -63,6 +68,9 @@ class LlamaCpp(Runtime):
         params.n_ctx, params.n_parallel = context, 1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.warmup, params.verbosity = False, -1
+        if exact:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         try:
             self._server = xllamacpp.Server(params)
         except RuntimeError as error:
