@@ -15,6 +15,9 @@ QUANTIZATIONS = {
 }
 """Forms for other runtimes than transformers, and what `export --quantize` may store their matrices as."""
 
+DTYPES = ("bf16", "fp16", "fp32")
+"""What `export --dtype` may store the weights of Hugging Face's forms as."""
+
 
 def count(text: str) -> int:
     """A whole number of at least 1, in 64 bits."""
@@ -92,6 +95,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         choices=sorted({kind for kinds in QUANTIZATIONS.values() for kind in kinds}),
         help="; ".join(f"{form}: {', '.join(kinds)}" for form, kinds in QUANTIZATIONS.items()),
     )
+    parser.add_argument("--dtype", choices=DTYPES, help="of Hugging Face's forms; default: the checkpoint's own")
     parser.add_argument(
         "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
     )

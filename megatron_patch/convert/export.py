@@ -29,6 +29,7 @@ from megatron_patch.recipe import Model, Recipe
 
 SHARD_BYTES = 500_000_000
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BOS_TEXT, UNK_TEXT = "<s>", "<unk>"
 MODELING_FILE = Path(__file__).with_name("modeling_mobillama.py")
 PROVENANCE_NAME = "provenance.json"
@@ -46,15 +47,22 @@ class ControlIds(NamedTuple):
 
 
 def export(
-    source: WeightsSource, folder: Path, form: Form, tokenizer: Path, scores: dict[str, Any] | None = None
+    source: WeightsSource,
+    folder: Path,
+    form: Form,
+    tokenizer: Path,
+    scores: dict[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Writes `folder`: safetensors shards with their index, config, tokenizer, recipe, provenance and model card.
 
     The folder appears whole or not at all. `tokenizer` is a tokenizer.model or tokenizer.json, `scores` what `eval`
-    wrote of this checkpoint, for the model card. Weights keep the source's dtype.
+    wrote of this checkpoint, for the model card. Weights keep the source's dtype, or are rounded to `dtype` (`bf16`,
+    `fp16`, `fp32`).
 
     Raises:
-        ConvertError: `folder` exists, the form does not exist for this model, weights are not finite, the disk is full.
+        ConvertError: `folder` exists, the form does not exist for this model, weights are not finite or
+            beyond `dtype`, the disk is full.
         DataError: the tokenizer cannot be read, or another process exports to `folder`.
     """
     if folder.exists():
@@ -66,7 +74,7 @@ def export(
     partial = folder.with_name(folder.name + ".partial")
     try:
         with new_folder(folder, partial):
-            _write(source, partial, form, tensors, tokenizer, scores)
+            _write(source, partial, form, tensors, tokenizer, scores, dtype)
             for file in partial.iterdir():
                 fsync_file(file)
             fsync_folder(partial)
@@ -83,9 +91,11 @@ def _write(
     tensors: list[HfTensor],
     tokenizer: Path,
     scores: dict[str, Any] | None,
+    dtype_named: str | None,
 ) -> None:
     ids = write_tokenizer(tokenizer, folder, source.recipe.model)
-    dtype = _write_shards(source, tensors, folder)
+    dtype = _DTYPES[dtype_named] if dtype_named else source.tensor(tensors[-1].whole).dtype
+    _write_shards(source, tensors, folder, dtype)
     write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype, ids))
     generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.unk, "do_sample": False}
     write_json(folder / "generation_config.json", generation)
@@ -189,9 +199,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, model: Model) -> ControlIds:
     return ControlIds(bos, eos, unk)
 
 
-def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) -> torch.dtype:
-    model = source.recipe.model
-    dtype = source.tensor(tensors[-1].whole).dtype
+def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path, dtype: torch.dtype) -> None:
     element = torch.empty((), dtype=dtype).element_size()
     shards = _shards(tensors, element)
     weight_map, total = {}, 0
@@ -203,13 +211,7 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) 
             if tensor.whole not in wholes:
                 wholes = {k: v for k, v in wholes.items() if k.startswith("ffn.")}
                 wholes[tensor.whole] = source.tensor(tensor.whole)
-            # A copy each: safetensors refuses tensors that share memory.
-            content[tensor.name] = tensor.cut(wholes[tensor.whole], model).clone()
-            if not content[tensor.name].isfinite().all():
-                raise ConvertError(
-                    f"{tensor.whole}: holds values that are not finite; the training went wrong before step "
-                    f"{source.step:,}: export an earlier checkpoint"
-                )
+            content[tensor.name] = _rounded(tensor, wholes[tensor.whole], source, dtype)
             weight_map[tensor.name] = name
             total += content[tensor.name].numel() * element
         save_file(content, folder / name, metadata={"format": "pt"})
@@ -218,7 +220,23 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path) 
         write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
-    return dtype
+
+
+def _rounded(tensor: HfTensor, whole: torch.Tensor, source: WeightsSource, dtype: torch.dtype) -> torch.Tensor:
+    """A copy, also in the same dtype: safetensors refuses tensors that share memory."""
+    values = tensor.cut(whole, source.recipe.model)
+    stored = values.to(dtype, copy=True)
+    if not stored.isfinite().all():
+        if values.isfinite().all():
+            raise ConvertError(
+                f"{tensor.name}: holds {values.abs().max():.6g}, beyond the {torch.finfo(dtype).max:,.6g} of {dtype}; "
+                "choose another --dtype"
+            )
+        raise ConvertError(
+            f"{tensor.whole}: holds values that are not finite; the training went wrong before step "
+            f"{source.step:,}: export an earlier checkpoint"
+        )
+    return stored
 
 
 def _shards(tensors: list[HfTensor], element_size: int) -> list[list[HfTensor]]:

@@ -1,7 +1,7 @@
 """`python -m megatron_patch export`: a checkpoint in the form that a runtime reads.
 
     CHECKPOINT FOLDER --form expanded      a Hugging Face folder for stock `LlamaForCausalLM`, an FFN in every layer
-    CHECKPOINT FOLDER --form shared        the same with one FFN, for `trust_remote_code=True`
+    CHECKPOINT FOLDER --form shared        the same with one FFN, for `trust_remote_code=True`; both: --dtype fp16
     CHECKPOINT FILE.gguf --form gguf       llama.cpp, Ollama, LM Studio; --quantize q4_0 and others
     CHECKPOINT FOLDER --form onnx          ONNX Runtime, transformers.js; one FFN in the file; --quantize int8, int4
 
@@ -33,6 +33,10 @@ def main(args: argparse.Namespace) -> int:
                 f"--quantize {args.quantize}: --form {args.form} has "
                 + (f"{', '.join(kinds)}" if kinds else f"none; choose --form {' or '.join(QUANTIZATIONS)}")
             )
+        if args.dtype and kinds:
+            raise ConvertError(
+                f"--dtype {args.dtype}: of Hugging Face's forms; --form {args.form} has --quantize {', '.join(kinds)}"
+            )
         with open_checkpoint(args.checkpoint) as checkpoint:
             _write(checkpoint, args)
     except ValueError as error:  # ConvertError, CheckpointError, DataError
@@ -43,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
             raise
         print(f"refused: --form {args.form} needs {error.name}; pip install -e '.[devices]'", file=sys.stderr)
         return 2
-    print(f"{args.output}: written ({' '.join(filter(None, (args.form, args.quantize)))})", file=sys.stderr)
+    print(f"{args.output}: written ({' '.join(filter(None, (args.form, args.quantize, args.dtype)))})", file=sys.stderr)
     return 0
 
 
@@ -62,4 +66,4 @@ def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         write_onnx(checkpoint, args.output, tokenizer, args.quantize)
         return
     scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
-    export(checkpoint, args.output, args.form, tokenizer, scores)
+    export(checkpoint, args.output, args.form, tokenizer, scores, args.dtype)

@@ -10,14 +10,17 @@ import pytest
 import sentencepiece
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from data_tools.files.durable import LOCK_NAME, FolderBusy, folder_lock
+from megatron_patch.__main__ import main
 from megatron_patch.convert import export as export_module
 from megatron_patch.convert.export import export, tokenizer_of
-from megatron_patch.convert.names import hf_tensors
+from megatron_patch.convert.names import Form, hf_tensors
 from megatron_patch.convert.source import ConvertError
 from megatron_patch.recipe import load
+from megatron_patch.train.checkpoint.write import write_weights
 from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
 
 
@@ -92,6 +95,49 @@ def test_shared_holds_one_ffn_and_generates(
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
     assert torch.equal(again(tokens).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("form", "trained", "named", "dtype"),
+    [
+        ("expanded", "fp32", "fp16", "float16"),
+        ("shared", "fp32", "bf16", "bfloat16"),
+        ("shared", "bf16", "fp16", "float16"),
+        ("expanded", "bf16", "fp32", "float32"),
+    ],
+)
+def test_a_dtype_is_what_transformers_rounds_to(
+    form: Form, trained: str, named: str, dtype: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    stored = torch.bfloat16 if trained == "bf16" else torch.float32
+    write_weights(MemoryWeights(small_recipe(f"precision={trained}"), dtype=stored), tmp_path / "checkpoint")
+    words = ["export", str(tmp_path / "checkpoint"), "--form", form, "--tokenizer", str(tokenizer)]
+    assert main([*words, str(tmp_path / "own")]) == 0
+    assert main([*words, str(tmp_path / "rounded"), "--dtype", named]) == 0
+    settings = {"trust_remote_code": form == "shared"}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "own", dtype=getattr(torch, dtype), **settings).state_dict()
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto", **settings)
+    assert str(ours.dtype) == f"torch.{dtype}" and ours.state_dict().keys() == stock.keys()
+    for name, tensor in load_file(tmp_path / "rounded" / "model.safetensors").items():
+        assert tensor.dtype is ours.dtype and torch.equal(tensor, stock[name])
+        assert torch.equal(tensor, ours.state_dict()[name])
+
+
+def test_what_a_dtype_cannot_hold_is_refused(
+    weights: MemoryWeights, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """65,519 still rounds to fp16's largest number, 65,520 does not."""
+    for value, code in ((-65519.0, 0), (-65520.0, 2)):
+        weights.whole["ffn.linear_fc1.weight"][1, 3, 4] = value
+        write_weights(weights, tmp_path / f"{value}")
+        words = ["export", str(tmp_path / f"{value}"), "--form", "shared", "--tokenizer", str(tokenizer)]
+        assert main([*words, str(tmp_path / f"hf{code}"), "--dtype", "fp16"]) == code
+    assert "model.ffn.up_proj.weight: holds 65520, beyond the 65,504 of torch.float16" in capsys.readouterr().err
+    assert not (tmp_path / "hf2").exists()
+    assert main([*words, str(tmp_path / "hf2"), "--dtype", "bf16"]) == 0
+    words[words.index("shared")] = "gguf"
+    assert main([*words, str(tmp_path / "m.gguf"), "--dtype", "bf16"]) == 2
+    assert "--form gguf has --quantize f32, f16" in capsys.readouterr().err
 
 
 def test_expanded_generates(weights: MemoryWeights, tokenizer: Path, tmp_path: Path) -> None:
