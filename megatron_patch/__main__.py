@@ -63,7 +63,7 @@ VERBS = {
     ),
     "import": Verb(
         "megatron_patch.convert.import_command",
-        "a Hugging Face folder as a checkpoint",
+        "a Hugging Face folder or a GGUF file as a checkpoint",
         "python -m megatron_patch import MobiLlama-05B imported/mobillama_05b --recipe recipes/mobillama_05b.yaml",
         arguments.import_,
     ),

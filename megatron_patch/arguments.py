@@ -105,6 +105,8 @@ def export(parser: argparse.ArgumentParser) -> None:
 
 
 def import_(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="Hugging Face folder: ours in either form, or the authors'")
+    parser.add_argument(
+        "folder", type=Path, help="Hugging Face folder: ours in either form, or the authors'; or a GGUF file"
+    )
     parser.add_argument("checkpoint", type=Path, help="new checkpoint folder")
-    parser.add_argument("--recipe", type=Path, help="the model's recipe, where the folder carries none")
+    parser.add_argument("--recipe", type=Path, help="the model's recipe, where it carries none")

@@ -39,9 +39,9 @@ def compare(model: ImportedModel) -> str:
     difference = float((ours - theirs).norm() / theirs.norm())
     if not difference < _BOUND:  # neither is a NaN
         raise ConvertError(
-            f"{model.hf.folder}: its logits of {size} tokens differ by {difference:.1e} (relative norm) from those of "
-            f"transformers {transformers.__version__}, more than {_BOUND:g}: the folder's model computes otherwise "
-            "than MobiLlama; report it with its config.json"
+            f"{model.weights.path}: its logits of {size} tokens differ by {difference:.1e} (relative norm) from those "
+            f"of transformers {transformers.__version__}, more than {_BOUND:g}: its model computes otherwise than "
+            "MobiLlama; report it with its configuration"
         )
     return f"logits of {size} tokens: {difference:.1e} (relative) from transformers {transformers.__version__}"
 
@@ -58,12 +58,12 @@ def _theirs(model: ImportedModel, tokens: torch.Tensor) -> torch.Tensor:
         kind, build = MobiLlamaConfig, MobiLlamaForCausalLM
     # The tensors have the last word on KV heads, and here every one is there: none is to be tied by name.
     settled = {"num_key_value_heads": model.recipe.model.num_attention_heads, "tie_word_embeddings": False}
-    config = kind.from_dict({**model.hf.config, **settled, "torch_dtype": "float32", "dtype": "float32"})
+    config = kind.from_dict({**model.weights.config, **settled, "torch_dtype": "float32", "dtype": "float32"})
     stock, info = build.from_pretrained(
         None, config=config, state_dict=model.hf_state(), dtype=torch.float32, output_loading_info=True
     )
     if missed := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise ConvertError(f"{model.hf.folder}: transformers takes other tensors than are there, e.g. {missed[0]}")
+        raise ConvertError(f"{model.weights.path}: transformers takes other tensors than are there, e.g. {missed[0]}")
     logits: torch.Tensor = stock.eval()(tokens, use_cache=False).logits
     return logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from data_tools.files.bounded_json import load_bounded
 from data_tools.files.digest import digest_stream, new_digest
+from megatron_patch.convert.export import PROVENANCE_NAME
 from megatron_patch.convert.source import ConvertError
+from megatron_patch.recipe import Recipe, load
 
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -22,13 +25,19 @@ class HfFolder:
     """Tensors of a Hugging Face folder.
 
     Attributes:
-        config: the content of config.json.
+        path: the folder.
+        config_file: its config.json.
+        config: the content of that.
         files: tensor name -> file that holds it.
+        rounded: the quantization of its matrices: none, here.
     """
+
+    rounded: str | None = None
 
     def __init__(self, folder: Path) -> None:
         """Raises ConvertError where config.json or the weights are missing or cannot be read."""
-        self.folder = folder
+        self.path = folder
+        self.config_file = folder / "config.json"
         self.config = self._json("config.json")
         self._bins: dict[Path, dict[str, torch.Tensor]] = {}
         self._safetensors: dict[Path, Any] = {}
@@ -37,7 +46,7 @@ class HfFolder:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of that name, on the CPU. Raises ConvertError where the folder has none."""
         if name not in self.files:
-            raise ConvertError(f"{self.folder}: no tensor {name} in its weights; the folder is incomplete")
+            raise ConvertError(f"{self.path}: no tensor {name} in its weights; the folder is incomplete")
         file = self.files[name]
         try:
             if file.suffix == ".bin":
@@ -57,20 +66,37 @@ class HfFolder:
                 digest_stream(stream, digest)
         return str(digest.hexdigest())
 
+    def recipe(self) -> Recipe | None:
+        """The recipe that `export` left in the folder. Raises RecipeError where it is none that can be run."""
+        file = self.path / "recipe.yaml"
+        return load(file) if file.is_file() else None
+
+    @property
+    def provenance_place(self) -> str:
+        return str(self.path / PROVENANCE_NAME)
+
+    def provenance(self) -> Any:
+        """What `export` recorded; None where it did not. Raises ValueError."""
+        file = self.path / PROVENANCE_NAME
+        try:
+            return load_bounded(file, most=1 << 20) if os.path.lexists(file) else None
+        except OSError as error:
+            raise ValueError(error.strerror) from None
+
     def _find(self) -> dict[str, Path]:
         for name in _INDEX_NAMES:
-            if (self.folder / name).is_file():
+            if (self.path / name).is_file():
                 weight_map = self._json(name).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
-                    raise ConvertError(f"{self.folder / name}: names no files; fetch it again")
+                    raise ConvertError(f"{self.path / name}: names no files; fetch it again")
                 strays = [f for f in weight_map.values() if not self._holds(f)]
                 if strays:
                     raise ConvertError(
-                        f"{self.folder / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
+                        f"{self.path / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
                     )
-                return {tensor: self.folder / file for tensor, file in weight_map.items()}
+                return {tensor: self.path / file for tensor, file in weight_map.items()}
         for name in _SINGLE_NAMES:
-            file = self.folder / name
+            file = self.path / name
             if not file.is_file():
                 continue
             if file.suffix == ".bin":
@@ -80,10 +106,10 @@ class HfFolder:
                     return dict.fromkeys(opened.keys(), file)
             except SafetensorError as error:
                 raise ConvertError(f"{file}: not safetensors ({error}); fetch the file again") from None
-        raise ConvertError(f"{self.folder}: none of {', '.join(_SINGLE_NAMES + _INDEX_NAMES)}; not a model's folder")
+        raise ConvertError(f"{self.path}: none of {', '.join(_SINGLE_NAMES + _INDEX_NAMES)}; not a model's folder")
 
     def _holds(self, name: Any) -> bool:
-        return isinstance(name, str) and Path(name).name == name and (self.folder / name).is_file()
+        return isinstance(name, str) and Path(name).name == name and (self.path / name).is_file()
 
     def _bin(self, file: Path) -> dict[str, torch.Tensor]:
         if file not in self._bins:
@@ -103,11 +129,11 @@ class HfFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            value = load_bounded(self.folder / name)
+            value = load_bounded(self.path / name)
         except FileNotFoundError:
-            raise ConvertError(f"{self.folder}: no {name}; not a Hugging Face model's folder") from None
+            raise ConvertError(f"{self.path}: no {name}; not a Hugging Face model's folder") from None
         except ValueError as error:
-            raise ConvertError(f"{self.folder / name}: not JSON ({error}); fetch the file again") from None
+            raise ConvertError(f"{self.path / name}: not JSON ({error}); fetch the file again") from None
         if not isinstance(value, dict):
-            raise ConvertError(f"{self.folder / name}: not a JSON object; fetch the file again")
+            raise ConvertError(f"{self.path / name}: not a JSON object; fetch the file again")
         return value

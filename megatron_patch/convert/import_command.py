@@ -1,4 +1,4 @@
-"""`python -m megatron_patch import`: a Hugging Face folder as a checkpoint.
+"""`python -m megatron_patch import`: a Hugging Face folder or a GGUF file as a checkpoint.
 
 Nothing is written before every key and tensor is judged and a forward pass agrees with that of `transformers`.
 """
@@ -26,6 +26,12 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:  # ConvertError, CheckpointError, RecipeError
         print(f"refused: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        print(f"refused: {args.folder}: a file needs gguf; pip install -e '.[devices]'", file=sys.stderr)
+        return 2
     tied = "; tied: the head is a copy of the embedding, which training lets part" if source.is_tied else ""
-    print(f"{args.checkpoint}: written from {args.folder} ({source.form}{tied})", file=sys.stderr)
+    rounded = f"; its weights were rounded to {found}" if (found := source.weights.rounded) else ""
+    print(f"{args.checkpoint}: written from {args.folder} ({source.form}{tied}{rounded})", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as whole-model weights, every tensor checked.
+"""A Hugging Face folder or a GGUF file as whole-model weights, every tensor checked.
 
 Reads what `export` writes and the authors' published form: one tensor for each of 22 equal FFN copies, `.bin` files,
 and a configuration that says 4 KV heads although the weights have 32 (docs/errata.md).
@@ -6,16 +6,13 @@ and a configuration that says 4 KV heads although the weights have 32 (docs/erra
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from data_tools.files.bounded_json import load_bounded
 from megatron_patch.convert import architecture
-from megatron_patch.convert.export import PROVENANCE_NAME
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.names import Form, HfTensor, assemble, hf_tensors
 from megatron_patch.convert.source import ConvertError
@@ -26,30 +23,57 @@ _BUFFER = "rotary_emb.inv_freq"  # saved by older transformers; computed, not tr
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-class ImportedModel:
-    """A Hugging Face folder as a `WeightsSource`; every tensor checked against the recipe before any is given out."""
+class Weights(Protocol):
+    """Tensors by Hugging Face's names, as `HfFolder` and `GgufWeights` give them."""
 
-    def __init__(self, folder: Path, recipe: Recipe) -> None:
+    path: Path
+    config_file: Path
+    config: dict[str, Any]
+    files: dict[str, Path]
+    rounded: str | None
+
+    @property
+    def digest(self) -> str: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+    @property
+    def provenance_place(self) -> str: ...
+    def recipe(self) -> Recipe | None: ...
+    def provenance(self) -> Any: ...
+
+
+def open_weights(path: Path) -> Weights:
+    """A folder, or a GGUF file. Raises ConvertError where it is neither, ModuleNotFoundError without `gguf`."""
+    if path.suffix != ".gguf" and (path.is_dir() or not path.exists()):
+        return HfFolder(path)
+    from megatron_patch.convert.gguf_weights import GgufWeights  # of the extra `devices`
+
+    return GgufWeights(path)
+
+
+class ImportedModel:
+    """Somebody's weights as a `WeightsSource`; every tensor checked against the recipe before any is given out."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
         """`recipe.precision` gives way to the precision of the weights.
 
         Raises ConvertError: a setting or shape that is not the recipe's, a missing tensor, unequal FFN copies, a value
         that is not finite.
         """
-        self.hf = HfFolder(folder)
-        provenance = _provenance(folder)
+        self.weights = open_weights(path)
+        provenance = _provenance(self.weights)
         self.step, self.samples, self.tokens = (provenance[name] for name in _COUNTS)
         self.data_digest: str | None = provenance["data_digest"]
+        architecture.check(self.weights.config, recipe, self.weights.config_file)
         self.recipe = recipe.model_copy(update={"precision": self._precision()})
-        architecture.check(self.hf.config, self.recipe, folder / "config.json")
-        self.is_tied: bool = self.hf.config.get("tie_word_embeddings", False)
-        self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.hf.files else "expanded"
+        self.is_tied: bool = self.weights.config.get("tie_word_embeddings", False)
+        self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.weights.files else "expanded"
         self._check_tensors()
         self._check_copies()
         self._check_head()
 
     @property
     def digest(self) -> str:
-        return self.hf.digest
+        return self.weights.digest
 
     def tensor(self, name: str) -> torch.Tensor:
         """bf16 where every tensor is; else fp32, into which fp16 and bf16 are widened without loss."""
@@ -65,16 +89,16 @@ class ImportedModel:
         for tensor in hf_tensors(self.recipe.model, self.form):
             stored = self._name_stored(tensor.name)
             if stored not in read:
-                read[stored] = self.hf.tensor(stored).float()
+                read[stored] = self.weights.tensor(stored).float()
             state[tensor.name] = read[stored]
         return state
 
     def _stored(self, name: str) -> torch.Tensor:
-        return self.hf.tensor(self._name_stored(name))
+        return self.weights.tensor(self._name_stored(name))
 
     def _name_stored(self, name: str) -> str:
         """Of what a folder holds once for several names, the name that it has there."""
-        if name not in self.hf.files:
+        if name not in self.weights.files:
             if self.is_tied and name in (_HEAD, _EMBEDDING):
                 return _EMBEDDING if name == _HEAD else _HEAD
             if self._copies() == [0]:
@@ -82,41 +106,42 @@ class ImportedModel:
         return name
 
     def _precision(self) -> str:
-        dtypes = {self.hf.tensor(name).dtype for name in self.hf.files if not name.endswith(_BUFFER)}
+        dtypes = {self.weights.tensor(name).dtype for name in self.weights.files if not name.endswith(_BUFFER)}
         return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
     def _check_tensors(self) -> None:
         expected = self._tensors_present()
         for tensor in expected:
-            found = self.hf.tensor(tensor.name)
+            found, file = self.weights.tensor(tensor.name), self.weights.files[tensor.name]
             shape = tuple(found.shape)
             if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
                 raise ConvertError(
-                    f"{self.hf.files[tensor.name]}: {tensor.name} is {found.dtype}; fetch the weights that are not "
+                    f"{file}: {tensor.name} is {found.dtype}; fetch the weights that are not "
                     "quantised (fp32, fp16 or bf16)"
                 )
             if shape != tensor.shape:
                 grouped = "k_proj" in tensor.name or "v_proj" in tensor.name
                 raise ConvertError(
-                    f"{self.hf.files[tensor.name]}: {tensor.name} is {shape}, expected {tensor.shape}"
+                    f"{file}: {tensor.name} is {shape}, expected {tensor.shape}"
                     + ("; the model has grouped KV heads, which MobiLlama has not" if grouped else "")
                 )
             if not found.isfinite().all():
                 raise ConvertError(
-                    f"{self.hf.files[tensor.name]}: {tensor.name} holds values that are not finite; the weights are "
-                    "damaged, fetch them again"
+                    f"{file}: {tensor.name} holds values that are not finite; the weights are damaged, fetch them again"
                 )
-        for name in (name for name in self.hf.files if name.endswith(_BUFFER)):
-            if not self._are_our_frequencies(self.hf.tensor(name)):
+        for name in (name for name in self.weights.files if name.endswith(_BUFFER)):
+            if not self._are_our_frequencies(self.weights.tensor(name)):
                 raise ConvertError(
-                    f"{self.hf.files[name]}: {name}: not the frequencies of model.rope_base "
+                    f"{self.weights.files[name]}: {name}: not the frequencies of model.rope_base "
                     f"{self.recipe.model.rope_base:g}; the model has another rotary embedding"
                 )
-        strays = {n for n in self.hf.files if not n.endswith(_BUFFER)} - {
+        strays = {n for n in self.weights.files if not n.endswith(_BUFFER)} - {
             t.name for t in hf_tensors(self.recipe.model, self.form)
         }
         if strays:
-            raise ConvertError(f"{self.hf.folder}: unknown tensors, e.g. {min(strays)}; not a MobiLlama or LLaMA model")
+            raise ConvertError(
+                f"{self.weights.path}: unknown tensors, e.g. {min(strays)}; not a MobiLlama or LLaMA model"
+            )
 
     def _are_our_frequencies(self, found: torch.Tensor) -> bool:
         """Older transformers turned heads by what the file holds; bf16 keeps 8 bits of it."""
@@ -127,15 +152,15 @@ class ImportedModel:
     def _check_head(self) -> None:
         if self.is_tied and not torch.equal(self._stored(_HEAD), self._stored(_EMBEDDING)):
             raise ConvertError(
-                f"{self.hf.folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the "
+                f"{self.weights.config_file}: tie_word_embeddings is true, but lm_head.weight is not the "
                 "embedding; set it to false if the head was trained by itself"
             )
 
     def _tensors_present(self) -> list[HfTensor]:
         """What must be there: of a shared FFN saved by transformers 4, layer 0 alone may be; of a tied pair, one."""
         tensors = hf_tensors(self.recipe.model, self.form)
-        if self.is_tied and (_HEAD in self.hf.files) != (_EMBEDDING in self.hf.files):
-            tensors = [t for t in tensors if t.name not in (_HEAD, _EMBEDDING) or t.name in self.hf.files]
+        if self.is_tied and (_HEAD in self.weights.files) != (_EMBEDDING in self.weights.files):
+            tensors = [t for t in tensors if t.name not in (_HEAD, _EMBEDDING) or t.name in self.weights.files]
         if self._copies() == [0]:
             first = tuple(f"model.layers.0.mlp.{part}.weight" for part in _FFN_PARTS)
             tensors = [t for t in tensors if ".mlp." not in t.name or t.name in first]
@@ -148,45 +173,43 @@ class ImportedModel:
         return [
             i
             for i in range(self.recipe.model.num_layers)
-            if f"model.layers.{i}.mlp.{_FFN_PARTS[0]}.weight" in self.hf.files
+            if f"model.layers.{i}.mlp.{_FFN_PARTS[0]}.weight" in self.weights.files
         ]
 
     def _check_copies(self) -> None:
-        for part in _FFN_PARTS:
+        for part in _FFN_PARTS if self._copies() else ():
+            first = self.weights.tensor(f"model.layers.0.mlp.{part}.weight")
             for i in self._copies():
                 name = f"model.layers.{i}.mlp.{part}.weight"
-                if not torch.equal(self.hf.tensor(name), self.hf.tensor(f"model.layers.0.mlp.{part}.weight")):
+                if not torch.equal(self.weights.tensor(name), first):
                     raise ConvertError(
-                        f"{self.hf.files[name]}: {name} differs from layer 0's, but the recipe {self.recipe.name} "
+                        f"{self.weights.files[name]}: {name} differs from layer 0's, but the recipe {self.recipe.name} "
                         "shares one FFN; the weights are damaged, or each layer has its own (--recipe large_base)"
                     )
 
 
-def recipe_of(folder: Path, recipe_file: Path | None) -> Recipe:
-    """The recipe given, or the one that `export` left in the folder.
+def recipe_of(path: Path, recipe_file: Path | None) -> Recipe:
+    """The recipe given, or the one that `export` left in the folder or file.
 
     Raises:
         ConvertError: there is neither.
         RecipeError: it is not a valid recipe.
     """
-    file = recipe_file or folder / "recipe.yaml"
-    if not file.is_file():
-        raise ConvertError(
-            f"{folder}: carries no recipe.yaml; name the model's recipe, e.g. --recipe recipes/mobillama_05b.yaml"
-        )
-    return load(file)
+    found = load(recipe_file) if recipe_file else open_weights(path).recipe()
+    if found is None:
+        raise ConvertError(f"{path}: carries no recipe; name the model's, e.g. --recipe recipes/mobillama_05b.yaml")
+    return found
 
 
 _COUNTS = ("step", "samples", "tokens")
 
 
-def _provenance(folder: Path) -> dict[str, Any]:
-    """What `export` recorded; of a folder without the file zeros."""
-    file = folder / PROVENANCE_NAME
-    if not os.path.lexists(file):
-        return {**dict.fromkeys(_COUNTS, 0), "data_digest": None}
+def _provenance(weights: Weights) -> dict[str, Any]:
+    """What `export` recorded; where it did not, zeros."""
     try:
-        provenance = load_bounded(file, most=1 << 20)
+        provenance = weights.provenance()
+        if provenance is None:
+            return {**dict.fromkeys(_COUNTS, 0), "data_digest": None}
         if not isinstance(provenance, dict):
             raise ValueError("not an object")
         for name in _COUNTS:
@@ -195,7 +218,8 @@ def _provenance(folder: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is {str(value)[:40]}, not a whole number of at least 0 in 64 bits")
         if not isinstance(provenance.setdefault("data_digest", None), str | None):
             raise ValueError("data_digest is not a text")
-    except (ValueError, OSError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise ConvertError(f"{file}: damaged ({said}); fetch it again, or remove it to count from step 0") from None
+    except ValueError as error:
+        raise ConvertError(
+            f"{weights.provenance_place}: damaged ({error}); fetch it again, or remove it to count from step 0"
+        ) from None
     return provenance

@@ -4,7 +4,7 @@
 alternatives (`use=NAME`) and `key.path=value` overrides, and returns a validated, frozen `Recipe`.
 """
 
-from megatron_patch.recipe.reader import RECIPES, RecipeError, find, load
+from megatron_patch.recipe.reader import RECIPES, RecipeError, find, from_text, load
 from megatron_patch.recipe.settings import (
     Batch,
     Checkpoint,
@@ -32,5 +32,6 @@ __all__ = [
     "Section",
     "Watchdog",
     "find",
+    "from_text",
     "load",
 ]

@@ -66,6 +66,21 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         for part in reversed(key.split(".")):
             nested = {part: nested}
         tree = _merge(tree, _current(nested, path))
+    return _validated(tree, path)
+
+
+def from_text(text: str, source: Path) -> Recipe:
+    """The recipe that `Recipe.to_yaml` wrote, which extends no other. Raises RecipeError naming `source`."""
+    try:
+        tree = parse_yaml(text)
+    except NotYaml as e:
+        raise RecipeError(f"{source}: not valid YAML: {e}") from e
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: expected a mapping of sections, found {type(tree).__name__}")
+    return _validated(_current(tree, source), source)
+
+
+def _validated(tree: dict[str, Any], path: Path) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as e:
