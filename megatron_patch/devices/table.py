@@ -64,7 +64,7 @@ def from_csv(text: str) -> list[Measured]:
     """Raises ValueError where it is no table of `device`."""
     kinds = {f.name: str(f.type) for f in fields(Measured)}
     rows = list(csv.DictReader(io.StringIO(text)))
-    if not rows or any(row.keys() != kinds.keys() for row in rows):
+    if not rows or any(row.keys() != kinds.keys() or None in row.values() for row in rows):
         raise ValueError(f"its columns are not {', '.join(kinds)}")
     convert: dict[str, Callable[[str], Any]] = {
         "str": str,

@@ -2,6 +2,7 @@
 
 report RUN                                writes RUN/report.html; works on a run in progress
 report --compare RUN_OR_RECIPE ...        Table 1 with these models: parameters, tokens, GPU hours, memory, accuracy;
+                                          with --devices FILE.csv what `device` measured, beside the paper's Table 6;
                                           with --output figure_1.png the same as bars
 """
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="HTML file (RUN/report.html); of --compare: an image")
     parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
     parser.add_argument("--compare", action="store_true", help="print Table 1 with these runs and recipes")
+    parser.add_argument(
+        "--devices", nargs="+", default=[], type=Path, metavar="CSV", help="of --compare: tables of `device --csv`"
+    )
     add_hardware(parser.add_argument_group("planned models of --compare"))
 
 
@@ -28,13 +32,19 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.compare:
             from megatron_patch.report.compare import draw, markdown, rows
+            from megatron_patch.report.on_device import device_markdown, device_rows
 
             planned_for = hardware(args)
+            devices = device_rows(args.devices) if args.devices else []
             found = rows(args.runs, args.evaluations, planned_for)
             print(markdown(found, planned_for))
+            if devices:
+                print("\n" + device_markdown(devices))
             if args.output:
-                draw(found, args.output)
+                draw(found, devices, args.output)
             return 0
+        if args.devices:
+            raise ValueError("--devices belongs to --compare; add it")
         if args.output and len(args.runs) > 1:
             raise ValueError("--output names one file; give one run, or leave it out")
         from megatron_patch.report.page import render

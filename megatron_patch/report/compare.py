@@ -15,6 +15,8 @@ from megatron_patch.paper import TABLE_1, TABLE_4, TABLE_9
 from megatron_patch.plan.hardware import Hardware
 from megatron_patch.plan.plan import Plan
 from megatron_patch.recipe import Recipe, find, load
+from megatron_patch.report.bars import Panel, bars, height
+from megatron_patch.report.on_device import DeviceRow, device_panels
 from megatron_patch.report.read import ReportError, read_run
 
 _PAPER_TOKENS = 1259.13  # billions, the total of Table 2
@@ -74,28 +76,24 @@ def markdown(found: Sequence[Row], hardware: Hardware) -> str:
     return "\n".join([*lines, "", *budgets, *notes])
 
 
-def draw(found: Sequence[Row], image: Path) -> None:
-    """Figure 1: a panel of bars for each quantity; the ending of `image` names its format (ValueError: none such)."""
-    panels = _COLUMNS[2:]
-    figure = Figure(figsize=(3.2 * len(panels), 0.9 + 0.32 * len(found)), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
+def draw(found: Sequence[Row], devices: Sequence[DeviceRow], image: Path) -> None:
+    """Figure 1: a panel of bars for each quantity, below them those of `devices` where there are any.
+
+    The ending of `image` names its format (ValueError: none such).
+    """
+    columns = _COLUMNS[2:]
+    heights = [height(len(rows)) for rows in (found, devices) if rows]
+    figure = Figure(figsize=(3.2 * len(columns), sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    titles = {"parameters": "Parameters (B)"}
+    panels: list[Panel] = [
+        (titles.get(name, title), [_number(getattr(row, name)) for row in found]) for title, name in columns
+    ]
     names = [f"{row.model} ({row.source.split(',')[0]})" for row in found]
-    for axis, (title, name) in zip(axes, panels, strict=True):
-        values = [_number(getattr(row, name)) for row in found]
-        colours = ["tab:gray" if row.source.startswith("paper") else "tab:blue" for row in found]
-        bars = axis.barh(range(len(found)), [value or 0.0 for value in values], color=colours)
-        axis.bar_label(
-            bars,
-            ["-" if v is None else f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values],
-            fontsize=8,
-            padding=2,
-        )
-        axis.set_yticks(range(len(found)), names, fontsize=9)
-        axis.set_title("Parameters (B)" if name == "parameters" else title, fontsize=10)
-        axis.margins(x=0.3)
-        axis.set_xticks([])
-        axis.spines[["top", "right", "bottom"]].set_visible(False)
-    axes[0].invert_yaxis()
+    bars(parts[0], names, [row.source.startswith("paper") for row in found], panels)
+    if devices:
+        names, panels = device_panels(devices)
+        bars(parts[1], names, [row.is_paper for row in devices], panels)
     with write_beside(image) as stream:
         figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)
 
