@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -159,32 +157,3 @@ def test_what_cannot_be_stored_is_refused(device_tokenizer: Path, tmp_path: Path
     (tmp_path / "torn.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(RuntimeFormError, match=r"torn\.gguf: llama\.cpp cannot open it"):
         llama(tmp_path / "torn.gguf")
-
-
-def test_an_export_killed_anywhere_leaves_the_file_whole_or_absent(device_tokenizer: Path, tmp_path: Path) -> None:
-    """Killed before its n-th tensor, the first, one between and the last; the next one starts over."""
-    program = (
-        "import os, sys\nfrom pathlib import Path\nimport gguf\n"
-        "from megatron_patch.convert.gguf_file import write_gguf\n"
-        "from tests.devices.models import device_weights\n"
-        "folder, tokenizer, weights = Path(sys.argv[1]), Path(sys.argv[2]), device_weights()\n"
-        "write, places = gguf.GGUFWriter.write_tensor_data, (0, 17, 38)\n"
-        "for place in places:\n"
-        "    if not (child := os.fork()):\n"
-        "        left = [place]\n"
-        "        def killed(*words):\n"
-        "            if not left[0]:\n"
-        "                os.kill(os.getpid(), 9)\n"
-        "            left[0] -= 1\n"
-        "            write(*words)\n"
-        "        gguf.GGUFWriter.write_tensor_data = killed\n"
-        "        write_gguf(weights, folder / 'm.gguf', tokenizer)\n"
-        "    assert os.waitpid(child, 0)[1] == 9\n"
-        "    assert [p.name for p in folder.iterdir()] == ['m.gguf.partial'], place\n"
-        "write_gguf(weights, folder / 'm.gguf', tokenizer)\n"
-    )
-    (tmp_path / "out").mkdir()
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out"), str(device_tokenizer)], check=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.gguf"]
-    write_gguf(device_weights(), tmp_path / "again.gguf", device_tokenizer)
-    assert (tmp_path / "out" / "m.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
