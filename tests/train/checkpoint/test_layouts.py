@@ -25,6 +25,13 @@ READERS = {
     "DP3": (3, ["batch.micro_batch_size=1"]),
     "TP2+SP, ZeRO-2 on DP2": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.zero_stage=2"]),
 }
+# Of six layers on three stages, the first of two FFNs in blocks ends inside the second stage.
+OF_SIX = {
+    "PP3": (3, ["parallel.pipeline=3", "batch.micro_batch_size=1"]),
+    "PP3xVPP2": (3, ["parallel.pipeline=3", "parallel.virtual_pipeline=2", "batch.micro_batch_size=1"]),
+}
+TWO_IN_BLOCKS = ["model.num_layers=6", "model.num_ffns=2"]
+THREE_BY_TURNS = ["model.num_layers=6", "model.num_ffns=3", "model.ffn_pattern=cycle"]
 
 
 def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
@@ -45,28 +52,34 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(data_folder: Path, tmp_path_factory: pytest.TempPathFactory):
-    """Per writer, made on demand: the undisturbed run of all steps, with a checkpoint after the eighth."""
-    made: dict[str, Path] = {}
+    """Per writer and model, made on demand: the undisturbed run of all steps, with a checkpoint after the eighth."""
+    made: dict[tuple[str, ...], Path] = {}
 
-    def write(writer: str) -> Path:
-        if writer not in made:
-            ranks, overrides = WRITERS[writer]
-            made[writer] = run = tmp_path_factory.mktemp("written") / "run"
+    def write(writer: str, *model: str) -> Path:
+        if (writer, *model) not in made:
+            ranks, overrides = {**WRITERS, **OF_SIX}[writer]
+            made[writer, *model] = run = tmp_path_factory.mktemp("written") / "run"
             steps = [f"checkpoint.interval_steps={WRITTEN}", f"run.steps={STEPS}"]
-            Job(ranks, settings(data_folder, run, *overrides, *steps), run.with_suffix(".log")).run()
-        return made[writer]
+            Job(ranks, settings(data_folder, run, *overrides, *model, *steps), run.with_suffix(".log")).run()
+        return made[writer, *model]
 
     return write
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("writer", WRITERS)
-def test_read_in(written, data_folder: Path, tmp_path: Path, writer: str, reader: str) -> None:
-    undisturbed, run = written(writer), tmp_path / "run"
+@pytest.mark.parametrize(
+    ("writer", "reader", "model"),
+    [
+        *((writer, reader, []) for writer in WRITERS for reader in READERS),
+        *(("PP3", reader, TWO_IN_BLOCKS) for reader in ("PP3", "TP1xPP1xDP1", "TP2+SP, ZeRO-2 on DP2")),
+        ("TP2xPP2xDP1", "PP3xVPP2", THREE_BY_TURNS),
+    ],
+)
+def test_read_in(written, data_folder: Path, tmp_path: Path, writer: str, reader: str, model: list[str]) -> None:
+    undisturbed, run = written(writer, *model), tmp_path / "run"
     folder = Path("checkpoints") / f"step_{WRITTEN:08d}"
     shutil.copytree(undisturbed / folder, run / folder)
-    ranks, overrides = READERS[reader]
-    said = Job(ranks, settings(data_folder, run, *overrides, f"run.steps={STEPS}"), tmp_path / "log").run()
+    ranks, overrides = {**READERS, **OF_SIX}[reader]
+    said = Job(ranks, settings(data_folder, run, *overrides, *model, f"run.steps={STEPS}"), tmp_path / "log").run()
     assert f"resuming from {run / folder} at step {WRITTEN}, {8 * WRITTEN} samples" in said
     expected, resumed = history(undisturbed), history(run)
     assert list(resumed) == list(range(WRITTEN + 1, STEPS + 1))
