@@ -74,7 +74,8 @@ def make_stage_groups(wanted: Iterable[tuple[int, ...]], parallel: Parallel) -> 
             _stage_groups[stages] = ps.get_pipeline_model_parallel_group()
             continue
         ranks = [[pipeline[stage] for stage in stages] for pipeline in pipelines]
-        mine, _ = dist.new_subgroups_by_enumeration(ranks)
+        name = "_".join(("PIPELINE_STAGES", *map(str, stages)))  # the flight recorder's, like Megatron's names
+        mine, _ = dist.new_subgroups_by_enumeration(ranks, group_desc=name)
         if mine is not None:
             _stage_groups[stages] = mine
 

@@ -43,6 +43,17 @@ LAYOUTS = {
     "full, TP2": (2, ["parallel.tensor=2", "recompute=full"]),
     "full, TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true", "recompute=full"]),
     "bf16, DP2": (2, ["precision=bf16"]),
+    # Of six layers on three stages the first FFN's end inside the second; of four by turns all stages hold all FFNs.
+    "two FFNs in blocks, PP3 x DP2": (6, ["parallel.pipeline=3", "model.num_layers=6", "model.num_ffns=2"]),
+    "two FFNs by turns, TP2+SP x PP2": (
+        4,
+        ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "model.num_ffns=2"]
+        + ["model.ffn_pattern=cycle"],
+    ),
+    "three FFNs in blocks, PP2xVPP2": (
+        2,
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_ffns=3"],
+    ),
 }
 # gloo has no reduce-scatter of its own and records the all-reduce that it runs instead.
 OPERATIONS = {"all_reduce": "reduced", "all_gather": "gathered", "all-reduce": "reduced"}
