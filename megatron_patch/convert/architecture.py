@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_patch.convert.names import ffn_table
 from megatron_patch.convert.source import ConvertError
 from megatron_patch.recipe import Recipe
 
@@ -26,6 +27,8 @@ _OPTIONAL = {"head_dim"}
 
 _ARCHITECTURES = {"llama": {"LlamaForCausalLM", "MobiLlamaForCausalLM"}, "mobillama": {"MobiLlamaForCausalLM"}}
 """model_type -> architectures; the authors' folders say llama and MobiLlamaForCausalLM."""
+
+_TABLE = "ffn_of_layer"
 
 _ROPE_BASE = 10000  # of LLaMA where nothing is said; the authors' code knows no other
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -79,6 +82,12 @@ def check(config: dict[str, Any], recipe: Recipe, file: Path) -> None:
         raise ConvertError(f"{file}: tie_word_embeddings is {_shown(config['tie_word_embeddings'])}, not true or false")
     _check_rotary(config, recipe, file)
     _check_attention(config, file)
+    if config.get(_TABLE) is not None and config[_TABLE] != (table := ffn_table(recipe.model)):
+        raise ConvertError(
+            f"{file}: {_TABLE} is {_shown(config[_TABLE])}, but in the recipe {recipe.name} layers use the FFNs "
+            f"{'one for all or one each' if table is None else table} (model.num_ffns, model.ffn_pattern); "
+            "choose the recipe of this model with --recipe"
+        )
     for key, value in config.items():
         allowed = _WITHOUT_EFFECT.get(key)
         if allowed is not None and value is not None and not _is_one_of(value, allowed):
@@ -99,7 +108,7 @@ def check(config: dict[str, Any], recipe: Recipe, file: Path) -> None:
 
 _ELSEWHERE = {
     "model_type", "architectures", "auto_map", "quantization_config", "tie_word_embeddings", "rope_theta",
-    "rope_scaling", "rope_parameters", "sliding_window", "layer_types",
+    "rope_scaling", "rope_parameters", "sliding_window", "layer_types", _TABLE,
 }  # fmt: skip
 """Keys that the checks above and below judge by themselves."""
 

@@ -23,7 +23,7 @@ from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
 from megatron_patch.convert.chat_files import chat_beside
 from megatron_patch.convert.model_card import model_card
-from megatron_patch.convert.names import Form, HfTensor, hf_tensors
+from megatron_patch.convert.names import Form, HfTensor, ffn_table, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model, Recipe
 
@@ -124,6 +124,7 @@ def hf_config(model: Model, form: Form, dtype: torch.dtype, ids: ControlIds) -> 
         **architecture[form],
         "tokenizer_class": TOKENIZER_CLASS,  # pipelines of transformers 4 load none for a model type they do not know
         "shared_ffn": model.shared_ffn,
+        **({} if (table := ffn_table(model)) is None else {"ffn_of_layer": table}),
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
@@ -203,15 +204,17 @@ def _write_shards(source: WeightsSource, tensors: list[HfTensor], folder: Path, 
     element = torch.empty((), dtype=dtype).element_size()
     shards = _shards(tensors, element)
     weight_map, total = {}, 0
-    wholes: dict[str, torch.Tensor] = {}  # q, k and v lie side by side, and copies of the FFN in one shard
+    wholes: dict[str, torch.Tensor] = {}
+    last_use = {tensor.whole: tensor.name for tensor in tensors}  # q, k and v are cut from one, copies of an FFN too
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         content = {}
         for tensor in shard:
             if tensor.whole not in wholes:
-                wholes = {k: v for k, v in wholes.items() if k.startswith("ffn.")}
                 wholes[tensor.whole] = source.tensor(tensor.whole)
             content[tensor.name] = _rounded(tensor, wholes[tensor.whole], source, dtype)
+            if last_use[tensor.whole] == tensor.name:
+                del wholes[tensor.whole]
             weight_map[tensor.name] = name
             total += content[tensor.name].numel() * element
         save_file(content, folder / name, metadata={"format": "pt"})

@@ -16,9 +16,12 @@ from megatron_patch.convert import architecture
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.names import Form, HfTensor, assemble, hf_tensors
 from megatron_patch.convert.source import ConvertError
+from megatron_patch.model.parameters import ffn_prefix, ffn_prefixes
 from megatron_patch.recipe import Recipe, load
 
 _FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+_COPY = re.compile(r"model\.layers\.(\d+)\.mlp\.(.+)")
+_SHARED = re.compile(r"model\.ffns?\.")  # outside the layers
 _BUFFER = "rotary_emb.inv_freq"  # saved by older transformers; computed, not trained
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -66,7 +69,7 @@ class ImportedModel:
         architecture.check(self.weights.config, recipe, self.weights.config_file)
         self.recipe = recipe.model_copy(update={"precision": self._precision()})
         self.is_tied: bool = self.weights.config.get("tie_word_embeddings", False)
-        self.form: Form = "shared" if f"model.ffn.{_FFN_PARTS[0]}.weight" in self.weights.files else "expanded"
+        self.form: Form = "shared" if any(map(_SHARED.match, self.weights.files)) else "expanded"
         self._check_tensors()
         self._check_copies()
         self._check_head()
@@ -101,8 +104,8 @@ class ImportedModel:
         if name not in self.weights.files:
             if self.is_tied and name in (_HEAD, _EMBEDDING):
                 return _EMBEDDING if name == _HEAD else _HEAD
-            if self._copies() == [0]:
-                return re.sub(r"^model\.layers\.\d+\.mlp\.", "model.layers.0.mlp.", name)
+            if self._holds_first_alone() and (copy := _COPY.match(name)):
+                return f"model.layers.{self._first_with(int(copy[1]))}.mlp.{copy[2]}"
         return name
 
     def _precision(self) -> str:
@@ -157,14 +160,22 @@ class ImportedModel:
             )
 
     def _tensors_present(self) -> list[HfTensor]:
-        """What must be there: of a shared FFN saved by transformers 4, layer 0 alone may be; of a tied pair, one."""
+        """What must be there: of a shared FFN saved by transformers 4, its first copy may be; of a tied pair, one."""
         tensors = hf_tensors(self.recipe.model, self.form)
         if self.is_tied and (_HEAD in self.weights.files) != (_EMBEDDING in self.weights.files):
             tensors = [t for t in tensors if t.name not in (_HEAD, _EMBEDDING) or t.name in self.weights.files]
-        if self._copies() == [0]:
-            first = tuple(f"model.layers.0.mlp.{part}.weight" for part in _FFN_PARTS)
+        if self._holds_first_alone():
+            first = {f"model.layers.{i}.mlp.{part}.weight" for i in self._copies() for part in _FFN_PARTS}
             tensors = [t for t in tensors if ".mlp." not in t.name or t.name in first]
         return tensors
+
+    def _first_with(self, layer: int) -> int:
+        """The first layer that uses the FFN of `layer`."""
+        return ffn_prefixes(self.recipe.model)[ffn_prefix(self.recipe.model, layer)][0]
+
+    def _holds_first_alone(self) -> bool:
+        """Whether each shared FFN stands in its first layer alone."""
+        return self._copies() == sorted(layers[0] for layers in ffn_prefixes(self.recipe.model).values())
 
     def _copies(self) -> list[int]:
         """Layers that carry a copy of a shared FFN."""
@@ -177,15 +188,18 @@ class ImportedModel:
         ]
 
     def _check_copies(self) -> None:
-        for part in _FFN_PARTS if self._copies() else ():
-            first = self.weights.tensor(f"model.layers.0.mlp.{part}.weight")
-            for i in self._copies():
-                name = f"model.layers.{i}.mlp.{part}.weight"
-                if not torch.equal(self.weights.tensor(name), first):
-                    raise ConvertError(
-                        f"{self.weights.files[name]}: {name} differs from layer 0's, but the recipe {self.recipe.name} "
-                        "shares one FFN; the weights are damaged, or each layer has its own (--recipe large_base)"
-                    )
+        copies = set(self._copies())
+        for layers in ffn_prefixes(self.recipe.model).values() if copies else ():
+            for part in _FFN_PARTS:
+                first = self.weights.tensor(f"model.layers.{layers[0]}.mlp.{part}.weight")
+                for i in sorted(copies & set(layers[1:])):
+                    name = f"model.layers.{i}.mlp.{part}.weight"
+                    if not torch.equal(self.weights.tensor(name), first):
+                        raise ConvertError(
+                            f"{self.weights.files[name]}: {name} differs from layer {layers[0]}'s, but in the recipe "
+                            f"{self.recipe.name} the two share an FFN; the weights are damaged, or each layer has its "
+                            "own (--recipe large_base)"
+                        )
 
 
 def recipe_of(path: Path, recipe_file: Path | None) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_tools.dataset.format import MANIFEST_NAME, ChatRecord, DatasetManifest
 from data_tools.files.errors import DataError
-from megatron_patch.convert.names import Form
+from megatron_patch.convert.names import Form, ffn_table
 from megatron_patch.convert.source import WeightsSource
 from megatron_patch.model.counts import parameters
 from megatron_patch.recipe import Model, Recipe
@@ -70,6 +70,10 @@ another. The training data have licences of their own.
 def _sharing(model: Model, form: Form) -> str:
     if not model.shared_ffn:
         return "Each layer has an FFN of its own."
+    if (table := ffn_table(model)) is not None:
+        use = f"{model.ffn_count} FFNs were trained for {model.num_layers} layers, which use them in the order {table}"
+        stored = "each is stored once" if form == "shared" else "each layer has a copy of its own here"
+        return f"{use} (`ffn_of_layer`); {stored}."
     if form == "shared":
         return f"One FFN for all {model.num_layers} layers, stored once."
     return (

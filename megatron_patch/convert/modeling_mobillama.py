@@ -1,4 +1,6 @@
-"""MobiLlama for `transformers`: LLaMA whose layers all use one FFN (arXiv 2402.16840, section 3.2).
+"""MobiLlama for `transformers`: LLaMA whose layers all use one FFN (arXiv 2402.16840, section 3.2), or one of several.
+
+`ffn_of_layer` of config.json, where it is there, lists which FFN each layer uses, from 0: they are `model.ffns.K` then.
 
 This file travels with the exported weights (`trust_remote_code=True` loads it from there) and needs nothing but torch
 and transformers.
@@ -18,11 +20,17 @@ class MobiLlamaModel(LlamaModel):
 
     def __init__(self, config: MobiLlamaConfig) -> None:
         super().__init__(config)
-        self.ffn = LlamaMLP(config)
-        for layer in self.layers:
+        table = getattr(config, "ffn_of_layer", None)
+        if table is None:
+            self.ffn = LlamaMLP(config)
+            used = [self.ffn] * len(self.layers)
+        else:
+            self.ffns = nn.ModuleList(LlamaMLP(config) for _ in range(max(table) + 1))
+            used = [self.ffns[k] for k in table]
+        for layer, ffn in zip(self.layers, used, strict=True):
             del layer.mlp
             # A plain attribute, not a submodule: the weights have one name, `model.ffn`, and one copy in a file.
-            layer.__dict__["mlp"] = self.ffn
+            layer.__dict__["mlp"] = ffn
         self.post_init()
 
 

@@ -49,6 +49,13 @@ class HfTensor:
         return whole[self.part].contiguous()
 
 
+def ffn_table(model: Model) -> list[int] | None:
+    """Which FFN each layer uses, from 0, of a model with several that layers share; None of others."""
+    if not model.shared_ffn or model.ffn_count == 1:
+        return None
+    return [model.ffn_of(layer) for layer in range(model.num_layers)]
+
+
 def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
     """Every tensor of the Hugging Face model in forward order.
 

@@ -27,6 +27,11 @@ from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
 def reference_logits(weights: MemoryWeights, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocab] of the shared-FFN model from the whole tensors, in the plainest way."""
     m, w = weights.recipe.model, {k: weights.tensor(k).double() for k in weights.whole}
+    several = {
+        "blocks": lambda i: f"ffns.{i * m.num_ffns // m.num_layers}",
+        "cycle": lambda i: f"ffns.{i % m.num_ffns}",
+    }
+    ffn = {None: lambda i: f"layers.{i}.mlp", 1: lambda i: "ffn"}.get(m.num_ffns, several[m.ffn_pattern])
     b, s = tokens.shape
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -49,9 +54,8 @@ def reference_logits(weights: MemoryWeights, tokens: torch.Tensor) -> torch.Tens
         y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(b, s, -1)
         x = x + y @ w[f"layers.{i}.self_attention.linear_proj.weight"].T
         y = norm(x, f"layers.{i}.pre_mlp_layernorm.weight")
-        prefix = "ffn" if m.shared_ffn else f"layers.{i}.mlp"
-        gate, up = w[f"{prefix}.linear_fc1.weight"]
-        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ w[f"{prefix}.linear_fc2.weight"].T
+        gate, up = w[f"{ffn(i)}.linear_fc1.weight"]
+        x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ w[f"{ffn(i)}.linear_fc2.weight"].T
     return norm(x, "final_layernorm.weight") @ w["output_layer.weight"].T
 
 

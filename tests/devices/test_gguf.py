@@ -33,9 +33,17 @@ def continued(model: LlamaCpp) -> torch.Tensor:
     return torch.tensor([model.greedy(row.tolist(), NEW_TOKENS).ids for row in PROMPTS])
 
 
-@pytest.mark.parametrize("name", ["mobillama_05b", "large_base"])
-def test_f32_is_the_model(name: str, device_tokenizer: Path, tmp_path: Path) -> None:
-    weights = device_weights(name=name)
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mobillama_05b", []),
+        ("mobillama_05b", ["model.num_ffns=3"]),
+        ("mobillama_05b", ["model.num_ffns=2", "model.ffn_pattern=cycle"]),
+        ("large_base", []),
+    ],
+)
+def test_f32_is_the_model(name: str, overrides: list[str], device_tokenizer: Path, tmp_path: Path) -> None:
+    weights = device_weights(*overrides, name=name)
     assert write_gguf(weights, tmp_path / "m.gguf", device_tokenizer) == []
     model = llama(tmp_path / "m.gguf", exact=True)
     expected = greedy(weights)

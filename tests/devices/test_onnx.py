@@ -27,11 +27,11 @@ from tests.devices.models import NEW_TOKENS, PROMPTS, device_weights, greedy, lo
 ROW = PROMPTS.view(1, -1)
 
 
-@pytest.mark.parametrize(("name", "ffns"), [("mobillama_05b", 1), ("large_base", 4)])
+@pytest.mark.parametrize(("name", "ffns"), [("mobillama_05b", 1), ("mobillama_05b", 2), ("large_base", 4)])
 def test_fp32_is_the_model_and_holds_each_ffn_once(
     name: str, ffns: int, device_tokenizer: Path, tmp_path: Path
 ) -> None:
-    weights = device_weights(name=name)
+    weights = device_weights(*(["model.num_ffns=2", "model.ffn_pattern=cycle"] if ffns == 2 else []), name=name)
     write_onnx(weights, tmp_path / "out", device_tokenizer)
     file = tmp_path / "out" / "onnx" / "model.onnx"
     onnx.checker.check_model(file, full_check=True)
