@@ -27,11 +27,9 @@ from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
 def reference_logits(weights: MemoryWeights, tokens: torch.Tensor) -> torch.Tensor:
     """Logits [batch, sequence, vocab] of the shared-FFN model from the whole tensors, in the plainest way."""
     m, w = weights.recipe.model, {k: weights.tensor(k).double() for k in weights.whole}
-    several = {
-        "blocks": lambda i: f"ffns.{i * m.num_ffns // m.num_layers}",
-        "cycle": lambda i: f"ffns.{i % m.num_ffns}",
-    }
-    ffn = {None: lambda i: f"layers.{i}.mlp", 1: lambda i: "ffn"}.get(m.num_ffns, several[m.ffn_pattern])
+    n = m.num_ffns
+    several = {"blocks": lambda i: f"ffns.{i * n // m.num_layers}", "cycle": lambda i: f"ffns.{i % n}"}
+    ffn = {None: lambda i: f"layers.{i}.mlp", 1: lambda i: "ffn"}.get(n, several[m.ffn_pattern])
     b, s = tokens.shape
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -28,6 +28,7 @@ from tests.train.job import write_data_set
 
 os.environ["TORCH_FR_BUFFER_SIZE"] = "20000"  # the flight recorder keeps every collective of a toy step
 
+PP2xVPP2 = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 LAYOUTS = {
     "DP2": (2, []),
     "DP3": (3, ["batch.micro_batch_size=2"]),
@@ -37,7 +38,7 @@ LAYOUTS = {
     "TP2+SP x DP2": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
     "PP2": (2, ["parallel.pipeline=2"]),
     "PP2 x DP2": (4, ["parallel.pipeline=2"]),
-    "PP2xVPP2": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
+    "PP2xVPP2": (2, PP2xVPP2),
     "PP4, 22 layers": (4, ["parallel.pipeline=4", "model.num_layers=22"]),
     "selective, TP2": (2, ["parallel.tensor=2", "recompute=selective"]),
     "full, TP2": (2, ["parallel.tensor=2", "recompute=full"]),
@@ -47,13 +48,9 @@ LAYOUTS = {
     "two FFNs in blocks, PP3 x DP2": (6, ["parallel.pipeline=3", "model.num_layers=6", "model.num_ffns=2"]),
     "two FFNs by turns, TP2+SP x PP2": (
         4,
-        ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "model.num_ffns=2"]
-        + ["model.ffn_pattern=cycle"],
+        "parallel.tensor=2 parallel.sequence=true parallel.pipeline=2 model.num_ffns=2 model.ffn_pattern=cycle".split(),
     ),
-    "three FFNs in blocks, PP2xVPP2": (
-        2,
-        ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "model.num_ffns=3"],
-    ),
+    "three FFNs in blocks, PP2xVPP2": (2, [*PP2xVPP2, "model.num_ffns=3"]),
 }
 # gloo has no reduce-scatter of its own and records the all-reduce that it runs instead.
 OPERATIONS = {"all_reduce": "reduced", "all_gather": "gathered", "all-reduce": "reduced"}
