@@ -28,14 +28,15 @@ from tests.train.job import write_data_set
 
 os.environ["TORCH_FR_BUFFER_SIZE"] = "20000"  # the flight recorder keeps every collective of a toy step
 
+TP2_SP = ["parallel.tensor=2", "parallel.sequence=true"]
 PP2xVPP2 = ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]
 LAYOUTS = {
     "DP2": (2, []),
     "DP3": (3, ["batch.micro_batch_size=2"]),
     "DP2 ZeRO-2": (2, ["parallel.zero_stage=2", "optimizer.decay_everything=false"]),
     "TP2": (2, ["parallel.tensor=2", "model.num_ffns=null"]),
-    "TP2+SP": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
-    "TP2+SP x DP2": (4, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "TP2+SP": (2, TP2_SP),
+    "TP2+SP x DP2": (4, TP2_SP),
     "PP2": (2, ["parallel.pipeline=2"]),
     "PP2 x DP2": (4, ["parallel.pipeline=2"]),
     "PP2xVPP2": (2, PP2xVPP2),
@@ -48,7 +49,7 @@ LAYOUTS = {
     "two FFNs in blocks, PP3 x DP2": (6, ["parallel.pipeline=3", "model.num_layers=6", "model.num_ffns=2"]),
     "two FFNs by turns, TP2+SP x PP2": (
         4,
-        "parallel.tensor=2 parallel.sequence=true parallel.pipeline=2 model.num_ffns=2 model.ffn_pattern=cycle".split(),
+        [*TP2_SP, "parallel.pipeline=2", "model.num_ffns=2", "model.ffn_pattern=cycle"],
     ),
     "three FFNs in blocks, PP2xVPP2": (2, [*PP2xVPP2, "model.num_ffns=3"]),
 }
