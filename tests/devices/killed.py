@@ -1,8 +1,8 @@
-"""`python -m tests.devices.killed FOLDER TOKENIZER FORM`: exports killed by SIGKILL, in a process without threads.
+"""`python -m tests.devices.killed FOLDER TOKENIZER`: exports killed by SIGKILL, in a process without threads.
 
 An export's events are each tensor that it is about to write and each file or folder that it opens, makes, renames or
 removes. It is run once to count them, then killed before the first, the last and some between, then run once more over
-what the last one left. Afterwards FOLDER holds `out`, whole.
+what the last one left. Afterwards FOLDER holds a folder for each form, with `out` alone, whole.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from data_tools.files.digest import digest_file
 from megatron_patch.convert import export, gguf_file, onnx_folder
 from tests.devices.models import device_weights
 
+FORMS = ("gguf", "onnx", "shared")
 PLACES = 8
 
 
@@ -90,8 +91,9 @@ def main(folder: Path, tokenizer: Path, form: str) -> None:
     if not (folder / "out").exists():
         export_to(folder / "out", form, tokenizer)
     assert contents(folder) == whole
-    print(f"{events} events")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    for form in FORMS:
+        (Path(sys.argv[1]) / form).mkdir()
+        main(Path(sys.argv[1]) / form, Path(sys.argv[2]), form)

@@ -203,14 +203,14 @@ def test_torn_and_mutated_files_are_refused_or_whole(write: Callable[..., Path],
         with pytest.raises(ConvertError, match=r"other\.gguf: no GGUF file, or damaged"):
             GgufWeights(file)
     opened = 0
-    for _ in range(150):
+    for _ in range(100):
         mutated = bytearray(whole)
         for at in draws.choices(range(header), k=draws.randint(1, 3)):
             mutated[at] = draws.choice((0, 1, 9, 127, 255, draws.randrange(256)))
         file.write_bytes(mutated)
         with contextlib.suppress(ConvertError):
             opened += bool(GgufWeights(file).config)
-    assert 0 < opened < 150
+    assert 0 < opened < 100
     os.mkfifo(tmp_path / "pipe.gguf")
     for name, words in (("pipe.gguf", "no plain file"), ("absent.gguf", "no such file")):
         with pytest.raises(ConvertError, match=words):

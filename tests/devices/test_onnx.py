@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -139,23 +135,3 @@ def test_refusals(weights: MemoryWeights, tokenizer: Path, tmp_path: Path, capsy
     (tmp_path / "out" / "onnx" / "model.onnx_data").write_bytes(b"")
     with pytest.raises(RuntimeFormError, match=r"model\.onnx: ONNX Runtime cannot open it"):
         OnnxRuntime(tmp_path / "out" / "onnx" / "model.onnx", threads=1)
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
-def test_transformers_js(kind: str | None, device_tokenizer: Path, tmp_path: Path) -> None:
-    """In node, from npm: ids of a text, and the greedy tokens of ONNX Runtime under Python."""
-    write_onnx(device_weights(), tmp_path / "out", device_tokenizer, kind)
-    model = OnnxRuntime(tmp_path / "out" / "onnx" / FILES[kind], threads=1)
-    told = run_in_node("transformers_js.mjs", tmp_path, PROMPTS.tolist())
-    assert told == [model.greedy(row, 16).ids for row in PROMPTS.tolist()]
-
-
-def run_in_node(script: str, folder: Path, question: Any) -> list[Any]:
-    """What a script of this folder prints of `folder/out`, a JSON a line, by transformers.js from npm."""
-    install = "npm install --silent --no-audit --no-fund @huggingface/transformers@4.3.1"
-    subprocess.run(install, shell=True, check=True, cwd=folder, env={**os.environ, "ONNXRUNTIME_NODE_INSTALL": "skip"})
-    (folder / "run.mjs").write_text((Path(__file__).parent / script).read_text())
-    words = ["node", str(folder / "run.mjs"), str(folder), json.dumps(question)]
-    told = subprocess.run(words, check=True, capture_output=True, text=True)
-    return [json.loads(line) for line in told.stdout.splitlines()]
