@@ -16,7 +16,7 @@ from megatron_patch.convert.onnx_folder import write_onnx
 from megatron_patch.devices.runtimes import LlamaCpp, OnnxRuntime
 from tests.convert.samples import MemoryWeights
 from tests.devices.models import VOCAB_SIZE, device_weights, train_tokenizer
-from tests.devices.test_onnx import run_in_node
+from tests.devices.node import install, run_in_node
 
 MESSAGES = [
     {"role": "system", "content": " Be brief."},
@@ -112,5 +112,6 @@ def test_onnx_runtime_is_told_the_end_of_turn(chat: Path, tmp_path: Path) -> Non
 def test_transformers_js_renders_the_template_and_ends_the_turn(chat: Path, tmp_path: Path) -> None:
     weights, _, prompt = exported(chat, tmp_path)
     write_onnx(weights, tmp_path / "out", chat)
+    install(tmp_path)
     [answered] = run_in_node("transformers_js_chat.mjs", tmp_path, MESSAGES)
     assert answered["prompt"] == prompt and answered["answer"][:-1] == SAID

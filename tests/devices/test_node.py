@@ -1,12 +1,9 @@
-"""ONNX folders in transformers.js under node, which npm installs: the soak alone has a network."""
+"""ONNX folders in transformers.js: ONNX Runtime's tokens, and the document's script."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,22 +12,16 @@ from megatron_patch.convert.onnx_folder import FILES, write_onnx
 from megatron_patch.devices.runtimes import OnnxRuntime
 from tests.devices.documents import blocks
 from tests.devices.models import PROMPTS, device_weights
+from tests.devices.node import install, node, run_in_node
 
 pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose node_modules has transformers.js."""
     folder = tmp_path_factory.mktemp("node")
-    command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "@huggingface/transformers@4.3.1"]
-    subprocess.run(command, check=True, cwd=folder, env={**os.environ, "ONNXRUNTIME_NODE_INSTALL": "skip"})
+    install(folder)
     return folder
-
-
-def node(script: Path, *words: str) -> str:
-    command = ["node", str(script), *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=script.parent).stdout
 
 
 @pytest.mark.parametrize("kind", [None, "int8", "int4"])
@@ -38,14 +29,12 @@ def test_greedy_tokens_are_onnx_runtimes(kind: str | None, project: Path, device
     shutil.rmtree(project / "out", ignore_errors=True)
     write_onnx(device_weights(), project / "out", device_tokenizer, kind)
     model = OnnxRuntime(project / "out" / "onnx" / FILES[kind], threads=1)
-    shutil.copy(Path(__file__).with_name("transformers_js.mjs"), project / "run.mjs")
-    told = node(project / "run.mjs", str(project), json.dumps(PROMPTS.tolist()))
-    assert [json.loads(line) for line in told.splitlines()] == [model.greedy(row, 16).ids for row in PROMPTS.tolist()]
+    told = run_in_node("transformers_js.mjs", project, PROMPTS.tolist())
+    assert told == [model.greedy(row, 16).ids for row in PROMPTS.tolist()]
 
 
 def test_the_documents_script(project: Path, device_tokenizer: Path) -> None:
     [script] = [block for block in blocks() if block.startswith("import { pipeline")]
     write_onnx(device_weights(), project / "mobillama-onnx", device_tokenizer, "int4")
-    (project / "document.mjs").write_text(script)
-    [text] = re.findall(r"generated_text: (.*)", node(project / "document.mjs"), re.DOTALL)
+    [text] = re.findall(r"generated_text: (.*)", node(script, project), re.DOTALL)
     assert "The function returns" in text and len(text) > 60
