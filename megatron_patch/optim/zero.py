@@ -66,7 +66,7 @@ class ShardedOptimizer:
         self.micro_batches = micro_batches
         self._topology = topology
         self.groups = parameter_groups(list(local_parameters(chunks, recipe.model)), recipe, topology.pipeline_rank)
-        make_stage_groups(replicated_stages(recipe), recipe.parallel)
+        make_stage_groups(replicated_stages(recipe), recipe.parallel, topology.timeout)
         adamw = torch.optim.AdamW(
             [{"params": g.parameters, "weight_decay": o.weight_decay if g.decays else 0.0} for g in self.groups],
             lr=0.0,

@@ -7,6 +7,7 @@ tensor group stays inside a node.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from megatron_patch.launch import LaunchError, check_threads
 from megatron_patch.parallel import device, patches
 from megatron_patch.recipe import Parallel, RecipeError
 
+TIMEOUT = timedelta(minutes=10)
+"""Of a collective, where nothing else is said."""
 _THREADS = 64  # of all groups: gloo starts three for each, and each rank is in some 20
 
 
@@ -38,6 +41,7 @@ class Topology:
     virtual_pipeline_size: int
     data_rank: int
     data_size: int
+    timeout: timedelta = TIMEOUT  # of a collective
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:
@@ -59,7 +63,7 @@ class Topology:
 _stage_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
 
-def make_stage_groups(wanted: Iterable[tuple[int, ...]], parallel: Parallel) -> None:
+def make_stage_groups(wanted: Iterable[tuple[int, ...]], parallel: Parallel, timeout: timedelta) -> None:
     """Make the groups over which replicas on some pipeline stages are summed, in place of earlier ones.
 
     Every rank calls it with the same stages in the same order, whether it stands on them or not.
@@ -75,7 +79,7 @@ def make_stage_groups(wanted: Iterable[tuple[int, ...]], parallel: Parallel) -> 
             continue
         ranks = [[pipeline[stage] for stage in stages] for pipeline in pipelines]
         name = "_".join(("PIPELINE_STAGES", *map(str, stages)))  # the flight recorder's, like Megatron's names
-        mine, _ = dist.new_subgroups_by_enumeration(ranks, group_desc=name)
+        mine, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, group_desc=name)
         if mine is not None:
             _stage_groups[stages] = mine
 
@@ -93,7 +97,7 @@ def data_parallel_size(parallel: Parallel, world_size: int) -> int:
 
 def join(
     parallel: Parallel,
-    timeout: timedelta = timedelta(minutes=10),
+    timeout: timedelta = TIMEOUT,
     asked: Callable[[], str | None] = lambda: None,
 ) -> None:
     """Join the process group, unless that was done.
@@ -115,7 +119,7 @@ def join(
             device.init_process_group(timeout, asked=asked)
 
 
-def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -> Topology:
+def initialize(parallel: Parallel, timeout: timedelta = TIMEOUT) -> Topology:
     """Join, and build Megatron's groups, in place of earlier ones. Raises as `join` does."""
     join(parallel, timeout)
     if ps.model_parallel_is_initialized():
@@ -125,6 +129,7 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
             create_gloo_process_groups=False,  # for checkpoints of mcore; ours has a group of its own
         )
     # mcore forks a named random state around embedding and recompute. Nothing here draws from it: no dropout.
@@ -139,6 +144,7 @@ def initialize(parallel: Parallel, timeout: timedelta = timedelta(minutes=10)) -
         virtual_pipeline_size=parallel.virtual_pipeline,
         data_rank=ps.get_data_parallel_rank(),
         data_size=ps.get_data_parallel_world_size(),
+        timeout=timeout,
     )
 
 

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from data_tools.files.durable import write_whole
@@ -75,9 +76,11 @@ def main(args: argparse.Namespace) -> int:
     try:
         if resolved.run.deterministic:
             device.make_deterministic()
-        topology.join(resolved.parallel, asked=signals.ends_waiting)
+        # The watch for hangs counts the time that ranks have lived, which collectives cannot.
+        timeout = timedelta(days=1) if resolved.watchdog.hang_minutes else topology.TIMEOUT
+        topology.join(resolved.parallel, timeout, signals.ends_waiting)
         check_alike(resolved, segments.digest)  # ranks of other layouts would wait for each other's groups
-        place = topology.initialize(resolved.parallel)
+        place = topology.initialize(resolved.parallel, timeout)
         if is_first:
             layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
             launch.say(f"{resolved.to_yaml()}# {layout}")

@@ -6,6 +6,8 @@ import ctypes
 import json
 import math
 import os
+import platform
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 
 from megatron_patch.recipe import load
 from megatron_patch.run.status import Standing
+from megatron_patch.train import last_resort
 from megatron_patch.train.hang import EXIT_CODE
 from megatron_patch.train.step import Trainer
 from megatron_patch.train.watchdog import LossWatch, SlowWatch
@@ -289,6 +292,36 @@ def test_a_rank_that_holds_the_interpreters_lock_is_seen_too(
     monkeypatch.setattr("megatron_patch.train.hang._GRACE", 1.0)
     run = tmp_path / "run"
     job = Job(1, settings(data_folder, run, "watchdog.hang_minutes=0.05"), tmp_path / "log", holds_the_lock)
-    assert job.wait(60) == [1]
-    stack = (run / "stacks/rank_00000.locked.txt").read_text()
-    assert "Timeout" in stack and "test_watchdog.py" in stack
+    assert job.wait(60) == [-signal.SIGKILL]
+    assert "test_watchdog.py" in (run / "stacks/rank_00000.locked.txt").read_text()
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["rank"]) == ("failed", 0)
+    assert re.match(r"hang: the interpreter stood still for [56] s in step 4; stacks are in ", status["reason"])
+    assert f"stopped: rank 0 on {platform.node()}: hang: the interpreter" in job.log.read_text()
+
+
+def test_time_in_which_a_process_did_not_run_has_not_been_lived() -> None:
+    lived = last_resort.Lived(2.0, 100.0)
+    for now in (101.0, 102.5, 3700.0, 3701.0):  # an hour asleep
+        lived.tick(now)
+    assert lived.seconds == 1.0 + 1.5 + 2.0 + 1.0
+    lived.tick(3702.0, counts=False)
+    lived.tick(3703.0)
+    assert lived.seconds == 6.5
+
+
+def test_a_job_that_was_stopped_and_goes_on_has_not_hung(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP to every rank for longer than both watches wait, as a debugger or a paused machine does; then SIGCONT."""
+    monkeypatch.setattr("megatron_patch.train.hang._GRACE", 0.1)
+    run = tmp_path / "run"
+    job = Job(2, settings(data_folder, run, "watchdog.hang_minutes=0.05", "run.steps=30"), tmp_path / "log")
+    job.wait_for(lambda: (run / "log.jsonl").exists() and "step" in (run / "log.jsonl").read_text())
+    job.signal(signal.SIGSTOP)
+    job.wait_for(lambda: all(last_resort.is_stopped(rank.pid) for rank in job.ranks))  # type: ignore[arg-type]
+    time.sleep(4.0)  # 3 s are a hang; the last resort waits 3.2
+    job.signal(signal.SIGCONT)
+    job.run()
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
+    assert not list((run / "stacks").iterdir()) and len(history(run)) == 30
