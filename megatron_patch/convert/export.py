@@ -53,12 +53,13 @@ def export(
     tokenizer: Path,
     scores: dict[str, Any] | None = None,
     dtype: str | None = None,
+    energy: str | None = None,
 ) -> None:
     """Writes `folder`: safetensors shards with their index, config, tokenizer, recipe, provenance and model card.
 
     The folder appears whole or not at all. `tokenizer` is a tokenizer.model or tokenizer.json, `scores` what `eval`
-    wrote of this checkpoint, for the model card. Weights keep the source's dtype, or are rounded to `dtype` (`bf16`,
-    `fp16`, `fp32`).
+    wrote of this checkpoint and `energy` what its training drew, for the model card. Weights keep the source's dtype,
+    or are rounded to `dtype` (`bf16`, `fp16`, `fp32`).
 
     Raises:
         ConvertError: `folder` exists, the form does not exist for this model, weights are not finite or
@@ -74,7 +75,7 @@ def export(
     partial = folder.with_name(folder.name + ".partial")
     try:
         with new_folder(folder, partial):
-            _write(source, partial, form, tensors, tokenizer, scores, dtype)
+            _write(source, partial, form, tensors, tokenizer, scores, dtype, energy)
             for file in partial.iterdir():
                 fsync_file(file)
             fsync_folder(partial)
@@ -92,6 +93,7 @@ def _write(
     tokenizer: Path,
     scores: dict[str, Any] | None,
     dtype_named: str | None,
+    energy: str | None,
 ) -> None:
     ids = write_tokenizer(tokenizer, folder, source.recipe.model)
     dtype = _DTYPES[dtype_named] if dtype_named else source.tensor(tensors[-1].whole).dtype
@@ -103,7 +105,7 @@ def _write(
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
     write_json(folder / PROVENANCE_NAME, provenance(source, form))
     (folder / "recipe.yaml").write_text(source.recipe.to_yaml(), encoding="utf-8")
-    (folder / "README.md").write_text(model_card(source, form, scores), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(source, form, scores, energy), encoding="utf-8")
 
 
 def hf_config(model: Model, form: Form, dtype: torch.dtype, ids: ControlIds) -> dict[str, Any]:

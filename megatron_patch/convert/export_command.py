@@ -17,6 +17,8 @@ from megatron_patch.arguments import QUANTIZATIONS
 from megatron_patch.convert.export import export, tokenizer_of
 from megatron_patch.convert.source import ConvertError
 from megatron_patch.results import read_scores
+from megatron_patch.run.pace import Pace
+from megatron_patch.run.planned import measured_energy
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
 
 
@@ -66,4 +68,6 @@ def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         write_onnx(checkpoint, args.output, tokenizer, args.quantize)
         return
     scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
-    export(checkpoint, args.output, args.form, tokenizer, scores, args.dtype)
+    run = checkpoint.folder.parent.parent
+    energy = measured_energy(run, Pace.of(run / "log.jsonl", checkpoint.step))
+    export(checkpoint, args.output, args.form, tokenizer, scores, args.dtype, energy)

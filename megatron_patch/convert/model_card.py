@@ -13,8 +13,11 @@ from megatron_patch.model.counts import parameters
 from megatron_patch.recipe import Model, Recipe
 
 
-def model_card(source: WeightsSource, form: Form, scores: Mapping[str, Any] | None) -> str:
-    """Markdown with the hub's front matter. `scores`: content of the checkpoint's `scores.json`, where there is one."""
+def model_card(source: WeightsSource, form: Form, scores: Mapping[str, Any] | None, energy: str | None = None) -> str:
+    """Markdown with the hub's front matter.
+
+    `scores`: content of the checkpoint's `scores.json`; `energy`: what its training drew; where there is one.
+    """
     recipe, model = source.recipe, source.recipe.model
     manifest = _trained_on(recipe, source.data_digest)
     chat = manifest.chat if manifest else None
@@ -51,6 +54,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 | step | {source.step:,}: {source.samples:,} rows of {model.sequence_length:,} tokens |
 | checkpoint digest | {source.digest} |
 | data digest | {source.data_digest or "unknown"} |
+| energy of training | {energy or "not measured"} |
 
 ## Training data
 

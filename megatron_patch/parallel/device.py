@@ -111,6 +111,11 @@ def name() -> str:
     return torch.cuda.get_device_name() if HAS_GPU else "CPU"
 
 
+def uuid() -> str:
+    """Names this process's GPU among all there are."""
+    return str(torch.cuda.get_device_properties(current()).uuid)
+
+
 def peak_flops() -> float | None:
     """Dense bf16 peak of this device in FLOP/s, or None where it is not known."""
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name()), None)

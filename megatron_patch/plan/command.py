@@ -15,14 +15,15 @@ from megatron_patch import recipe
 from megatron_patch.arguments import amount, counts
 from megatron_patch.launch import write_json
 from megatron_patch.parallel.gpus import GIB
-from megatron_patch.plan import energy, scale
-from megatron_patch.plan.energy import add_energy
+from megatron_patch.plan import scale
 from megatron_patch.plan.hardware import add_hardware, hardware
 from megatron_patch.plan.memory import memory
 from megatron_patch.plan.plan import Plan
 from megatron_patch.plan.table import draw, table
 from megatron_patch.plan.text import text
 from megatron_patch.recipe import RecipeError
+from megatron_patch.run import energy
+from megatron_patch.run.energy import add_energy
 from megatron_patch.run.planned import PLAN_NAME
 
 
@@ -67,7 +68,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     if args.save:
-        write_json(settings.run_folder / PLAN_NAME, plan.summary())
+        site = {"kwh": used.kwh, "tokens": plan.steps * plan.tokens_per_step, "pue": args.pue, "grid": args.grid}
+        write_json(settings.run_folder / PLAN_NAME, {**plan.summary(), **site})
     if plan.needed > plan.gpu.memory:
         worst = max(plan.places, key=lambda place: memory(place).total)
         print(

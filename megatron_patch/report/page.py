@@ -17,7 +17,8 @@ from megatron_patch.model import counts
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, Thinned, curve
 from megatron_patch.results import amount, axis_unit
-from megatron_patch.run.planned import against_plan
+from megatron_patch.run.pace import Pace
+from megatron_patch.run.planned import against_plan, measured_energy
 
 _ASSETS = Path(__file__).parent
 _FOLDED_ROWS = 12
@@ -141,11 +142,13 @@ def _header(run: Run) -> str:
 
 
 def _planned(run: Run) -> str:
-    """What was planned with `plan --save`, and the share of it that the last steps reach."""
+    """What was planned with `plan --save`, the share of it that the last steps reach, and what the GPUs drew."""
     if not run.steps:
         return ""
-    beside = against_plan(run.folder, _lately(run, "tokens_per_second"), run.status.get("ranks"))
-    return "" if beside is None else f'<p class="soft">Planned: {escape(beside)}.</p>\n'
+    pace = Pace.of(run.folder / "log.jsonl")
+    beside = against_plan(run.folder, _lately(run, "tokens_per_second"), run.status.get("ranks"), pace.rates)
+    said = {"Planned": beside, "Energy": measured_energy(run.folder, pace)}
+    return "".join(f'<p class="soft">{name}: {escape(text)}.</p>\n' for name, text in said.items() if text)
 
 
 def _when(run: Run) -> str:

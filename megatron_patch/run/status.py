@@ -19,7 +19,7 @@ from megatron_patch.run.attempts import attempts, checkpoint_step, read_status
 from megatron_patch.run.lock import is_abandoned
 from megatron_patch.run.log import is_number
 from megatron_patch.run.pace import Pace
-from megatron_patch.run.planned import against_plan
+from megatron_patch.run.planned import against_plan, measured_energy
 
 # A running job writes its status every few seconds; after this long it is not running, whatever the file says.
 SILENCE = 600.0
@@ -132,8 +132,12 @@ class Standing:
             lines.append(f"withheld     {s['withheld']:,} updates (skipped by the watchdog; log.jsonl says why)")
         if is_number(s.get("loss")):
             lines.append(f"loss         {s['loss']:.4f}, {s.get('tokens_per_second', 0):,.0f} tokens/s")
-        if is_number(rate := s.get("tokens_per_second")) and (beside := against_plan(self.run, rate, s.get("ranks"))):
+        if is_number(rate := s.get("tokens_per_second")) and (
+            beside := against_plan(self.run, rate, s.get("ranks"), self.pace.rates)
+        ):
             lines.append(f"plan         {beside}")
+        if energy := measured_energy(self.run, self.pace):
+            lines.append(f"energy       {energy}")
         lines += [
             f"ETA          {self.eta}",
             "checkpoint   " + (f"step {self.checkpoint:,}" if self.checkpoint else "none yet"),

@@ -19,6 +19,7 @@ from megatron_patch.data.segments import DataError, Segments, open_segments
 from megatron_patch.data.sharding import micro_batches
 from megatron_patch.kernels.choice import KernelError
 from megatron_patch.parallel import device, topology
+from megatron_patch.parallel.joules import EnergyCounter
 from megatron_patch.recipe import Recipe, RecipeError
 from megatron_patch.run.attempts import REFUSED
 from megatron_patch.run.status_file import StatusFile
@@ -226,6 +227,7 @@ class _Attempt:
         )
         self._log = Log(resolved, place.world_size, total, self._state.step) if place.rank == 0 else None
         self._loader = Loader(segments, order, samples_consumed=self._state.samples, **sharding)
+        self._energy = EnergyCounter()
         self._last_end = device.Moment()
         self._stop: str | None = None
         self._gone = ""  # what of the run the first rank no longer finds at its path
@@ -278,7 +280,7 @@ class _Attempt:
                     return
                 self._hang.beat(f"step {number}")
             rate = learning_rate(number - 1, self._resolved.optimizer, self._total)
-            step = self._trainer.update(rate, self._requests.number(), self._losses.ceiling)
+            step = self._trainer.update(rate, self._requests.number(), self._losses.ceiling, self._energy.since_last())
             queued = _Queued(number, rate, begun, computed, step)
             if number == self._total or self._is_scored(number):
                 self._finish(queued)
@@ -301,7 +303,7 @@ class _Attempt:
         self._state = self._state.after_batch(batch, tokens, self._losses.window, self._losses.in_a_row)
         if self._log:
             seconds = queued.step.end.since(self._last_end)
-            self._log.step(queued.number, result.loss, result.grad_norm, queued.rate, seconds)
+            self._log.step(queued.number, result.loss, result.grad_norm, queued.rate, seconds, result.joules)
             if (rest := self._order.left_out(queued.number)) is not None:
                 self._log.left_out(queued.number, rest[0], rest[1].tolist())
             self._status.progress(

@@ -51,8 +51,19 @@ class Log:
         self.tokens_per_second: float | None = None
         self.eta_seconds: float | None = None
 
-    def step(self, step: int, loss: float, grad_norm: float, learning_rate: float, seconds: float) -> None:
-        """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it, `seconds` it took."""
+    def step(
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        seconds: float,
+        joules: float = math.inf,
+    ) -> None:
+        """Log the finished 1-based `step`; loss in nats a token, `learning_rate` as used by it, `seconds` it took.
+
+        `joules` are those of all GPUs; the record has none where they are not known (infinite).
+        """
         self._recent.append(seconds)
         rate = self.tokens_per_second = self._tokens_a_step / seconds
         self.eta_seconds = sum(self._recent) / len(self._recent) * (self._total_steps - step)
@@ -68,6 +79,7 @@ class Log:
             "tokens_per_second": rate,
             "mfu": mfu,
             "memory": device.peak_memory(),
+            **({"joules": joules} if math.isfinite(joules) else {}),
             "time": time.time(),
         }
         self._write(record)

@@ -7,6 +7,7 @@ gradients are summed, so the result does not depend on how rows are sharded acro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ class StepResult(NamedTuple):
     loss: float  # nats a token, mean over the global batch
     grad_norm: float  # global norm before clipping
     request: float  # sum of the ranks' `request` arguments
+    joules: float  # drawn by all GPUs since the update before; infinite where that of any is not known
     applied: bool  # False where the update was withheld: weights and moments are those before the step
 
 
@@ -46,8 +48,8 @@ class Step:
     def result(self) -> StepResult:
         """Waits for the step's end."""
         self.end.wait()
-        loss, norm_squared, request, withheld = self._numbers.tolist()
-        return StepResult(loss, norm_squared**0.5, request, not withheld)
+        loss, norm_squared, request, joules, withheld = self._numbers.tolist()
+        return StepResult(loss, norm_squared**0.5, request, joules, not withheld)
 
 
 class Trainer:
@@ -74,14 +76,22 @@ class Trainer:
         self.optimizer.reduce_gradients()
         return computed
 
-    def update(self, learning_rate: float, request: float = 0.0, ceiling: Ceiling | None = None) -> Step:
+    def update(
+        self,
+        learning_rate: float,
+        request: float = 0.0,
+        ceiling: Ceiling | None = None,
+        joules: float = math.inf,
+    ) -> Step:
         """Update the weights from what `compute` left, unless loss or norm is not finite or above the ceiling.
 
         The device decides, equally on every rank, and the host waits for nothing: the numbers are read from the
-        result, while the device computes the next step. `request` travels with the loss in the step's one world-wide
-        reduction, so that all ranks learn from the same step that any of them was asked to stop.
+        result, while the device computes the next step. `request` and `joules` (of this rank's GPU, infinite where not
+        known) travel with the loss in the step's one world-wide reduction, so that all ranks learn from the same step
+        that any of them was asked to stop.
         """
-        sums = torch.stack([self._loss, self.optimizer.local_norm_squared(), torch.full_like(self._loss, request)])
+        of_host = (torch.full_like(self._loss, number) for number in (request, joules))
+        sums = torch.stack([self._loss, self.optimizer.local_norm_squared(), *of_host])
         dist.all_reduce(sums)
         loss, norm = sums[0], sums[1].sqrt()
         withheld = ~(loss.isfinite() & norm.isfinite())

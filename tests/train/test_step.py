@@ -77,7 +77,7 @@ def steps_without_waiting(overrides: list[str]) -> list[tuple[float, ...]]:
     for shard in shards:
         with no_wait():
             trainer.compute(shard)
-            steps.append(trainer.update(1e-3, request=1.0, ceiling=Ceiling(5.0, 100.0)))
+            steps.append(trainer.update(1e-3, request=1.0, ceiling=Ceiling(5.0, 100.0), joules=2.5))
     return [tuple(step.result()) for step in steps]
 
 
@@ -100,8 +100,8 @@ def test_a_step_reads_nothing_back(layout: str) -> None:
     ranks, overrides = LAYOUTS[layout]
     without = run_ranks(ranks, steps_without_waiting, overrides)
     one_by_one = run_ranks(ranks, steps_read_one_by_one, overrides)
-    for loss, norm, request, applied in without[0]:
-        assert request == ranks and applied and loss > 0 and norm > 0
+    for loss, norm, request, joules, applied in without[0]:
+        assert request == ranks and joules == 2.5 * ranks and applied and loss > 0 and norm > 0
     for ahead, read in zip(without[0], one_by_one[0], strict=True):
         assert ahead[:2] == read[:2]
 

@@ -1,4 +1,4 @@
-"""Energy and carbon of a run, planned from board power and time.
+"""Energy and carbon of a run: planned from board power and time, or measured by the GPUs' own counters.
 
 As in LLaMA's paper (arXiv 2302.13971, section 6): GPU hours x power of a GPU x PUE, and kg CO2e a kWh of the grid. The
 GPUs alone are counted; processors, network and storage of the nodes are not.
