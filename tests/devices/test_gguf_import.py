@@ -55,14 +55,25 @@ def write(device_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("precision", "kind", "name"),
-    [("fp32", "f32", "mobillama_05b"), ("bf16", "bf16", "mobillama_05b"), ("bf16", "q8_0", "large_base")],
+    ("precision", "kind", "name", "ffns"),
+    [
+        ("fp32", "f32", "mobillama_05b", 1),
+        ("bf16", "bf16", "mobillama_05b", 2),  # layers 0 and 1 share one, 2 and 3 the other
+        ("bf16", "q8_0", "large_base", 4),
+    ],
 )
 def test_exported_imported_and_exported_again(
-    precision: str, kind: str, name: str, device_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    precision: str,
+    kind: str,
+    name: str,
+    ffns: int,
+    device_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = MemoryWeights(device_recipe(f"precision={precision}", name=name), scale=0.05, dtype=dtype)
+    shared = [] if ffns == 4 else [f"model.num_ffns={ffns}"]
+    weights = MemoryWeights(device_recipe(f"precision={precision}", *shared, name=name), scale=0.05, dtype=dtype)
     write_weights(weights, tmp_path / "one")
     words = ["--form", "gguf", "--quantize", kind, "--tokenizer", str(device_tokenizer)]
     assert main(["export", str(tmp_path / "one"), str(tmp_path / "m.gguf"), *words]) == 0
