@@ -121,7 +121,7 @@ def _faults(form: DeviceForm, row: Measured, answer: Answer, asked: Asked, exact
 
 
 def _texts(recipe: Recipe, asked: Asked) -> Texts:
-    length = min(recipe.model.sequence_length, _LONGEST)
+    length = min(recipe.model.sequence_length, _LONGEST, max(asked.tokens + 1, PROMPT_TOKENS))
     if asked.random:
         shape = (max(PROMPTS, -(-asked.tokens // (length - 1))), length)
         rows = np.random.default_rng(_SEED).integers(3, recipe.model.vocab_size, shape)

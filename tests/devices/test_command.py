@@ -52,7 +52,7 @@ def test_every_form_against_its_checkpoint(
         "--new-tokens",
         "12",
         "--tokens",
-        "20",
+        "255",
         "--csv",
         "out.csv",
         "--most-loss",
