@@ -137,16 +137,24 @@ def make_run(demo: Path, folder: Path, share: float) -> None:
             (other / name).symlink_to(first / name)
 
 
+_MEASURE = """
+import os, sys
+out = os.dup(1)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+_, status, usage = os.wait4(os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:]), 0)
+os.write(out, f"{usage.ru_utime + usage.ru_stime} {usage.ru_maxrss / 1024}".encode())
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+"""A process of its own: Linux counts what a process held before its exec, which is what its parent held."""
+
+
 def measured(command: list[str]) -> tuple[float, float]:
     """CPU seconds of a command, and the MB that it held at most."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}: {said.decode()[-500:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    done = subprocess.run([sys.executable, "-S", "-c", _MEASURE, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
+    seconds, mb = map(float, done.stdout.split())
+    return seconds, mb
 
 
 def resume_looks(run: Path) -> None:

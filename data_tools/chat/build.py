@@ -19,7 +19,7 @@ from data_tools.dataset.format import (
 from data_tools.dataset.segment_files import DatasetPlan, finished_segment, keep_tokenizer, write_dataset_manifest
 from data_tools.files.digest import sha256_file
 from data_tools.files.durable import folder_lock, write_whole
-from data_tools.files.errors import ErrorPolicy
+from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import content_digest
 from data_tools.sources.text_encoder import read_vocab_size
 
@@ -62,6 +62,8 @@ def build(
         )
         base = output / segment_name(0)
         manifest = output / MANIFEST_NAME
+        if manifest.is_file():
+            _refuse_other_files(manifest, [part.file for part in parts])
         if finished_segment(base, plan, source) is not None and manifest.is_file():
             return DatasetManifest.read(manifest)
         write_whole(output / CHAT_TEMPLATE_NAME, judged.template.encode())
@@ -80,3 +82,15 @@ def build(
             files=[part.file for part in parts],
         )
         return write_dataset_manifest(output, DatasetPlan(**{**vars(plan), "chat": chat}))
+
+
+def _refuse_other_files(manifest: Path, files: list[str]) -> None:
+    """Raises DataError where a file came or went since the data set was finished; its parts may be gone by then."""
+    chat = DatasetManifest.read(manifest).chat
+    if chat is not None and (odd := sorted(set(chat.files) ^ set(files))):
+        raise DataError(
+            "made from other files: "
+            + ", ".join(f"{file!a} is {'new' if file in files else 'not there any more'}" for file in odd[:5]),
+            file=manifest,
+            remedy="bring the files back as they were, or use another --output, or remove the folder",
+        )

@@ -199,7 +199,7 @@ class Fetcher:
             length = response.headers.get("Content-Length", "")
             stated.size = stated.size if stated.size is not None else have + int(length) if length.isdigit() else None
             if not have and (first or not stated.size):
-                refuse_other_content(path.name, first, url)
+                refuse_other_content(path.name, first, url, is_whole=len(first) == stated.size)
             progress = Progress(f"fetch {path.name}", stated.size or 0, "B")
             progress.advance(have)
             with partial.open("ab" if have else "wb") as stream, progress:

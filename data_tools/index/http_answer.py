@@ -11,6 +11,7 @@ from email.message import Message
 from typing import IO, Any
 
 from data_tools.files.errors import DataError
+from data_tools.index.jsonl_segments import JSONL_NAME
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _OTHER_TYPES = re.compile(r"(text/html|application/xhtml\+xml|(text|application)/xml|(multipart|image|audio|video)/.*)")
@@ -86,14 +87,25 @@ def refuse_other_body(response: Any, url: str, whole_is_known: bool) -> None:
         )
 
 
-def refuse_other_content(name: str, beginning: bytes, url: str) -> None:
-    """Raises DataError where a file is empty, or JSON does not begin as JSON, whatever type the server gave it."""
+def refuse_other_content(name: str, beginning: bytes, url: str, is_whole: bool) -> None:
+    """Refuses what cannot be the file, whatever type the server gave it; `is_whole`: the beginning is all of it.
+
+    Raises:
+        DataError: it is empty, JSON does not begin as JSON, or a segment with a row: an error told in JSON does.
+    """
     if not beginning:
         raise DataError("the server sends an empty file", file=url, remedy="check the address")
-    if not name.endswith((".jsonl", ".json")) or beginning.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{"):
+    if not name.endswith((".jsonl", ".json")):
         return
+    kind = "JSON object"
+    if beginning.lstrip(b" \t\r\n\xef\xbb\xbf").startswith(b"{"):
+        line, newline, _ = beginning.partition(b"\n")
+        is_segment = JSONL_NAME.fullmatch(name) is not None
+        if not is_segment or not (newline or is_whole) or b'"token_ids"' in line:
+            return
+        kind = "row of a segment"
     raise DataError(
-        f"begins with {beginning[:40]!r}, which is no JSON object",
+        f"begins with {beginning[:40]!r}, which is no {kind}",
         file=url,
         remedy="open the address in a browser: it may want a sign-in, or hold the file packed",
     )

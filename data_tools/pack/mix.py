@@ -192,18 +192,30 @@ class _Mixer:
         return {**self.identity, "segment": segment}
 
     def _finished(self, base: Path, segment: int) -> bool:
-        if self.options.direct:
-            return finished_segment(base, self.plan, self._source(segment)) is not None
         marker, path = base.with_suffix(".json"), base.with_suffix(".jsonl")
         if not marker.is_file():
             return False
         remedy = f"remove {marker} and mix again"
         manifest = read_json(marker, remedy)
-        if SegmentManifest.from_json(manifest, marker).input != self._source(segment):
+        made = SegmentManifest.from_json(manifest, marker)
+        self._refuse_other_sources(made, marker)
+        if self.options.direct:
+            return finished_segment(base, self.plan, self._source(segment)) is not None
+        if made.input != self._source(segment):
             raise DataError("made from other rows", file=marker, remedy="use another --output or remove the folder")
         if file_size(path) != manifest.get("bytes"):
             raise DataError("its size is not that of its manifest", file=path, remedy=remedy)
         return True
+
+    def _refuse_other_sources(self, made: SegmentManifest, marker: Path) -> None:
+        """Raises DataError where a source came or went since a segment was finished."""
+        before, now = made.rows_per_source.keys(), {source.name for source in self.mixed.sources}
+        if made.input.get("mix") != self.identity["mix"] and before != now:
+            raise DataError(
+                f"has rows of {', '.join(sorted(before))}; the sources are {', '.join(sorted(now))} now",
+                file=marker,
+                remedy="bring the sources back as they were, use another --output, or remove what is in it",
+            )
 
     def _read_journal(self, todo: list[int]) -> tuple[int, dict[str, tuple[int, str]]]:
         """How many rounds are written, and by segment how many bytes that made, with their digest."""

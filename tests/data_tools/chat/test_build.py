@@ -136,6 +136,10 @@ def test_ids_are_those_of_transformers_and_answers_count(tokenizer: Path, tmp_pa
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()} == before
     with pytest.raises(DataError, match="made from other input or with other settings"):
         build(tmp_path / "in", tmp_path / "out", tokenizer, "--held-out-rows", "4")
+    shutil.rmtree(tmp_path / "out/parts")  # which may go
+    write(tmp_path / "in" / "c.jsonl", records[:1])
+    with pytest.raises(DataError, match=r"manifest\.json: made from other files: 'c\.jsonl' is new"):
+        build(tmp_path / "in", tmp_path / "out", tokenizer, "--held-out-rows", "3")
     (tmp_path / "in" / "a.jsonl").write_text(json.dumps(records[0]) + "\n")
     with pytest.raises(DataError, match=r"made from other input than .*a.jsonl"):
         build(tmp_path / "in", tmp_path / "out", tokenizer, "--held-out-rows", "3")

@@ -49,6 +49,11 @@ def fetch(site: Site, out: Path, *more: object) -> int:
         ((200, {"Content-Type": "multipart/byteranges; boundary=x", **SIZE}, BODY), "sends multipart/byteranges"),
         ((200, {"Content-Length": "21"}, b"<html>sign in</html>\n"), "begins with b'<html>sign in"),
         ((200, {"Content-Length": "20"}, gzip.compress(b"")), "which is no JSON object"),
+        (
+            (200, {"Content-Type": "application/json", "Content-Length": "17"}, b'{"error":"quota"}'),
+            "no row of a segment",
+        ),
+        ((200, {"Content-Length": "14"}, b'{"error":"x"}\n'), "no row of a segment"),
         ((200, {"Content-Length": "0"}, b""), "sends an empty file"),
         ((200, {"Transfer-Encoding": "chunked"}, b"0\r\n\r\n"), "sends an empty file"),
         ((204, {}, b""), "answers 204"),

@@ -191,5 +191,9 @@ def test_one_text_in_two_sources_is_refused_whatever_tokenised_them(small_corpus
     options = MixOptions(2, True, 0, 1)
     with pytest.raises(DataError, match=r"rows/book: b\.jsonl has the text of only\.jsonl\.gz, which is in arxiv"):
         mix(tmp_path / "rows", tmp_path / "out", options, range(1))
-    shutil.rmtree(tmp_path / "rows/arxiv")
+    (tmp_path / "rows/arxiv").rename(tmp_path / "arxiv")
     mix(tmp_path / "rows", tmp_path / "out", options)  # a licence and an empty file are no text of two sources
+    shutil.rmtree(tmp_path / "rows/book")
+    (tmp_path / "arxiv").rename(tmp_path / "rows/arxiv")
+    with pytest.raises(DataError, match="has rows of book, c4, wikipedia; the sources are arxiv, c4, wikipedia now"):
+        mix(tmp_path / "rows", tmp_path / "out", options)
