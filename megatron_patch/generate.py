@@ -14,6 +14,7 @@ from megatron_patch.model.build import build
 from megatron_patch.model.initialise import fill
 from megatron_patch.parallel import device, topology
 from megatron_patch.recipe import Recipe
+from megatron_patch.vision.images import Pictures
 
 
 def load_model(recipe: Recipe, tensor: Callable[[str], torch.Tensor], patience: timedelta) -> torch.nn.Module:
@@ -74,6 +75,7 @@ def answer(
     limit: int,
     sequence_length: int,
     vocab_size: int,
+    pictures: Pictures | None = None,
 ) -> Answer:
     """The greedy answer of up to `limit` ids to a prompt, within a row of `sequence_length`; see `stream`."""
     ids = list(
@@ -84,6 +86,7 @@ def answer(
             limit=limit,
             sequence_length=sequence_length,
             vocab_size=vocab_size,
+            pictures=pictures,
         )
     )
     return Answer(ids, ended=len(ids) < min(limit, sequence_length - len(prompt)))
@@ -100,21 +103,22 @@ def stream(
     vocab_size: int,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    pictures: Pictures | None = None,
 ) -> Iterator[int]:
     """The ids of one answer as they are drawn, up to the end of turn; greedy at temperature 0.
 
     Only ids below `vocab_size`, the tokenizer's, are given. Each token is computed once; keys and values of all before
-    it are kept.
+    it are kept. `pictures` are the prompt's.
     """
     seen, following = Seen(sequence_length), list(prompt)
     for _ in range(min(limit, sequence_length - len(prompt))):
         rows = torch.tensor([following], device=device.current())
-        logits = model(rows, seen=seen)[0, -1, :vocab_size].float().cpu()
+        logits = model(rows, seen=seen, pictures=pictures)[0, -1, :vocab_size].float().cpu()
         if temperature:
             token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
         else:
             token = int(logits.argmax())
         if token == end_of_turn:
             return
-        following = [token]
+        following, pictures = [token], None
         yield token

@@ -18,6 +18,7 @@ FLOORS = {
     "megatron_patch": (
         {"recipe", "arguments", "launch", "paper", "results", "kernels"},
         {"parallel", "run"},
+        {"vision"},
         {"model"},
         {"optim", "data"},
         {"train", "preflight", "generate"},

@@ -38,10 +38,34 @@ def toy_recipe(*overrides: str) -> Recipe:
     return load("recipes/demo.yaml", [*TOY, *overrides])
 
 
+# A model that sees, of which an image is 4 tokens.
+SEEING = [
+    "model.vision={image_size: 8, patch_size: 4, fit: pad, hidden_size: 24, ffn_hidden_size: 40, num_layers: 2,"
+    " num_attention_heads: 2, norm_epsilon: 1e-5, activation: quick_gelu, pixel_shuffle: 1, placeholder_id: 1}",
+]
+
+
 def random_rows(recipe: Recipe, step: int) -> np.ndarray:
-    """The rows of a step's global batch: uint16 [global batch size, row length]."""
+    """The rows of a step's global batch: uint16 [global batch size, row length].
+
+    Of a model that sees, rows have no image, one and two in turn.
+    """
     shape = (recipe.batch.global_batch_size, recipe.row_length)
-    return np.random.RandomState(1000 + step).randint(0, recipe.model.vocab_size, shape).astype(np.uint16)
+    rows = np.random.RandomState(1000 + step).randint(0, recipe.model.vocab_size, shape).astype(np.uint16)
+    if (vision := recipe.model.vision) is not None:
+        rows[rows == vision.placeholder_id] = 0
+        rows[1::3, 5 : 5 + vision.tokens] = vision.placeholder_id
+        rows[2::3, 1 : 1 + vision.tokens] = rows[2::3, 10 : 10 + vision.tokens] = vision.placeholder_id
+    return rows
+
+
+def random_images(recipe: Recipe, step: int) -> list[np.ndarray]:
+    """Of each row of a step's global batch its images: uint8 [n, 3, size, size]."""
+    random, vision = np.random.RandomState(3000 + step), recipe.model.vision
+    assert vision is not None
+    images = [(row == vision.placeholder_id).sum() // vision.tokens for row in random_rows(recipe, step)]
+    size = vision.image_size
+    return [random.randint(0, 256, (count, 3, size, size)).astype(np.uint8) for count in images]
 
 
 def random_marks(recipe: Recipe, step: int) -> Marks:
@@ -79,9 +103,13 @@ def toy_shard(trainer: Trainer, step: int) -> BatchShard:
     if recipe.data.reset_at_starts:
         whole = random_marks(recipe, step)
         labels = int(whole.counted[:, 1:].sum())
-        marks = Marks(*(field[rows[rows >= 0]] for field in whole)).placed(rows >= 0)
+        marks = whole.of(rows[rows >= 0]).placed(rows >= 0)
     tokens = np.where(weights[..., None] > 0, batch[rows], 0)
-    return BatchShard(0, step * len(batch), rows, tokens, weights, labels, marks)
+    pixels = None
+    if recipe.model.vision is not None and place.pipeline_rank == 0:
+        images = random_images(recipe, step)
+        pixels = [np.concatenate([images[0][:0], *(images[row] for row in part if row >= 0)]) for part in rows]
+    return BatchShard(0, step * len(batch), rows, tokens, weights, labels, marks, pixels)
 
 
 def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def gathered(
     truncated = dropped = 0
     for number in np.flatnonzero(lengths > options.row_length).tolist():
         begin, cut, end = first[number] + np.array([0, options.row_length, lengths[number]])
-        loses_image = placeholder_id is not None and (ids[cut:end] == placeholder_id).any()
+        loses_image = placeholder_id is not None and (ids[cut - 1 : end] == placeholder_id).any()
         if options.overlong == "truncate" and counted[begin:cut].any() and not loses_image:
             truncated += 1
         else:

@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder.
 
-    expanded    stock `LlamaForCausalLM`, the shared FFN copied into every layer
+    expanded    stock `LlamaForCausalLM`, the shared FFN copied into every layer; of a model that sees stock
+                `LlavaForConditionalGeneration` (llava.py)
     shared      one FFN, with the small modelling file that `trust_remote_code=True` loads
 
 Runs on one process without a GPU, whatever layout wrote the checkpoint: one shard is in memory at a time.
@@ -22,6 +23,7 @@ from data_tools.dataset.format import tokenizer_in
 from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share_like_folder
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
 from megatron_patch.convert.chat_files import chat_beside
+from megatron_patch.convert.llava import WithLastNorm, llava_config, llava_tensors, processor_files
 from megatron_patch.convert.model_card import model_card
 from megatron_patch.convert.names import Form, HfTensor, ffn_table, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
@@ -69,7 +71,12 @@ def export(
     if folder.exists():
         raise ConvertError(f"{folder}: exists; choose a new folder or remove this one")
     try:
-        tensors = hf_tensors(source.recipe.model, form)
+        if form == "expanded" and source.recipe.model.vision is not None:
+            tensors, source = llava_tensors(source.recipe.model), WithLastNorm(source)
+        else:
+            tensors = hf_tensors(source.recipe.model, form)
+    except ConvertError:
+        raise
     except ValueError as error:
         raise ConvertError(f"--form {form}: {error}") from None
     partial = folder.with_name(folder.name + ".partial")
@@ -98,7 +105,12 @@ def _write(
     ids = write_tokenizer(tokenizer, folder, source.recipe.model)
     dtype = _DTYPES[dtype_named] if dtype_named else source.tensor(tensors[-1].whole).dtype
     _write_shards(source, tensors, folder, dtype)
-    write_json(folder / "config.json", hf_config(source.recipe.model, form, dtype, ids))
+    config = hf_config(source.recipe.model, form, dtype, ids)
+    if source.recipe.model.vision is not None:
+        config = llava_config(source.recipe.model, config)
+        for name, content in processor_files(source.recipe.model, folder / "tokenizer.json").items():
+            write_json(folder / name, content)
+    write_json(folder / "config.json", config)
     generation = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.unk, "do_sample": False}
     write_json(folder / "generation_config.json", generation)
     if form == "shared":

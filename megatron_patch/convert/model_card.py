@@ -22,27 +22,22 @@ def model_card(source: WeightsSource, form: Form, scores: Mapping[str, Any] | No
     manifest = _trained_on(recipe, source.data_digest)
     chat = manifest.chat if manifest else None
     trained = "tuned" if chat else "pre-trained"
-    trust = ", trust_remote_code=True" if form == "shared" else ""
+    purpose = _purpose(chat, recipe) if model.vision is None else _SEES
     kind = "MobiLlama" if model.shared_ffn else "A baseline of MobiLlama"
     return f"""---
 license: apache-2.0
 language: [en]
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {"text-generation" if model.vision is None else "image-text-to-text"}
 tags: [mobillama]
 ---
 # {recipe.name}
 
 {kind} ([arXiv 2402.16840](https://arxiv.org/abs/2402.16840)), {trained} on {source.tokens:,} tokens. {_sharing(model, form)}
-{_purpose(chat, recipe)}
+{purpose}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # of this file, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(folder{trust})
-tokenizer = AutoTokenizer.from_pretrained(folder)
-{_use(chat)}
+{_use(chat, form) if model.vision is None else _USE_IMAGE}
 
 | | |
 |---|---|
@@ -96,14 +91,38 @@ def _purpose(chat: ChatRecord | None, recipe: Recipe) -> str:
     )
 
 
-def _use(chat: ChatRecord | None) -> str:
+_SEES = "A model that sees: its answers are about the images of a question."
+
+_USE_IMAGE = """from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
+
+folder = "."  # of this file, or its name on the hub
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
+question = f"{processor.image_token}\\nWhat is in the image?"
+messages = [{"role": "user", "content": question}]
+text = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+inputs = processor(images=load_image("image.jpg"), text=text, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))
+```"""
+
+
+def _use(chat: ChatRecord | None, form: Form) -> str:
+    trust = ", trust_remote_code=True" if form == "shared" else ""
+    opened = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # of this file, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(folder{trust})
+tokenizer = AutoTokenizer.from_pretrained(folder)
+"""
     if chat is not None:
-        return """messages = [{"role": "user", "content": "What does this function do?"}]
+        return f"""{opened}messages = [{{"role": "user", "content": "What does this function do?"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 answer = model.generate(**inputs, max_new_tokens=200)[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```"""
-    return """inputs = tokenizer("The function returns", return_tensors="pt")
+    return f"""{opened}inputs = tokenizer("The function returns", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
 

@@ -63,8 +63,13 @@ def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
     shared form (138 tensors), where several are `model.ffns.K` and one is `model.ffn`.
 
     Raises:
-        ValueError: the shared form of a model whose layers have an FFN each.
+        ValueError: the shared form of a model whose layers have an FFN each; a model that sees (convert/llava.py).
     """
+    if model.vision is not None:
+        raise ValueError(
+            "this form reads alone, and the model's encoder would be left out without a word; a model that sees is "
+            "exported with --form expanded, for stock LlavaForConditionalGeneration"
+        )
     if form == "shared" and not model.shared_ffn:
         raise ValueError("every layer has an FFN of its own (model.num_ffns), so only `expanded` exists")
     h, f, v = model.hidden_size, model.ffn_hidden_size, model.vocab_size

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from data_tools.dataset.format import MARKS, SegmentManifest
+from data_tools.dataset.images import IMAGES
 from data_tools.files.digest import new_digest
 from data_tools.files.errors import DataError
 
@@ -35,7 +36,8 @@ class Ahead:
         """`again`: after the last segment comes the first. Raises DataError where `stage_folder` cannot be written."""
         self._folder, self._segments, self._read, self._again = folder, segments, read, again
         self._stage_folder = stage_folder
-        self.suffixes = ("bin", *(MARKS if segments[0].is_marked else ()))
+        said = (*(MARKS if segments[0].is_marked else ()), *((IMAGES,) if segments[0].images_per_row else ()))
+        self.suffixes = ("bin", *said)
         if stage_folder is not None:
             with contextlib.suppress(OSError):  # said below
                 stage_folder.mkdir(parents=True, exist_ok=True)

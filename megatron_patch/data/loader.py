@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.dataset.format import TOKEN_DTYPE
+from megatron_patch.data.images import Images
 from megatron_patch.data.marks import Marks
 from megatron_patch.data.order import SampleOrder
 from megatron_patch.data.segments import Segments
@@ -36,6 +37,8 @@ class BatchShard:
     """Labels of the whole global batch, over all ranks, whose loss counts: what the summed loss is divided by."""
     marks: Marks | None = None
     """Of `tokens`, where the data set says more of a row than its ids."""
+    pixels: list[np.ndarray] | None = None
+    """Of each micro-batch the images in the order of its rows: uint8 [n, 3, size, size]; None where none are read."""
 
 
 def _read_shard(
@@ -61,8 +64,14 @@ def _labels_and_marks(
         return len(batch) * (row_length - 1), None
     real = rows >= 0
     where = {int(row): place for place, row in enumerate(batch)}
-    mine = [where[int(row)] for row in rows[real]]
-    return int(whole.counted[:, 1:].sum()), Marks(*(field[mine] for field in whole)).placed(real)
+    return int(whole.counted[:, 1:].sum()), whole.of([where[int(row)] for row in rows[real]]).placed(real)
+
+
+def _pixels(images: Images | None, tokens: np.ndarray, marks: Marks | None) -> list[np.ndarray] | None:
+    """Of each micro-batch the images of its rows, one row's after the other's."""
+    if images is None or marks is None or marks.images is None:
+        return None
+    return [images.of_rows(*rows) for rows in zip(tokens, marks.images, strict=True)]
 
 
 class Loader:
@@ -81,6 +90,7 @@ class Loader:
         micro_batch_size: int,
         num_micro_batches: int,
         samples_consumed: int,
+        images: Images | None = None,
         prefetch: int = 2,
     ) -> None:
         """Starts reading at once.
@@ -88,9 +98,10 @@ class Loader:
         Args:
             num_micro_batches: see `sharding.accumulation_steps`.
             samples_consumed: the position; a multiple of the order's global batch size.
+            images: where this rank needs the pixels of its rows' images.
             prefetch: batches kept ready.
         """
-        self._segments, self._order = segments, order
+        self._segments, self._order, self._images = segments, order, images
         self._sharding = (data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
         self._position = samples_consumed
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")  # one thread: batches come in order
@@ -125,7 +136,8 @@ class Loader:
         labels, marks = _labels_and_marks(
             lambda r: self._segments.marks(segment, r), batch, rows, self._segments.row_length
         )
-        return BatchShard(segment, samples_consumed, rows, tokens, weights, labels, marks)
+        pixels = _pixels(self._images, tokens, marks)
+        return BatchShard(segment, samples_consumed, rows, tokens, weights, labels, marks, pixels)
 
 
 def held_out_shards(
@@ -137,6 +149,7 @@ def held_out_shards(
     data_parallel_size: int,
     micro_batch_size: int,
     num_micro_batches: int,
+    images: Images | None = None,
 ) -> Iterator[BatchShard]:
     """The first `num_rows` held-out rows (or all there are), sharded like training batches, the last one padded."""
     count = min(num_rows, segments.held_out_rows)
@@ -145,4 +158,5 @@ def held_out_shards(
         rows, weights = shard_of(batch, data_parallel_rank, data_parallel_size, micro_batch_size, num_micro_batches)
         tokens = _read_shard(segments.read_held_out, rows, weights, segments.row_length)
         labels, marks = _labels_and_marks(segments.held_out_marks, batch, rows, segments.row_length)
-        yield BatchShard(HELD_OUT_SEGMENT, start, rows, tokens, weights, labels, marks)
+        pixels = _pixels(images, tokens, marks)
+        yield BatchShard(HELD_OUT_SEGMENT, start, rows, tokens, weights, labels, marks, pixels)

@@ -1,11 +1,12 @@
-"""What a data set holds of a row beyond its ids: which of them count in the loss, and where conversations begin.
+"""What a data set holds of a row beyond its ids: which of them count in the loss, where conversations begin, images.
 
-Whatever else belongs to a row (an image that it points to) is one more field of `Marks`, read by `Segments.marks`
+Whatever else belongs to a row is one more field of `Marks`, read by `Segments.marks`
 beside the ids and sharded over data-parallel ranks with them; a data set without them is never asked for any.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,13 @@ class Marks(NamedTuple):
     """bool [..., row_length]: whether the loss of predicting this id counts."""
     starts: np.ndarray
     """bool [..., row_length]: whether a conversation, or the padding after the last one, begins with this id."""
+    images: np.ndarray | None = None
+    """int32 [..., images a row]: the numbers of its images in their order, -1 behind them; None without images."""
+
+    def of(self, rows: Sequence[int] | np.ndarray) -> Marks:
+        """Those of some rows, by their places."""
+        images = None if self.images is None else self.images[rows]
+        return Marks(self.counted[rows], self.starts[rows], images)
 
     def placed(self, real: np.ndarray) -> Marks:
         """These marks of rows [n, row_length] at the n true places of `real` [...], padding rows at the others."""
@@ -25,7 +33,11 @@ class Marks(NamedTuple):
         counted, starts = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
         starts[..., 0] = True
         counted[real], starts[real] = self.counted, self.starts
-        return Marks(counted, starts)
+        if self.images is None:
+            return Marks(counted, starts)
+        images = np.full((*real.shape, self.images.shape[-1]), -1, dtype=self.images.dtype)
+        images[real] = self.images
+        return Marks(counted, starts, images)
 
 
 class Boundaries(NamedTuple):

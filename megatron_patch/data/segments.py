@@ -19,6 +19,7 @@ from data_tools.dataset.format import (
     segment_name,
     unpack_marks,
 )
+from data_tools.dataset.images import IMAGES, ROW_IMAGES_DTYPE
 from data_tools.files.digest import sha256_file
 from data_tools.files.errors import DataError
 from data_tools.files.plain_file import file_size
@@ -175,13 +176,15 @@ class Segments:
         """The same of held-out rows."""
         if not self.is_marked:
             return None
-        return self._marks(HELD_OUT_NAME, {suffix: self._map(self._held_out(suffix)) for suffix in MARKS}, rows)
+        suffixes = (*MARKS, *((IMAGES,) if self.manifest.images else ()))
+        return self._marks(HELD_OUT_NAME, {suffix: self._map(self._held_out(suffix)) for suffix in suffixes}, rows)
 
     def _held_out(self, suffix: str) -> Path:
         return self.folder / f"{HELD_OUT_NAME}.{suffix}"
 
     def _marks(self, name: str, mapped: dict[str, np.ndarray], rows: np.ndarray) -> Marks:
-        marks = Marks(*(unpack_marks(mapped[suffix][rows], self.row_length) for suffix in MARKS))
+        counted, starts = (unpack_marks(mapped[suffix][rows], self.row_length) for suffix in MARKS)
+        marks = Marks(counted, starts, self._row_images(name, mapped, rows))
         bad = ~(marks.starts[:, 0] & marks.counted[:, 1:].any(axis=1))
         if bad.any():
             raise DataError(
@@ -191,6 +194,22 @@ class Segments:
                 remedy="the file is damaged: run data_tools/build_chat.py verify and build the data set again",
             )
         return marks
+
+    def _row_images(self, name: str, mapped: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray | None:
+        """Raises DataError where a row points to an image that there is not."""
+        record = self.manifest.images
+        if record is None:
+            return None
+        images = mapped[IMAGES][rows]
+        bad = ((images < -1) | (images >= record.count)).any(axis=1)
+        if bad.any():
+            raise DataError(
+                f"points to an image that is none of the {record.count}",
+                file=self.folder / f"{name}.{IMAGES}",
+                place=f"row {rows[bad.argmax()]}",
+                remedy="the file is damaged: run data_tools/build_vision.py verify and build the data set again",
+            )
+        return images
 
     def sources(self, segment: int, rows: np.ndarray) -> np.ndarray:
         """Source codes (positions in the manifest's `sources`) of rows of a segment: uint8 [n]."""
@@ -222,11 +241,13 @@ class Segments:
         return mapped[1]
 
     def _map(self, path: Path) -> np.ndarray:
-        """[rows, row_length] ids, or what one of MARKS stores of each row."""
+        """[rows, row_length] ids, the numbers of each row's images, or what one of MARKS stores of each row."""
         with path.open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         # Rows are asked for at random: the kernel's own reading ahead would bring 32 times what is wanted.
         mapped.madvise(mmap.MADV_RANDOM)
         if path.suffix == ".bin":
             return np.frombuffer(mapped, dtype=TOKEN_DTYPE).reshape(-1, self.row_length)
+        if path.suffix == f".{IMAGES}" and self.manifest.images is not None:
+            return np.frombuffer(mapped, dtype=ROW_IMAGES_DTYPE).reshape(-1, self.manifest.images.per_row)
         return np.frombuffer(mapped, dtype=np.uint8).reshape(-1, marks_row_bytes(self.row_length))

@@ -38,9 +38,10 @@ def linear_cross_entropy(
     hidden [s, b, h] (its own part [s/TP, b, h] under sequence parallelism), weight [V/TP, h], labels int64 and
     coefficients fp32 [s, b], the same on every tensor-parallel rank. Equal on every tensor-parallel rank.
 
-    Where gradients are enabled, `weight.main_grad` (fp32, like weight) has received its gradient when this returns,
-    and `weight` gets none from autograd. The result must therefore be differentiated as it is: a backward pass that
-    hands it another gradient than 1 is an error (checked on the device, without waiting for it).
+    Where gradients are enabled, `weight.main_grad` (fp32, like weight) has received its gradient when this returns, and
+    `weight` gets none from autograd; a frozen weight has no `main_grad`. The result must therefore be differentiated as
+    it is: a backward pass that hands it another gradient than 1 is an error (checked on the device, without waiting
+    for it).
     """
     return _LinearCrossEntropy.apply(
         hidden, weight, labels, coefficients, tensor_group, sequence_parallel, chunk_tokens, torch.is_grad_enabled()
@@ -91,7 +92,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=gradient[part])
                 if ranks > 1 and not sequence_parallel:
                     reductions.append(dist.all_reduce(gradient[part], group=group, async_op=True))
-                wgrad_gemm_accum_fp32(tokens[part], logits, weight.main_grad)  # type: ignore[attr-defined]
+                if hasattr(weight, "main_grad"):  # a frozen one has none
+                    wgrad_gemm_accum_fp32(tokens[part], logits, weight.main_grad)
         for reduction in reductions:
             reduction.wait()
         if gradient is not None:

@@ -82,6 +82,7 @@ def build(recipe: Recipe, device: torch.device) -> list[MobiLlama]:
         return [
             MobiLlama(
                 config=config,
+                vision=recipe.model.vision,
                 transformer_layer_spec=block_spec(config, recipe.model, shared, chunk),
                 vocab_size=recipe.model.vocab_size,
                 max_sequence_length=recipe.model.sequence_length,

@@ -15,7 +15,10 @@ from megatron_patch.recipe import Model
 
 @dataclass(frozen=True)
 class Parameters:
-    """Scalars of a model by part. `attention` and `norms` are over all layers; `ffn` is one FFN."""
+    """Scalars of a model by part. `attention` and `norms` are over all layers; `ffn` is one FFN.
+
+    `vision` is encoder and projector of a model that sees.
+    """
 
     embedding: int
     head: int
@@ -24,16 +27,21 @@ class Parameters:
     ffn_copies: int
     norms: int
     ffn_uses: int
+    vision: int
 
     @property
     def unique(self) -> int:
         """Scalars stored once: what a checkpoint holds and an optimizer steps."""
-        return self.embedding + self.head + self.attention + self.norms + self.ffn * self.ffn_copies
+        return self._once + self.ffn * self.ffn_copies
 
     @property
     def applied(self) -> int:
         """Scalars counted once for every use: the size of the model with the same compute and no sharing."""
-        return self.embedding + self.head + self.attention + self.norms + self.ffn * self.ffn_uses
+        return self._once + self.ffn * self.ffn_uses
+
+    @property
+    def _once(self) -> int:
+        return self.embedding + self.head + self.attention + self.norms + self.vision
 
 
 def parameters(model: Model) -> Parameters:
@@ -49,11 +57,14 @@ def parameters(model: Model) -> Parameters:
         ffn_copies=model.ffn_count,
         norms=sizes["norm"],
         ffn_uses=model.num_layers,
+        vision=sizes["encoder"] + sizes["projector"],
     )
 
 
 def flops_per_token(model: Model) -> int:
     """Floating point operations of forward and backward for one token of a full row, recomputation not counted.
+
+    Of the decoder: an image's own are `vision.shapes.flops_per_image`.
 
     Forward: 2 for each applied matrix element (the embedding is a look-up), and for attention 2 x 2 x hidden for each
     visible key, of which a causal row shows sequence_length / 2 on average. Backward is twice the forward.

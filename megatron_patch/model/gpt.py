@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_patch.kernels.loss import linear_cross_entropy
 from megatron_patch.model.attention import Seen
 from megatron_patch.parallel import device
+from megatron_patch.recipe import Vision
+from megatron_patch.vision.images import ImageTokens, Pictures
 
 
 class Conversations(NamedTuple):
@@ -37,8 +39,11 @@ class Conversations(NamedTuple):
 class MobiLlama(GPTModel):
     """One model chunk."""
 
-    def __init__(self, config: TransformerConfig, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, vision: Vision | None = None, **kwargs: Any) -> None:
         super().__init__(config, position_embedding_type="rope", **kwargs)
+        self.vision: ImageTokens | None = None
+        if vision is not None and self.pre_process:
+            self.vision = ImageTokens(vision, config.hidden_size, config.params_dtype)
         self.rotary_pos_emb = RotaryTable(
             config.kv_channels, rotary_percent=1.0, rotary_base=self.rotary_base, use_cpu_initialization=True
         )
@@ -50,6 +55,7 @@ class MobiLlama(GPTModel):
         coefficients: torch.Tensor | None = None,
         conversations: Conversations | None = None,
         seen: Seen | None = None,
+        pictures: Pictures | None = None,
     ) -> torch.Tensor:
         """Of tokens [b, s]: with labels and coefficients [b, s] a loss, without them logits [b, s, V/TP].
 
@@ -57,7 +63,7 @@ class MobiLlama(GPTModel):
         unscaled (kernels/loss.py). Chunks that are not the last stage return hidden states [b * s, 1, h], those that
         are not the first take them by `set_input_tensor`, and of `tokens` the shape alone. With `conversations` tokens
         see their own conversation and nothing before it, as if each were run alone. With `seen`, tokens follow those of
-        the calls before with the same `seen`.
+        the calls before with the same `seen`. `pictures` take the places of their placeholders.
         """
         b, s = tokens.shape
         first = seen.tokens if seen is not None else 0
@@ -66,7 +72,7 @@ class MobiLlama(GPTModel):
             table = table[:, conversations.positions]  # of all tokens, which attention then takes as one row
             cumulative, longest = conversations.cumulative, conversations.longest
             packed = PackedSeqParams("thd", cumulative, cumulative, max_seqlen_q=longest, max_seqlen_kv=longest)
-        hidden = self.embedding(tokens.reshape(1, -1), None) if self.pre_process else None
+        hidden = self._embedded(tokens, pictures) if self.pre_process else None
         with self._keeping(seen, s):
             hidden = self.decoder(hidden, None, rotary_pos_emb=table, packed_seq_params=packed)
         if not self.post_process:
@@ -99,6 +105,18 @@ class MobiLlama(GPTModel):
         finally:
             for attention in layers:
                 attention.seen = None
+
+    def _embedded(self, tokens: torch.Tensor, pictures: Pictures | None) -> torch.Tensor:
+        """What the first layer takes: of each token its embedding, or its part of an image."""
+        hidden = self.embedding(tokens.reshape(1, -1), None)
+        if self.vision is None:
+            return hidden
+        if pictures is not None:
+            first = self.pg_collection.tp.rank() * len(hidden) if self.config.sequence_parallel else 0
+            hidden = self.vision.put(hidden, pictures, first)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden.requires_grad_()  # a frozen decoder over text alone: backward has nothing to reach, and must run
+        return hidden
 
 
 class RotaryTable(RotaryEmbedding):

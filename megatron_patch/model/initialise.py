@@ -12,9 +12,10 @@ from megatron_patch.recipe import Model
 
 
 def initial_value(whole: Whole, seed: int, std: float) -> torch.Tensor:
-    """The whole tensor in fp32 on the CPU: ones for a norm, else N(0, std) as in the released code."""
-    if whole.kind == "norm":
-        return torch.ones(whole.shape)
+    """The whole tensor in fp32 on the CPU: a constant, ones for a norm, else N(0, std) as in the released code."""
+    constant = 1.0 if whole.kind == "norm" else whole.constant
+    if constant is not None:
+        return torch.full(whole.shape, constant)
     digest = hashlib.sha256(f"{seed}:{whole.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(whole.shape).normal_(0.0, std, generator=generator)

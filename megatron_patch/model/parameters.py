@@ -11,6 +11,7 @@ Checkpoints, initialisation and export name whole-model tensors, which no layout
     ffn.linear_fc2.weight                       [hidden, ffn]          (of several ffns.K, of its own layers.I.mlp)
     final_layernorm.weight                      [hidden]
     output_layer.weight                         [vocab, hidden]
+    vision.encoder..., vision.projector...      of a model that sees (vision/shapes.py)
 
 A tensor-parallel rank holds an equal part of a whole tensor along one dimension. A tensor that several layers use, as
 all of them use MobiLlama's FFN, stands once: `Whole.layers` says which ones.
@@ -26,11 +27,13 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_patch.kernels.packed_qkv import packed_rows
 from megatron_patch.recipe import Model, Recipe
+from megatron_patch.vision.shapes import ENCODER, vision_tensors
 
 if TYPE_CHECKING:  # `plan` reads the shapes below and is not to wait for torch
     import torch
 
-Kind = Literal["embedding", "attention", "ffn", "norm", "head"]
+Kind = Literal["embedding", "attention", "ffn", "norm", "head", "encoder", "projector"]
+Part = Literal["encoder", "projector", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Whole:
         layers: decoder layers that use it, from 0; none: it stands before or behind them.
         of_heads: whether a use of a tensor that is not cut sees this rank's heads or columns alone, so that a rank's
             gradient is a part of the sum under tensor parallelism of any form.
+        constant: what it is filled with before training; None: ones for a norm, else drawn.
     """
 
     name: str
@@ -53,6 +57,12 @@ class Whole:
     kind: Kind
     layers: tuple[int, ...] = ()
     of_heads: bool = False
+    constant: float | None = None
+
+    @property
+    def of(self) -> Part:
+        """The part of the model that is trained or frozen, at a learning rate of its own."""
+        return self.kind if self.kind in ("encoder", "projector") else "decoder"
 
     @property
     def shared(self) -> bool:
@@ -100,6 +110,11 @@ def whole_tensors(model: Model) -> dict[str, Whole]:
 
     ffns = ffn_prefixes(model)
     tensors = [Whole("embedding.word_embeddings.weight", (v, h), 0, "embedding")]
+    if model.vision is not None:
+        tensors += [
+            Whole(name, shape, None, "encoder" if name.startswith(ENCODER) else "projector", constant=constant)
+            for name, shape, constant in vision_tensors(model.vision, h)
+        ]
     for i in range(model.num_layers):
         tensors += [
             Whole(f"layers.{i}.input_layernorm.weight", (h,), None, "norm", (i,)),
@@ -138,7 +153,7 @@ def stage_layers(recipe: Recipe) -> list[tuple[int, ...]]:
 def stages_of(whole: Whole, recipe: Recipe) -> tuple[int, ...]:
     """Pipeline stages that hold a tensor, first one first."""
     if not whole.layers:
-        return (0,) if whole.kind == "embedding" else (recipe.parallel.pipeline - 1,)
+        return (0,) if whole.kind in ("embedding", "encoder", "projector") else (recipe.parallel.pipeline - 1,)
     return tuple(stage for stage, held in enumerate(stage_layers(recipe)) if set(held) & set(whole.layers))
 
 

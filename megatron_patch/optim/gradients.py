@@ -10,6 +10,7 @@ itself (`Replication` in groups.py). In MobiLlama:
     embedding, attention, own FFNs   nobody else                                 every rank
     an FFN of several layers         the pipeline stages of those layers         the first of those stages
     norm weights                     tensor ranks, under sequence parallelism    tensor-parallel rank 0
+    encoder and projector of images  tensor ranks, under sequence parallelism    tensor-parallel rank 0
 
 An FFN has groups of its own because shard boundaries must align across stages that hold different other parameters:
 only then is the sum over stages bit-equal on all of them. Replicated norms need their sum only under sequence
@@ -32,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.optim.groups import ParameterGroup
+from megatron_patch.parallel import device
 from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
 
@@ -151,4 +153,4 @@ def _into_main_grad(parameter: torch.nn.Parameter) -> None:
 def local_norm_squared(buffers: Sequence[GradientBuffer]) -> torch.Tensor:
     """Sum of squares of the shards this rank counts; summed over all ranks it is the squared global gradient norm."""
     squares = [buffer.shard.square().sum() for buffer in buffers if buffer.counted]
-    return torch.stack(squares).sum() if squares else buffers[0].shard.new_zeros(())
+    return torch.stack(squares).sum() if squares else torch.zeros((), device=device.current())

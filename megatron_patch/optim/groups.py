@@ -76,10 +76,17 @@ class ParameterGroup(Generic[P]):
 
     replication: Replication
     decays: bool
+    multiple: float
+    """Of the schedule's learning rate; 0: it is frozen."""
     wholes: list[Whole] = field(default_factory=list)
     parameters: list[P] = field(default_factory=list)
     layers: set[int] = field(default_factory=set)
     """Layers of this rank (from 0) after whose backward passes the gradients are whole; none: only at the end."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it stays as it is: no gradient is computed, no moments are held."""
+        return self.multiple == 0
 
     @property
     def size(self) -> int:
@@ -105,11 +112,11 @@ def parameter_groups(parameters: Sequence[tuple[Whole, P]], recipe: Recipe, stag
     open_groups: dict[object, ParameterGroup[P]] = {}
     for whole, parameter in sorted(parameters, key=lambda p: _backward_order(p[0])):
         replicas = replication(whole, recipe)
-        decays = recipe.optimizer.decay_everything or whole.kind not in ("embedding", "norm")
-        key = (replicas, decays, whole.layers if whole.shared else None)
+        decays = recipe.optimizer.decay_everything or (whole.kind not in ("embedding", "norm") and len(whole.shape) > 1)
+        key = (replicas, decays, whole.of, whole.layers if whole.shared else None)
         group = open_groups.get(key)
         if group is None or (bucket and _begins_bucket(whole, replicas, group, bucket)):
-            group = open_groups[key] = ParameterGroup(replicas, decays)
+            group = open_groups[key] = ParameterGroup(replicas, decays, recipe.optimizer.multiple(whole.of))
             groups.append(group)
         group.wholes.append(whole)
         group.parameters.append(parameter)
@@ -124,7 +131,7 @@ def _backward_order(whole: Whole) -> tuple[int, int]:
         return 2, -whole.layers[-1]
     if whole.layers:
         return 1, -whole.layers[0]
-    return (3 if whole.kind == "embedding" else 0), 0
+    return {"projector": 3, "embedding": 4, "encoder": 5}.get(whole.kind, 0), 0
 
 
 def forward_order(groups: Sequence[ParameterGroup[P]]) -> list[int]:
@@ -136,7 +143,7 @@ def forward_order(groups: Sequence[ParameterGroup[P]]) -> list[int]:
 
 def _first_use(whole: Whole, lowest: int) -> float:
     """The layer that first uses it, from -1 for what stands before them all; `lowest` is the rank's first."""
-    if whole.kind in ("norm", "embedding"):
+    if whole.kind in ("norm", "embedding", "encoder", "projector"):
         return -1.0
     if whole.shared:  # an FFN: after the attention of that layer
         return min(layer for layer in whole.layers if layer >= lowest) + 0.5
@@ -144,7 +151,10 @@ def _first_use(whole: Whole, lowest: int) -> float:
 
 
 def _begins_bucket(whole: Whole, replicas: Replication, group: ParameterGroup[P], bucket: int) -> bool:
-    """Whether a tensor is reduced apart from those before it. Norms are small and wait for the end: all in one."""
+    """Whether a tensor is reduced apart from those before it.
+
+    Norms are small and wait for the end, all in one; so do encoder and projector, each in one.
+    """
     if whole.shared or whole.cut is None:
         return False
     same_layer = bool(whole.layers) and whole.layers[0] in group.layers
@@ -153,7 +163,7 @@ def _begins_bucket(whole: Whole, replicas: Replication, group: ParameterGroup[P]
 
 def _layers_before_reduction(whole: Whole, local_layers: set[int]) -> set[int]:
     """Layers whose backward passes of a step must be over before this gradient may be reduced; none: not before all."""
-    if whole.kind in ("embedding", "norm"):
-        return set()  # autograd adds these after the layer's hook; both come at the end
+    if whole.kind in ("embedding", "norm", "encoder", "projector"):
+        return set()  # autograd adds these after the layers' hooks; all come at the end
     # The output layer's gradient is whole before backward reaches any layer (kernels/loss.py).
     return local_layers & set(whole.layers) if whole.layers else {max(local_layers)}

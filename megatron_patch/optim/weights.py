@@ -41,7 +41,7 @@ class FlatWeights:
 
 
 def gather_before_use(chunks: Sequence[torch.nn.Module], weights: Mapping[int, FlatWeights]) -> None:
-    """Let each embedding, decoder layer, FFN and output layer wait for its weights; `weights` by parameter's id."""
+    """Let embedding, encoder, each decoder layer, FFN and output layer wait for its weights, by parameter's id."""
     for chunk in chunks:
         for module, users in _users(chunk):
             concerned = {id(w): w for user in users for p in user.parameters() if (w := weights.get(id(p)))}
@@ -53,6 +53,8 @@ def _users(chunk: Any) -> Iterable[tuple[torch.nn.Module, list[torch.nn.Module]]
     ffns: list[torch.nn.Module] = []
     if chunk.pre_process:
         yield chunk.embedding, [chunk.embedding]
+    if chunk.vision is not None:
+        yield chunk.vision, [chunk.vision]
     for layer in chunk.decoder.layers:
         # The FFN is awaited by itself: a shared one, whose bucket is not the attention's, under layer 0's attention.
         yield layer, [module for name, module in layer.named_children() if name != "mlp"]

@@ -86,16 +86,24 @@ class ShardedOptimizer:
         self._zero = engine.optimizer
         for hook in self._zero._grad_acc_hooks:
             hook.remove()
-        self.buffers = [
-            GradientBuffer(group, flat, recipe, topology)
-            for group, flat in zip(self.groups, self.flat_weights, strict=True)
-        ]
+        self._buffers = {
+            i: GradientBuffer(group, flat, recipe, topology)
+            for i, (group, flat) in enumerate(zip(self.groups, self.flat_weights, strict=True))
+            if not group.frozen
+        }
+        for parameter in (p for group in self.groups if group.frozen for p in group.parameters):
+            parameter.requires_grad_(False)  # not before: DeepSpeed leaves those out that need no gradient
         self._weights = [FlatWeights(flat, topology) for flat in self.flat_weights]
         self._forward_order = forward_order(self.groups)
         if topology.data_size > 1:
             of_parameter = {id(p): w for g, w in zip(self.groups, self._weights, strict=True) for p in g.parameters}
             gather_before_use(chunks, of_parameter)
             reduce_during_backward((layer for chunk in chunks for layer in chunk.decoder.layers), self.buffers)  # type: ignore[union-attr]
+
+    @property
+    def buffers(self) -> list[GradientBuffer]:
+        """Gradients of the groups that are trained, in their order."""
+        return list(self._buffers.values())
 
     @property
     def flat_weights(self) -> list[torch.Tensor]:
@@ -114,7 +122,7 @@ class ShardedOptimizer:
     def moments(self, group: int) -> dict[str, torch.Tensor]:
         """AdamW's state of this rank's shard: exp_avg, exp_avg_sq (like the shard) and step (scalar).
 
-        Empty before the first update; what is put into it is AdamW's from then on.
+        Empty before the first update, and of a frozen group; what is put into it is AdamW's from then on.
         """
         return self._zero.optimizer.state[self._masters[group]]
 
@@ -125,8 +133,8 @@ class ShardedOptimizer:
 
     @property
     def updates(self) -> int:
-        """AdamW updates done."""
-        moments = self.moments(0)
+        """AdamW updates done; 0 on a rank whose parts are all frozen, which the first rank's never are."""
+        moments = self.moments(min(self._buffers, default=0))
         return int(moments["step"].item()) if moments else 0
 
     @torch.no_grad()
@@ -167,9 +175,11 @@ class ShardedOptimizer:
         param_groups = adamw.param_groups
         adamw.found_inf = withheld  # as torch's gradient scaler tells it
         for i in self._forward_order:
+            if i not in self._buffers:
+                continue
             master = self._masters[i]
-            master.grad = self.buffers[i].shard.mul_(scale)
-            param_groups[i]["lr"] = learning_rate
+            master.grad = self._buffers[i].shard.mul_(scale)
+            param_groups[i]["lr"] = learning_rate * self.groups[i].multiple
             adamw.param_groups = [param_groups[i]]
             adamw.step()
             master.grad = None

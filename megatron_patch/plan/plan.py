@@ -37,6 +37,12 @@ class Plan:
     @classmethod
     def of(cls, settings: Recipe, hardware: Hardware, restart_minutes: float = 0.0) -> Plan:
         """Raises ValueError where the layout does not divide the ranks, or how long the run is cannot be known."""
+        if settings.model.vision is not None:
+            raise ValueError(
+                "model.vision: an encoder's memory and time are not counted, so the plan would be too small; plan the "
+                "decoder with model.vision=null and leave room for 16 bytes a trained parameter of the encoder, and "
+                "its activations, on the first stage"
+            )
         p = settings.parallel
         ranks, model_ranks = hardware.ranks, p.tensor * p.pipeline
         check_rank_map(p.tensor, hardware.gpu.per_node)

@@ -5,6 +5,7 @@ alternatives (`use=NAME`) and `key.path=value` overrides, and returns a validate
 """
 
 from megatron_patch.recipe.reader import RECIPES, RecipeError, find, from_text, load
+from megatron_patch.recipe.section import Section
 from megatron_patch.recipe.settings import (
     Batch,
     Checkpoint,
@@ -14,9 +15,9 @@ from megatron_patch.recipe.settings import (
     Parallel,
     Recipe,
     Run,
-    Section,
     Watchdog,
 )
+from megatron_patch.recipe.vision import Vision
 
 __all__ = [
     "RECIPES",
@@ -30,6 +31,7 @@ __all__ = [
     "RecipeError",
     "Run",
     "Section",
+    "Vision",
     "Watchdog",
     "find",
     "from_text",

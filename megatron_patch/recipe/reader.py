@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -171,6 +171,7 @@ def _explain(error: Any) -> str:
         section: Any = Recipe
         for part in where[:-1]:
             section = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(section) if hasattr(kind, "model_fields")), section)
         known = list(section.model_fields)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from megatron_patch.recipe.section import Section
+from megatron_patch.recipe.vision import Vision
 
 
 def _home(folder: Path) -> Path:
@@ -27,20 +30,6 @@ def _home(folder: Path) -> Path:
 
 Folder = Annotated[Path, AfterValidator(_home)]
 _YEAR = 365 * 24 * 60  # minutes
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads `yes`, `on` and `true` as true, which pydantic would take for the number 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("a switch (true or false) is given where none is expected")
-        if isinstance(value, int) and abs(value) >= 2**63:  # what the libraries below can count
-            raise ValueError("is beyond 64 bits")
-        return value
 
 
 def from_ffn_switch(model: Any) -> Any:
@@ -76,6 +65,7 @@ class Model(Section):
     norm_epsilon: float = Field(gt=0, description="Of every RMSNorm.")
     rope_base: float = Field(gt=0, description="Base of the rotary embedding's angles.")
     init_std: float = Field(gt=0, description="N(0, init_std) for every matrix and embedding, without depth scaling.")
+    vision: Vision | None = Field(None, description="The encoder of a model that sees; null: it reads alone.")
 
     @property
     def head_dim(self) -> int:
@@ -118,6 +108,14 @@ class Model(Section):
                     else ""
                 )
             )
+        if self.vision is not None and self.vision.placeholder_id >= self.vocab_size:
+            raise ValueError(
+                f"vision.placeholder_id {self.vision.placeholder_id} is not below vocab_size {self.vocab_size}"
+            )
+        if self.vision is not None and self.vision.tokens >= self.sequence_length:
+            raise ValueError(
+                f"an image of {self.vision.tokens} tokens leaves no room for text in {self.sequence_length}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head dimension {h} / {n} = {self.head_dim} is odd; rotary embedding turns pairs")
         return self
@@ -158,6 +156,20 @@ class Optimizer(Section):
     weight_decay: float = Field(ge=0, description="Decoupled: a step takes learning rate x this off each weight.")
     decay_everything: bool = Field(description="true: norms and embeddings decay too, as the authors ran it.")
     clip_grad_norm: float = Field(gt=0, description="Global gradient norm is clipped to this.")
+    encoder_learning_rate: float | None = Field(
+        None, gt=0, description="Peak of a seeing model's encoder, under the same schedule; null: learning_rate."
+    )
+    projector_learning_rate: float | None = Field(None, gt=0, description="The same of its projector.")
+    frozen: tuple[Literal["encoder", "decoder"], ...] = Field(
+        (), description="Parts of a seeing model that stay as they are; the projector is always trained."
+    )
+
+    def multiple(self, part: Literal["encoder", "projector", "decoder"]) -> float:
+        """What the schedule's learning rate is multiplied by for a part of the model; 0: it is frozen."""
+        if part in self.frozen:
+            return 0.0
+        own = {"encoder": self.encoder_learning_rate, "projector": self.projector_learning_rate}.get(part)
+        return 1.0 if own is None else own / self.learning_rate
 
     @model_validator(mode="after")
     def _ordered(self) -> Optimizer:
@@ -182,7 +194,7 @@ class Optimizer(Section):
 
 
 class Data(Section):
-    folder: Folder | None = Field(description="Data set written by data_tools/build_amber.py or build_chat.py.")
+    folder: Folder | None = Field(description="Data set written by build_amber.py, build_chat.py or build_vision.py.")
     order_seed: int = Field(ge=0, lt=2**31, description="Segment k is permuted by seed order_seed + k (32 bits).")
     epochs: int = Field(1, gt=0, le=2**20, description="Times the rows are gone through, in another order each time.")
     reset_at_starts: bool = Field(
@@ -225,6 +237,9 @@ class Run(Section):
     folder: Folder | None = Field(description="Run folder; null: runs/NAME.")
     initial_weights: Folder | None = Field(
         description="Checkpoint, e.g. an imported one, whose weights step 0 has; null: drawn from the seed."
+    )
+    initial_encoder: Folder | None = Field(
+        None, description="Hugging Face folder of CLIP weights that a seeing model's encoder has at step 0."
     )
     steps: int | None = Field(gt=0, description="Optimizer steps; null: every whole batch of the data, each epoch.")
     log_interval: int = Field(gt=0, description="Steps between lines on standard output; log.jsonl has every step.")
@@ -315,6 +330,14 @@ class Recipe(Section):
                 "micro-batches in flight, so they cannot be released as they are reduced; use zero_stage 1"
             )
         o, steps = self.optimizer, self.run.steps
+        blind = {
+            "optimizer.frozen": bool(o.frozen),
+            "optimizer.encoder_learning_rate": o.encoder_learning_rate is not None,
+            "optimizer.projector_learning_rate": o.projector_learning_rate is not None,
+            "run.initial_encoder": self.run.initial_encoder is not None,
+        }
+        if m.vision is None and (set_there := [key for key, is_set in blind.items() if is_set]):
+            raise ValueError(f"{set_there[0]} is set, but the model has no encoder: set model.vision")
         if (
             o.decay_steps is None
             and steps is not None

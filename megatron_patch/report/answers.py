@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,28 +37,43 @@ def held_out_answers(model: torch.nn.Module, segments: Segments, limit: int) -> 
             sequence_length=segments.row_length - 1,
             vocab_size=segments.vocab_size,
         )
-        for prompt, _ in pairs
+        for prompt, *_ in pairs
     ]
     ended = sum(one.ended for one in said)
     lines = [
         f"\nanswers        {ended} of {len(said)} ({ended / len(said):.0%}) end by themselves within {limit} tokens"
     ]
-    for (prompt, expected), one in list(zip(pairs, said, strict=True))[:SHOWN]:
+    for (prompt, expected, _), one in list(zip(pairs, said, strict=True))[:SHOWN]:
         texts = (tokenizer.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, one.ids, expected))
         question, answered, true = (text.strip() for text in texts)
         lines += ["", *("    " + line for line in question.splitlines()), f"    {answered}", f"    (true: {true})"]
     return "\n".join(lines)
 
 
-def held_out_questions(segments: Segments) -> list[tuple[list[int], list[int]]]:
+class Question(NamedTuple):
+    """What a held-out conversation asks first."""
+
+    prompt: list[int]
+    """Ids before the first answer."""
+    answer: list[int]
+    images: list[int]
+    """Numbers of the images that the prompt is about."""
+
+
+def held_out_questions(segments: Segments) -> list[Question]:
     """Of each held-out conversation the ids before the first answer, and that answer's; none without held-out rows."""
     if not segments.held_out_rows:
         return []
     every = np.arange(segments.held_out_rows)
     marks = segments.held_out_marks(every)
     assert marks is not None
-    pairs = []
-    for row, counted, starts in zip(segments.read_held_out(every), *marks, strict=True):
+    record = segments.manifest.images
+    every_image = np.zeros((len(every), 0)) if marks.images is None else marks.images
+    questions = []
+    for row, counted, starts, images in zip(
+        segments.read_held_out(every), marks.counted, marks.starts, every_image, strict=True
+    ):
+        left = images[images >= 0].tolist()
         bounds = [*np.flatnonzero(starts), len(row)]
         for first, end in itertools.pairwise(bounds):
             places = np.flatnonzero(counted[first:end])
@@ -65,5 +81,8 @@ def held_out_questions(segments: Segments) -> list[tuple[list[int], list[int]]]:
                 begin = int(places[0])
                 length = int(np.argmin([*counted[first + begin : end], False]))
                 ids = row[first:end].tolist()
-                pairs.append((ids[:begin], ids[begin : begin + length]))
-    return pairs
+                about = ids[:begin].count(record.placeholder_id) // record.tokens if record else 0
+                questions.append(Question(ids[:begin], ids[begin : begin + length], left[:about]))
+            if record:
+                left = left[int((row[first:end] == record.placeholder_id).sum()) // record.tokens :]
+    return questions

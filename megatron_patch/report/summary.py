@@ -21,6 +21,7 @@ from megatron_patch.generate import load_model, sample
 from megatron_patch.model import counts
 from megatron_patch.recipe import Recipe, load
 from megatron_patch.report.answers import held_out_answers
+from megatron_patch.report.seen import held_out_seen
 from megatron_patch.report.series import Thinned
 from megatron_patch.run.log import accepted_backwards, is_step
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -44,7 +45,9 @@ def main(args: argparse.Namespace) -> int:
         launch.setup_environment()
         checkpoint = newest_checkpoint(args.run)
         model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10))
-        if segments.manifest.chat is not None:
+        if segments.manifest.images is not None and checkpoint.recipe.model.vision is not None:
+            print(held_out_seen(model, segments, checkpoint.recipe.model.vision, args.tokens, args.run))
+        elif segments.manifest.chat is not None:
             print(held_out_answers(model, segments, args.tokens))
         else:
             text = sample(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from data_tools.files.durable import write_whole
 from megatron_patch import launch, recipe
@@ -29,6 +30,7 @@ from megatron_patch.train.checkpoint import CheckpointError
 from megatron_patch.train.checkpoint.keeper import ONE_TRAINING, Keeper
 from megatron_patch.train.checkpoint.resume import ResumeRefused
 from megatron_patch.train.hang import HangWatch
+from megatron_patch.train.images import check_images, images_of
 from megatron_patch.train.metrics import Log, check_loggers
 from megatron_patch.train.note import note
 from megatron_patch.train.schedule import learning_rate
@@ -147,6 +149,7 @@ def _open_data(resolved: Recipe) -> Segments:
             file=resolved.data.folder,
             remedy="set data.reset_at_starts=false, or name what data_tools/build_chat.py wrote",
         )
+    check_images(resolved, segments)
     if resolved.data.held_out_interval and segments.held_out_rows < resolved.data.held_out_rows:
         raise DataError(
             f"{segments.held_out_rows} held-out rows, the recipe scores {resolved.data.held_out_rows}",
@@ -215,11 +218,12 @@ class _Attempt:
         withheld = self._state.step - self._state.optimizer_step
         self._losses = LossWatch(resolved.watchdog, self._state.spike_window, self._state.withheld, withheld)
         self._slow = SlowWatch(resolved.watchdog.slow_factor)
-        sharding = {
+        sharding: dict[str, Any] = {
             "data_parallel_rank": place.data_rank,
             "data_parallel_size": place.data_size,
             "micro_batch_size": resolved.batch.micro_batch_size,
             "num_micro_batches": num_micro_batches,
+            "images": images_of(resolved, segments) if place.pipeline_rank == 0 else None,
         }
         rows = resolved.data.held_out_rows if resolved.data.held_out_interval else 0
         self._held_out = list(

@@ -24,8 +24,9 @@ from megatron_patch.model.initialise import initialise
 from megatron_patch.optim.zero import ShardedOptimizer
 from megatron_patch.parallel import device
 from megatron_patch.parallel.topology import Topology
-from megatron_patch.recipe import Recipe
+from megatron_patch.recipe import Recipe, Vision
 from megatron_patch.train.watchdog import Ceiling
+from megatron_patch.vision.images import Pictures
 
 
 class StepResult(NamedTuple):
@@ -123,7 +124,7 @@ class Trainer:
 
         An fp32 scalar; 0 unless last stage and first tensor rank.
         """
-        batches = micro_batches(shard, labels, self.recipe.data.reset_at_starts)
+        batches = micro_batches(shard, labels, self.recipe)
         losses = self._schedule(
             forward_step_func=_forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
@@ -145,9 +146,10 @@ class MicroBatch(NamedTuple):
     rows: torch.Tensor  # int64 [b, s + 1]
     coefficients: torch.Tensor  # fp32 [b, s] of the labels; [b, 1] where those of a row are equal
     conversations: Conversations | None
+    pictures: Pictures | None
 
 
-def micro_batches(shard: BatchShard, labels: int, reset_at_starts: bool) -> list[MicroBatch]:
+def micro_batches(shard: BatchShard, labels: int, recipe: Recipe) -> list[MicroBatch]:
     """A rank's shard on its way to the device; each label's loss is divided by `labels`."""
     rows = device.upload(torch.from_numpy(shard.tokens.astype(np.int64)))
     coefficients = (shard.weights / np.float32(labels))[:, :, None]
@@ -155,9 +157,28 @@ def micro_batches(shard: BatchShard, labels: int, reset_at_starts: bool) -> list
         places: Iterable[Conversations | None] = [None] * len(rows)
     else:
         coefficients = coefficients * shard.marks.counted[:, :, 1:]
-        places = map(_conversations, shard.marks.starts[:, :, :-1]) if reset_at_starts else [None] * len(rows)
+        if recipe.data.reset_at_starts:
+            places = map(_conversations, shard.marks.starts[:, :, :-1])
+        else:
+            places = [None] * len(rows)
     uploaded = device.upload(torch.from_numpy(coefficients))
-    return [MicroBatch(*batch) for batch in zip(rows, uploaded, places, strict=True)]
+    pictures = _pictures(shard, recipe.model.vision)
+    return [MicroBatch(*batch) for batch in zip(rows, uploaded, places, pictures, strict=True)]
+
+
+def _pictures(shard: BatchShard, vision: Vision | None) -> list[Pictures | None]:
+    """Of each micro-batch its images, where this rank has read them and there are some."""
+    if vision is None or shard.pixels is None:
+        return [None] * len(shard.tokens)
+    return [
+        Pictures(
+            device.upload(torch.from_numpy(pixels)),
+            device.upload(torch.from_numpy(np.flatnonzero(tokens[:, :-1] == vision.placeholder_id))),
+        )
+        if len(pixels)
+        else None
+        for pixels, tokens in zip(shard.pixels, shard.tokens, strict=True)
+    ]
 
 
 def _conversations(starts: np.ndarray) -> Conversations:
@@ -172,9 +193,9 @@ def _conversations(starts: np.ndarray) -> Conversations:
 def _forward_step(
     batches: Iterator[MicroBatch], model: MobiLlama
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]]:
-    rows, coefficients, conversations = next(batches)
+    rows, coefficients, conversations, pictures = next(batches)
     inputs, labels = rows[:, :-1], rows[:, 1:]
-    return model(inputs, labels, coefficients.expand(labels.shape), conversations), _as_loss
+    return model(inputs, labels, coefficients.expand(labels.shape), conversations, pictures=pictures), _as_loss
 
 
 def _as_loss(loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -89,7 +89,7 @@ def our_answers(run_folder: Path) -> list[Answer]:
     checkpoint = newest(run_folder)
     model = load_model(checkpoint.recipe, checkpoint.tensor, None)  # type: ignore[arg-type]
     segments = open_segments(checkpoint.recipe.data.folder, row_length=ROW, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
-    prompts = [prompt for prompt, _ in held_out_questions(segments)][:6]
+    prompts = [prompt for prompt, *_ in held_out_questions(segments)][:6]
     limits = {"end_of_turn": 2, "limit": 12, "sequence_length": ROW - 1, "vocab_size": VOCAB_SIZE}
     said = [answer(model, prompt, **limits) for prompt in prompts]
     for prompt, one in zip(prompts, said, strict=True):
@@ -111,7 +111,7 @@ def test_the_exported_folder_answers_the_same_in_stock_transformers(undisturbed:
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
     ours = run_ranks(1, our_answers, undisturbed)[0]
     segments = open_segments(checkpoint.recipe.data.folder, row_length=ROW, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
-    for (prompt, _), said in zip(held_out_questions(segments)[:6], ours, strict=True):
+    for (prompt, *_), said in zip(held_out_questions(segments)[:6], ours, strict=True):
         question = tokenizer.decode(prompt).split("### Human:\n")[1].split("\n###")[0]
         messages = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(

@@ -75,7 +75,7 @@ def one_by_one(weights: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch
     llama.load_state_dict(in_llama({name: tensor.double() for name, tensor in weights.items()}), strict=True)
     rows, marks = random_rows(recipe, 0).astype(np.int64), random_marks(recipe, 0)
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for row, counted, starts in zip(rows, *marks, strict=True):
+    for row, counted, starts in zip(rows, marks.counted, marks.starts, strict=True):
         firsts = np.flatnonzero(starts)
         for first, end in zip(firsts, [*firsts[1:], len(row)], strict=True):
             labels = np.where(counted[first:end], row[first:end], -100)

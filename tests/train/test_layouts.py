@@ -49,7 +49,9 @@ def check(answers, overrides, reference, tolerance):
     assert max(map(relative, answers[0]["losses"], losses)) < tolerance
     assert max(map(relative, answers[0]["norms"], norms)) < tolerance
     for name, tensor in gather(answers, toy_recipe(*overrides)).items():
-        assert (tensor - weights[name]).norm() < tolerance * weights[name].norm(), name
+        if name.endswith("k_proj.bias"):
+            continue  # softmax takes the same from all keys: its gradient is rounding, of which Adam makes whole steps
+        assert (tensor - weights[name]).norm() <= tolerance * weights[name].norm(), name
 
 
 @pytest.mark.parametrize("ffn", FFNS)

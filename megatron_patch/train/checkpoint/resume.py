@@ -12,9 +12,10 @@ from megatron_patch.parallel.topology import Topology
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import CheckpointError, State, StoredFile, check_file, read_marker
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
-from megatron_patch.train.checkpoint.restore import restore
+from megatron_patch.train.checkpoint.restore import restore, set_encoder
 from megatron_patch.train.checkpoint.run_folder import RunFolder
 from megatron_patch.train.side_channel import SideChannel
+from megatron_patch.vision.clip_folder import ClipFolder
 
 # Settings that change neither the rows nor what is computed from them, beyond the order of sums.
 _FREE = re.compile(
@@ -59,6 +60,10 @@ def resume(
     if not candidates:
         if recipe.run.initial_weights is not None:
             _start_from(recipe.run.initial_weights, recipe, optimizer, topology, channel, note)
+        if recipe.run.initial_encoder is not None and recipe.model.vision is not None:
+            encoder = ClipFolder(recipe.run.initial_encoder, recipe.model.vision)
+            set_encoder(encoder, optimizer, topology)
+            note(f"the encoder of step 0 has the weights of {recipe.run.initial_encoder}")
         return None
     broken: list[Path] = []
     for folder in candidates:
@@ -109,8 +114,12 @@ def _start_from(
     with checkpoint:
         # Rows may be longer than those it was trained on; all else of the model says what its weights mean.
         unlike = [line for line in checkpoint.recipe.differences(recipe) if _MEANING.match(line)]
+        if checkpoint.recipe.model.vision is None:  # the decoder of a model that is to see from here on
+            unlike = [line for line in unlike if not line.startswith("model.vision")]
         if unlike:
             raise ResumeRefused(folder, f"is another model: {'; '.join(unlike)}", remedy)
+        if checkpoint.recipe.model.vision is not None and recipe.run.initial_encoder is not None:
+            raise ResumeRefused(folder, "has an encoder already", "leave run.initial_encoder out")
         restore(checkpoint, optimizer, topology, weights_alone=True)
         note(f"step 0 has the weights of {folder} (step {checkpoint.step} of {checkpoint.recipe.name})")
 
