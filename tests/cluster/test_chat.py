@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import yaml
 from site_folder import REPOSITORY, Site
 from slurm_cluster import Cluster
@@ -22,12 +20,6 @@ train_tokenizer(folder)
 asked = [{"instruction": f"{draw.choice(['fox', 'dog'])} {draw.randrange(10**6)}?", "output": "dog"} for _ in range(90)]
 (folder / "in.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in asked))
 """
-
-
-@pytest.fixture(scope="module")
-def cluster(scratch: Path) -> Iterator[Cluster]:
-    with Cluster(scratch / "tuning", nodes=1) as running:
-        yield running
 
 
 def conversations(folder: Path) -> Path:
