@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,22 +117,38 @@ def test_a_loader_that_ends_well_does_not_end_its_rank_well(data_folder: Path, t
     assert "stopped on rank 1: something called sys.exit(0)" in (tmp_path / "log").read_text()
 
 
-def test_a_rank_that_dies_during_anothers_save_is_reported_as_that(data_folder: Path, tmp_path: Path) -> None:
+DIED = "a rank died during this save"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL, DIED),
+        (lambda: os._exit(0), 0, DIED),
+        (lambda: sys.exit(0), 1, "SystemExit: 0"),
+    ],
+    ids=["killed", "exit 0", "sys.exit in the writing thread"],
+)
+def test_a_rank_that_ends_during_anothers_save_is_reported_as_that(
+    data_folder: Path, tmp_path: Path, end: Callable[[], None], code: int, told: str
+) -> None:
     def before(rank: int) -> None:
         real = save.write_file
 
         def write_file(path: Path, tensors: dict[str, torch.Tensor]) -> StoredFile:
             if rank == 1 and "step_" in str(path):
-                os.kill(os.getpid(), signal.SIGKILL)
+                end()
             return real(path, tensors)
 
         save.write_file = write_file  # type: ignore[assignment]
 
     run = tmp_path / "run"
     settings = run_settings(data_folder, run, "parallel.tensor=1", "parallel.pipeline=1", "run.steps=3")
-    assert Job(2, settings, tmp_path / "log", before).wait() == [1, -signal.SIGKILL]
+    codes = Job(2, settings, tmp_path / "log", before).wait()
+    assert codes[1] == code and any(codes), codes
     reason = status_of(run)["reason"]
-    assert "step_00000003: not written: a rank died during this save" in reason and "traceback" not in reason, reason
+    assert f"step_00000003: not written: {told}" in reason and ("traceback" in reason) == (told != DIED), reason
+    assert ("Traceback" in (tmp_path / "log").read_text()) == (told != DIED)
 
 
 def test_a_node_without_the_data_says_so(data_folder: Path, tmp_path: Path) -> None:

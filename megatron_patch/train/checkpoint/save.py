@@ -11,6 +11,7 @@ import platform
 import shutil
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -160,11 +161,12 @@ class Saver:
             self._write(folder, *save)
         except CheckpointError as error:
             self._error = error
-        except Exception as error:
+        except BaseException as error:  # of a library's sys.exit too, which would end this thread alone, without a word
             if device.lost_peer(error):
                 what, remedy = "a rank died during this save", "why is above, or in the launcher's last words"
             else:
-                what, remedy = str(error), "see the traceback"
+                traceback.print_exc()
+                what, remedy = f"{type(error).__name__}: {error}", "see the traceback"
             remedy += "; the run resumes from the newest good checkpoint"
             self._error = CheckpointError(folder, f"not written: {what}", remedy)
             self._error.__cause__ = error
