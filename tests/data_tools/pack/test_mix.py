@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_tools.files.errors import DataError
@@ -197,3 +198,39 @@ def test_one_text_in_two_sources_is_refused_whatever_tokenised_them(small_corpus
     (tmp_path / "arxiv").rename(tmp_path / "rows/arxiv")
     with pytest.raises(DataError, match="has rows of book, c4, wikipedia; the sources are arxiv, c4, wikipedia now"):
         mix(tmp_path / "rows", tmp_path / "out", options)
+
+
+def test_documents_held_out_whole_are_every_row_of_theirs(small_corpus: Path, rows: Path, tmp_path: Path) -> None:
+    """Of documents tokenised apart, in an order drawn by the seed; none of theirs is among the segments."""
+    held = tmp_path / "held"
+    for source, text in (("wikipedia", "the quick brown fox "), ("starcoderdata", "return None # ")):
+        (tmp_path / "apart" / source).mkdir(parents=True)
+        documents = [json.dumps({"text": f"{i} {text * 40}"}) + "\n" for i in range(30)]
+        (tmp_path / "apart" / source / "x.jsonl").write_text("".join(documents))
+        folder, tokenizer = tmp_path / "apart" / source, small_corpus / "tokenizer.json"
+        tokenize_source(source, folder, held, tokenizer, row_length=65)
+    mix(rows, tmp_path / "without", MixOptions(3, True, 0, 1))
+    written = {}
+    for seed in (1, 2):
+        out = tmp_path / f"with_{seed}"
+        assert mix(rows, out, MixOptions(3, True, 0, seed), held_out=held).held_out.rows > 60
+        written[seed] = np.fromfile(out / "held_out.bin", "<u2").reshape(-1, 65)
+        for k in range(3):
+            assert (out / f"segment_00{k}.bin").read_bytes() == (
+                tmp_path / "without" / f"segment_00{k}.bin"
+            ).read_bytes()
+    expected = np.concatenate(
+        [
+            np.fromfile(held / source / "part_00000.tokens", "<u2")[: -1 * tail or None].reshape(-1, 65)
+            for source in ("wikipedia", "starcoderdata")
+            for tail in [json.loads((held / source / "source.json").read_text())["tail_tokens"]]
+        ]
+    )
+    assert not np.array_equal(written[1], written[2])
+    for found in (*written.values(), expected):
+        found[:] = found[np.lexsort(found.T)]
+    assert np.array_equal(written[1], expected) and np.array_equal(written[2], expected)
+    shutil.rmtree(held)
+    tokenize_source("wikipedia", tmp_path / "apart" / "wikipedia", held, small_corpus / "tokenizer.json", row_length=64)
+    with pytest.raises(DataError, match="row_length 64 differs"):
+        mix(rows, tmp_path / "other", MixOptions(3, True, 0, 1), held_out=held)
