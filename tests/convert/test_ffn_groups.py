@@ -19,18 +19,19 @@ from tests.convert.samples import MemoryWeights, small_recipe
 from tests.convert.test_export import reference_logits
 from tests.convert.test_import import equal
 
-TABLES = {"blocks": [0, 0, 1], "cycle": [0, 1, 0]}
+TABLES = {"blocks": [0, 0, 1, 1], "cycle": [0, 1, 0, 1]}
 
 
 @pytest.mark.parametrize("pattern", TABLES)
 def test_ffns_of_groups_there_and_back(pattern: str, tokenizer: Path, tmp_path: Path) -> None:
     ours, theirs = (
-        small_recipe("model.num_ffns=2", f"model.ffn_pattern={p}") for p in sorted(TABLES, key=lambda p: p != pattern)
+        small_recipe("model.num_layers=4", "model.num_ffns=2", f"model.ffn_pattern={p}")
+        for p in sorted(TABLES, key=lambda p: p != pattern)
     )
     weights = MemoryWeights(ours)
     tokens = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(5))
     expected = reference_logits(weights, tokens)
-    for form, stored in (("shared", 2), ("expanded", 3)):
+    for form, stored in (("shared", 2), ("expanded", 4)):
         folder = tmp_path / form
         export(weights, folder, form, tokenizer)
         state = load_file(folder / "model.safetensors")
@@ -47,7 +48,7 @@ def test_ffns_of_groups_there_and_back(pattern: str, tokenizer: Path, tmp_path: 
         with pytest.raises(ConvertError, match=rf"ffn_of_layer is {re.escape(str(TABLES[pattern]))}, but"):
             ImportedModel(folder, theirs)
         with pytest.raises(ConvertError, match="one for all or one each"):
-            ImportedModel(folder, small_recipe())
+            ImportedModel(folder, small_recipe("model.num_layers=4"))
         del config["ffn_of_layer"]  # as of a folder that others made: its tensors have the last word
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConvertError, match=r"gate_proj\.weight differs from layer 0's, but in the recipe"):
@@ -57,4 +58,6 @@ def test_ffns_of_groups_there_and_back(pattern: str, tokenizer: Path, tmp_path: 
             for part in ("gate", "up", "down"):
                 del state[f"model.layers.{i}.mlp.{part}_proj.weight"]
     save_file(state, folder / "model.safetensors")
-    assert equal(ImportedModel(folder, ours), weights)
+    model = ImportedModel(folder, ours)
+    assert equal(model, weights)
+    assert "(relative) from transformers" in compare(model)
