@@ -31,6 +31,7 @@ from data_tools.files.digest import digest_file, new_digest
 from data_tools.files.durable import unchanged, write_beside, write_whole
 from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json, read_sealed, sealed
+from data_tools.files.plain_file import open_plain
 from data_tools.files.progress import Progress
 from data_tools.sources.documents import Document, rejected_line
 from data_tools.vision.conversations import asked_of, read_entries
@@ -129,7 +130,7 @@ class _Worker:
 
     def _picture(self, path: str) -> Picture:
         try:
-            with (self._folder / path).open("rb") as stream:
+            with open_plain(self._folder / path) as stream:
                 content = stream.read(MOST_BYTES + 1)
             return Picture(content, read_picture(content)[1])
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -151,9 +152,11 @@ def test_bad_images_and_entries_are_named(tmp_path: Path, tokenizer: Path) -> No
     for name, (content, _) in BAD.items():
         (tmp_path / "images" / name).write_bytes(content)
     (tmp_path / "images/folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "images/pipe.jpg")
     odd = {
         "No such file": entry(1, "missing.jpg"),
         "Is a directory": entry(2, "folder.jpg"),
+        "Is not a plain file": entry(12, "pipe.jpg"),
         "leads out of the folder": entry(3, "../in.json"),
         "image '/etc/passwd' leads out": entry(4, "/etc/passwd"),
         "stands 0 times in it, and it names 1": entry(5, "sub/plain.png", "brown"),
