@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # The interpreter of a GPU machine, with the repository's dependencies; ours where none is named.
 GPU_PYTHON ?= $(BIN)/python
 # One thread a process: the demo runs four ranks on two cores.
-demo demo-chat: export OMP_NUM_THREADS := 1
+demo demo-chat demo-vision: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
-demo demo-chat: export CUDA_VISIBLE_DEVICES :=
+demo demo-chat demo-vision: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo demo-chat test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data ladder-data ladder ladder-smoke asan emulate clean
+.PHONY: help env demo demo-chat demo-vision test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data ladder-data ladder ladder-smoke asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -86,6 +86,21 @@ demo-chat: $(VENV)/ready-chat
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 4 -m megatron_patch train \
 	    recipes/demo_chat.yaml run.initial_weights=demo/run/checkpoints/$$(cat demo/run/checkpoints/latest)
 	$(BIN)/python -m megatron_patch summary demo/chat_run
+
+$(VENV)/ready-vision: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
+	touch $@
+
+# A tiny encoder trained with the demo's decoder, end to end, to read scanned digits. The demo comes first.
+demo-vision: $(VENV)/ready-vision
+	test -e demo/run/checkpoints/latest || $(MAKE) demo
+	$(BIN)/python -m data_tools.demo_digits --output demo/digits
+	$(BIN)/python data_tools/build_vision.py build --input demo/digits/digits.json --images demo/digits/images \
+	    --output demo/digits_data --tokenizer demo/raw/tokenizer.model --image-tokens 16 --row-length 257 --held-out-rows 48
+	$(BIN)/python data_tools/build_vision.py verify --input demo/digits_data
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 -m megatron_patch train \
+	    recipes/demo_vision.yaml run.initial_weights=demo/run/checkpoints/$$(cat demo/run/checkpoints/latest)
+	$(BIN)/python -m megatron_patch summary demo/vision_run
 
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest tests --ignore=tests/cluster --ignore=tests/convert --ignore=tests/devices
