@@ -15,6 +15,7 @@ demo demo-chat demo-vision: export CUDA_VISIBLE_DEVICES :=
 help:
 	@echo "make demo          raw text to trained model on a CPU, under 5 minutes on 2 cores"
 	@echo "make demo-chat     the demo's model tuned to answer questions, under 4 minutes more"
+	@echo "make demo-vision   the demo's model taught to read scanned digits, under 6 minutes more"
 	@echo "make test          the test suite (no GPU, no network)"
 	@echo "make test-cluster  the sbatch templates on a real Slurm of 20 nodes in namespaces (root, Debian)"
 	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
@@ -93,7 +94,7 @@ $(VENV)/ready-vision: $(VENV)/ready
 
 # A tiny encoder trained with the demo's decoder, end to end, to read scanned digits. The demo comes first.
 demo-vision: $(VENV)/ready-vision
-	test -e demo/run/checkpoints/latest || $(MAKE) demo
+	grep -qs '"state": "completed"' demo/run/status.json || $(MAKE) demo
 	$(BIN)/python -m data_tools.demo_digits --output demo/digits
 	$(BIN)/python data_tools/build_vision.py build --input demo/digits/digits.json --images demo/digits/images \
 	    --output demo/digits_data --tokenizer demo/raw/tokenizer.model --image-tokens 16 --row-length 257 --held-out-rows 48

@@ -8,7 +8,7 @@ import yaml
 
 from megatron_patch.recipe import RecipeError, load
 
-FILES = ["mobillama_05b", "mobillama_08b", "large_base", "baseline1", "baseline2", "demo"]
+FILES = sorted(path.stem for path in Path("recipes").glob("*.yaml") if path.stem != "base")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -84,9 +84,12 @@ def test_every_named_alternative_is_what_it_says():
         (["use=paper_epsilon,"], "nothing stands"),
         (["use=nonsense"], "no alternative 'nonsense'; the file names .*released_batch"),
         (["model.hidden_size=2532"], "hidden_size 2532 / num_attention_heads 32 = 79.125"),
-        (["parallel.tensor=3"], "num_attention_heads 32 / parallel.tensor 3 = 10.6667"),
-        (["parallel.tensor=32", "model.ffn_hidden_size=5640"], "ffn_hidden_size 5640 / parallel.tensor 32 = 176.25"),
-        (["parallel.tensor=2", "model.vocab_size=32001"], "vocab_size 32001 / parallel.tensor 2 = 16000.5"),
+        (["parallel.tensor=3"], "num_attention_heads 32 must be divisible by parallel.tensor 3"),
+        (
+            ["parallel.tensor=32", "model.ffn_hidden_size=5640"],
+            "ffn_hidden_size 5640 must be divisible by parallel.tensor 32",
+        ),
+        (["parallel.tensor=2", "model.vocab_size=32001"], "vocab_size 32001 must be divisible by parallel.tensor 2"),
         (["parallel.pipeline=5"], "neither 22 / 5 = 4.4 nor, .*24 / 5 = 4.8 is whole"),
         (["parallel.pipeline=24"], "leaves the first one the embedding and no layer"),
         (["parallel.virtual_pipeline=2"], "needs parallel.pipeline above 1"),

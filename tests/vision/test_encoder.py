@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from data_tools.vision.pictures import prepare
-from megatron_patch.recipe import RecipeError, Vision
+from megatron_patch.recipe import RecipeError, Vision, load
 from megatron_patch.vision.clip_folder import ClipFolder
 from megatron_patch.vision.images import ImageTokens, Pictures, clip_settings, shuffled
 from megatron_patch.vision.shapes import encoder_tensors, flops_per_image, vision_tensors
@@ -128,3 +128,15 @@ def test_another_encoder_is_refused(tmp_path: Path) -> None:
         ClipFolder(folder, VISION)
     with pytest.raises(RecipeError, match=r"config\.json cannot be read"):
         ClipFolder(tmp_path / "nowhere", VISION)
+
+
+def test_the_recipes_encoder_is_clip_l_at_336() -> None:
+    vision = load("recipes/mobillama_v.yaml", []).model.vision
+    assert vision is not None and vision.tokens == 576
+    with torch.device("meta"):
+        whole = CLIPVisionModel(CLIPVisionConfig(**{**clip_settings(vision), "num_hidden_layers": 24}))
+    assert sum(p.numel() for p in whole.parameters()) == 303_507_456  # openai/clip-vit-large-patch14-336's vision part
+    theirs = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    ours = {tensor.name: tensor.shape for tensor in encoder_tensors(vision)}
+    unlike = {name for name in theirs if not name.startswith(("encoder.layers.23.", "post_layernorm."))} ^ set(ours)
+    assert not unlike and all(theirs[name] == shape for name, shape in ours.items())
