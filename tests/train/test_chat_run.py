@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def test_killed_in_its_second_epoch_it_ends_as_if_it_never_was(data: Path, undis
 def our_answers(run_folder: Path) -> list[Answer]:
     """Greedy answers, each token computed once; in one pass over prompt and answer every token is the likeliest too."""
     checkpoint = newest(run_folder)
-    model = load_model(checkpoint.recipe, checkpoint.tensor, None)  # type: ignore[arg-type]
+    model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10))
     segments = open_segments(checkpoint.recipe.data.folder, row_length=ROW, vocab_size=VOCAB_SIZE)  # type: ignore[arg-type]
     prompts = [prompt for prompt, *_ in held_out_questions(segments)][:6]
     limits = {"end_of_turn": 2, "limit": 12, "sequence_length": ROW - 1, "vocab_size": VOCAB_SIZE}
