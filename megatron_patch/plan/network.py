@@ -35,7 +35,7 @@ class Traffic:
 
 
 def traffic(place: Place) -> list[Traffic]:
-    """What one rank exchanges in a step, the sum of loss and norm apart (12 bytes)."""
+    """What one rank exchanges in a step, the sum of loss, norm, requests and joules apart (16 bytes)."""
     return [item for item in _traffic(place) if item.payload and item.size > 1]
 
 

@@ -109,7 +109,7 @@ def test_memory_and_traffic_of_real_ranks(layout: str) -> None:
         assert planned.weights == real["weights"]
         assert planned.gradients == real["gradients"]
         assert planned.optimizer == real["optimizer"]
-        traffic = Counter({("default", "reduced"): 12})  # loss, norm and requests, over the world
+        traffic = Counter({("default", "reduced"): 16})  # loss, norm, requests and joules, over the world
         calls = Counter({("default", "reduced"): 1})
         for item in network.traffic(place):
             traffic[item.group, OPERATIONS[item.operation]] += item.payload
