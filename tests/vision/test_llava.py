@@ -18,7 +18,7 @@ from megatron_patch.convert.onnx_folder import write_onnx
 from megatron_patch.convert.source import ConvertError
 from megatron_patch.generate import load_model
 from megatron_patch.vision.images import Pictures
-from tests.convert.samples import MemoryWeights, small_recipe
+from tests.convert.samples import MemoryWeights, small_recipe, train_tokenizer
 from tests.data_tools.vision.pictures import photograph
 from tests.ranks import run_ranks
 
@@ -32,6 +32,11 @@ PROMPTS = {
     "one image": ("<s>\nthe lazy dog", [photograph(50, 30, 1)]),
     "two images": ("brown <s> and <s> fox", [photograph(20, 60, 2), photograph(33, 33, 3)]),
 }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def ours(weights: MemoryWeights, prompts: list[tuple[list[int], np.ndarray]]) -> list[torch.Tensor]:
