@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.command_line import count, guarded
-from data_tools.dataset.format import MAX_VOCAB_SIZE, ROW_LENGTH, SEED, DatasetManifest
-from data_tools.files.errors import ErrorPolicy
-
-DEFAULT_TEMPLATE = Path(__file__).parent / "chat" / "mobillama.jinja"
+from data_tools.command_line import guarded
+from data_tools.packing_options import add_packing, packed, policy_of
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,27 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     build.add_argument("--input", type=Path, required=True, metavar="PATH", help="a JSONL or Parquet file, or a folder")
-    build.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    build.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="tokenizer.model or .json")
-    build.add_argument(
-        "--template", type=Path, default=DEFAULT_TEMPLATE, metavar="FILE", help=f"Jinja ({DEFAULT_TEMPLATE.name})"
-    )
-    build.add_argument("--row-length", type=count(2), default=ROW_LENGTH, metavar="N", help=f"ids a row ({ROW_LENGTH})")
-    build.add_argument(
-        "--vocab-size", type=count(1, MAX_VOCAB_SIZE), metavar="N", help="the model's: ids are below it (tokenizer's)"
-    )
-    build.add_argument(
-        "--overlong", choices=("truncate", "drop"), default="truncate", help="a conversation beyond a row (truncate)"
-    )
-    build.add_argument("--held-out-rows", type=count(0), default=0, metavar="N", help="rows kept from training (0)")
-    build.add_argument("--seed", type=count(0, 2**32 - 1), default=SEED, metavar="N", help=f"chooses them ({SEED})")
-    build.add_argument("--workers", type=count(1), default=len(os.sched_getaffinity(0)), metavar="N", help="processes")
-    build.add_argument(
-        "--on-error", choices=("stop", "quarantine"), default="stop", help="at a bad conversation (stop)"
-    )
-    build.add_argument(
-        "--max-rejected", type=count(0), default=100, metavar="N", help="stop when more of a file are bad (100)"
-    )
+    add_packing(build, "conversation", "a file")
     verify = commands.add_parser("verify", help="recompute a data set's digests, ids, marks and counts")
     verify.add_argument("--input", type=Path, required=True, metavar="FOLDER")
     return parser
@@ -74,23 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.template,
         options,
         vocab_size=arguments.vocab_size,
-        policy=ErrorPolicy(arguments.on_error == "quarantine", arguments.max_rejected),
+        policy=policy_of(arguments),
         workers=arguments.workers,
     )
-    _say(arguments.output, manifest)
+    assert manifest.chat is not None
+    print(f"{arguments.output}: {packed(manifest)}. Turns end with {manifest.chat.end_of_turn}")
     return 0
-
-
-def _say(folder: Path, manifest: DatasetManifest) -> None:
-    chat, held_out = manifest.chat, manifest.held_out
-    assert chat is not None
-    print(
-        f"{folder}: {chat.conversations:,} conversations in {manifest.rows:,} rows of {manifest.row_length} ids,"
-        f" {chat.counted / (manifest.rows * manifest.row_length):.1%} of them the assistant's;"
-        f" {chat.held_out_conversations:,} held out in {held_out.rows if held_out else 0:,} rows;"
-        f" {chat.truncated:,} truncated, {chat.dropped:,} dropped, {manifest.rejected:,} rejected."
-        f" Turns end with {chat.end_of_turn}"
-    )
 
 
 def main() -> int:

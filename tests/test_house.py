@@ -34,9 +34,8 @@ FLOORS = {
         {"index"},
         {"pack", "chat"},
         {"vision", "build_config", "command_line", "demo_corpus"},
-        {"run_all", "demo_conversations", "demo_digits", "debian_corpus"},
-        {"build_amber", "build_chat"},
-        {"build_vision"},
+        {"run_all", "packing_options", "demo_conversations", "demo_digits", "debian_corpus"},
+        {"build_amber", "build_chat", "build_vision"},
     ),
 }
 ROOMS = [(package, room) for package, floors in FLOORS.items() for room in sorted(set().union(*floors))]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from data_tools.chat.parts import Reading, read_parts
-from data_tools.chat.rows import ChatOptions, chosen_rows, gathered, write_all
+from data_tools.chat.rows import SOURCES, ChatOptions, chosen_rows, gathered, write_all
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,
-    ChatRecord,
     DatasetManifest,
     TokenizerRecord,
     segment_name,
@@ -22,8 +22,6 @@ from data_tools.files.durable import folder_lock, write_whole
 from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import content_digest
 from data_tools.sources.text_encoder import read_vocab_size
-
-SOURCES = ("conversations",)
 
 
 def build(
@@ -53,9 +51,7 @@ def build(
         source = {
             **made_by,
             "parts": content_digest({"parts": [[part.file, part.digest] for part in parts]}),
-            "overlong": options.overlong,
-            "held_out_rows": options.held_out_rows,
-            "seed": options.seed,
+            **options.source,
         }
         plan = DatasetPlan(
             1, options.row_length, judged.vocab_size, record, has_held_out=options.held_out_rows > 0, sources=SOURCES
@@ -70,18 +66,8 @@ def build(
         parted = chosen_rows(gathered(parts, options), options, path)
         rejected = sum(part.rejected for part in parts)
         counted = write_all(output, parted, plan, rejected, source)
-        chat = ChatRecord(
-            template_sha256=judged.template_sha256,
-            end_of_turn=judged.end_of_turn,
-            end_of_turn_id=judged.end_of_turn_id,
-            conversations=parted.trained,
-            held_out_conversations=parted.held,
-            counted=counted,
-            truncated=parted.truncated,
-            dropped=parted.dropped,
-            files=[part.file for part in parts],
-        )
-        return write_dataset_manifest(output, DatasetPlan(**{**vars(plan), "chat": chat}))
+        chat = parted.record(judged, counted, [part.file for part in parts])
+        return write_dataset_manifest(output, replace(plan, chat=chat))
 
 
 def _refuse_other_files(manifest: Path, files: list[str]) -> None:

@@ -7,14 +7,8 @@ parts/part_00000.json             the part's manifest; written last
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import signal
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +17,7 @@ import numpy as np
 
 from data_tools.chat.conversations import Line, conversation_files, messages_of, read_lines
 from data_tools.chat.template import ChatTokenizer
+from data_tools.chat.workers import Workers
 from data_tools.dataset.format import TOOL_VERSION
 from data_tools.files.digest import digest_file, new_digest
 from data_tools.files.durable import unchanged, write_beside, write_whole
@@ -35,8 +30,6 @@ from data_tools.sources.source_files import list_left_out
 PARTS = "parts"
 _BATCH = 256  # conversations at a time for a process, fewer where they are long
 _BATCH_BYTES = 1 << 23
-_PR_SET_PDEATHSIG = 1
-_tokenizer: ChatTokenizer | None = None  # of a worker process
 
 
 @dataclass(frozen=True)
@@ -97,11 +90,15 @@ def read_parts(path: Path, output: Path, reading: Reading) -> list[Part]:
             remedy="use another --output, or remove the folder",
         )
     parts = []
-    with Progress("conversations", sum(file.stat().st_size for file in files), "B") as progress:
+    arguments = (reading.tokenizer, reading.template, reading.vocab_size)
+    with (
+        Workers(reading.workers, ChatTokenizer, *arguments) as workers,
+        Progress("conversations", sum(file.stat().st_size for file in files), "B") as progress,
+    ):
         for number, (file, name) in enumerate(zip(files, names, strict=True)):
             base = folder / f"part_{number:05d}"
             if not base.with_suffix(".json").is_file():
-                _write(base, file, name, reading)
+                _write(base, file, name, reading, workers)
             parts.append(_finished(base, file, name, reading))
             progress.advance(file.stat().st_size)
     return parts
@@ -126,11 +123,11 @@ def _finished(base: Path, file: Path, name: str, reading: Reading) -> Part:
         )
 
 
-def _write(base: Path, file: Path, name: str, reading: Reading) -> None:
+def _write(base: Path, file: Path, name: str, reading: Reading, workers: Workers[ChatTokenizer]) -> None:
     digest, bad = new_digest(), list[Document]()
     ids, counted, lengths = [], [], list[int]()
     with unchanged(file, file.stat().st_size):
-        for read in _encoded(read_lines(file, digest), reading):
+        for read in workers(_encode, _batches(read_lines(file, digest))):
             for document in read.bad:
                 bad.append(document)
                 reading.policy.set_aside(
@@ -169,32 +166,6 @@ def _write(base: Path, file: Path, name: str, reading: Reading) -> None:
     write_whole(base.with_suffix(".json"), canonical_json(sealed(record)))
 
 
-def _encoded(lines: Iterator[Line], reading: Reading) -> Iterator[_Read]:
-    """Batches of lines, encoded, in order; by processes where more than one is wanted."""
-    batches = _batches(lines)
-    arguments = (reading.tokenizer, reading.template, reading.vocab_size)
-    if reading.workers == 1:
-        tokenizer = ChatTokenizer(*arguments)
-        yield from (_encode(batch, tokenizer) for batch in batches)
-        return
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(reading.workers, context, initializer=_begin, initargs=arguments) as pool:
-        waiting: deque[Future[_Read]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(pool.submit(_encode_in_worker, batch))
-                if len(waiting) > 2 * reading.workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory", file="--workers", remedy="use fewer"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
     batch: list[Line] = []
     size = 0
@@ -208,19 +179,7 @@ def _batches(lines: Iterator[Line]) -> Iterator[list[Line]]:
         yield batch
 
 
-def _begin(tokenizer: Path, template: Path, vocab_size: int) -> None:
-    global _tokenizer
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says how it ends
-    _tokenizer = ChatTokenizer(tokenizer, template, vocab_size)
-
-
-def _encode_in_worker(batch: list[Line]) -> _Read:
-    assert _tokenizer is not None
-    return _encode(batch, _tokenizer)
-
-
-def _encode(batch: list[Line], tokenizer: ChatTokenizer) -> _Read:
+def _encode(tokenizer: ChatTokenizer, batch: list[Line]) -> _Read:
     good, bad = [], []
     for line in batch:
         try:

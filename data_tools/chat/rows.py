@@ -10,13 +10,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from data_tools.chat.packing import BestFit, pack
-from data_tools.dataset.format import HELD_OUT_NAME, SEED, TOKEN_DTYPE, pack_marks, segment_name
+from data_tools.chat.template import ChatTokenizer
+from data_tools.dataset.format import HELD_OUT_NAME, SEED, TOKEN_DTYPE, ChatRecord, pack_marks, segment_name
 from data_tools.dataset.images import IMAGES, ROW_IMAGES_DTYPE
 from data_tools.dataset.segment_files import DatasetPlan, write_companions
 from data_tools.files.digest import new_digest
 from data_tools.files.durable import write_beside
 from data_tools.files.errors import DataError
 
+SOURCES = ("conversations",)
 PADDING_ID = 0  # LLaMA's <unk>; counts nowhere and no conversation sees it
 _BLOCK_ROWS = 1024
 
@@ -31,6 +33,11 @@ class ChatOptions:
     held_out_rows: int
     seed: int = SEED
     """Chooses the held-out conversations."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Its entries in a manifest's `source`; the row length has a field of its own."""
+        return {"overlong": self.overlong, "held_out_rows": self.held_out_rows, "seed": self.seed}
 
 
 class Encoded(Protocol):
@@ -77,21 +84,19 @@ class Rows(NamedTuple):
     twins: int
     """Held out already, word for word, and therefore in no row."""
 
-    @property
-    def trained(self) -> int:
-        return sum(map(len, self.training))
-
-    @property
-    def held(self) -> int:
-        return sum(map(len, self.held_out))
-
-    @property
-    def truncated(self) -> int:
-        return self.conversations.truncated
-
-    @property
-    def dropped(self) -> int:
-        return self.conversations.dropped + self.twins
+    def record(self, chat: ChatTokenizer, counted: int, files: list[str]) -> ChatRecord:
+        """What the data set's manifest says of its conversations; `counted` ids of the training rows count."""
+        return ChatRecord(
+            template_sha256=chat.template_sha256,
+            end_of_turn=chat.end_of_turn,
+            end_of_turn_id=chat.end_of_turn_id,
+            conversations=sum(map(len, self.training)),
+            held_out_conversations=sum(map(len, self.held_out)),
+            counted=counted,
+            truncated=self.conversations.truncated,
+            dropped=self.conversations.dropped + self.twins,
+            files=files,
+        )
 
 
 def gathered(

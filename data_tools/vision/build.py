@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.chat.rows import ChatOptions, chosen_rows, gathered, write_all
+from data_tools.chat.rows import SOURCES, ChatOptions, chosen_rows, gathered, write_all
 from data_tools.dataset.format import (
     CHAT_TEMPLATE_NAME,
     MANIFEST_NAME,
-    ChatRecord,
     DatasetManifest,
     TokenizerRecord,
     segment_name,
@@ -26,8 +25,6 @@ from data_tools.files.json_file import content_digest
 from data_tools.sources.text_encoder import read_vocab_size
 from data_tools.vision.parts import Part, Reading, read_parts
 from data_tools.vision.placeholders import ImageTokenizer
-
-SOURCES = ("conversations",)
 
 
 def build(
@@ -80,9 +77,7 @@ def build(
         source = {
             **made_by,
             "parts": content_digest({"parts": [[part.digest, part.shard.digest] for part in parts]}),
-            "overlong": options.overlong,
-            "held_out_rows": options.held_out_rows,
-            "seed": options.seed,
+            **options.source,
         }
         plan = DatasetPlan(
             1,
@@ -99,17 +94,7 @@ def build(
         conversations = gathered(parts, options, _images_of(parts), judged.placeholder_id)
         rows = chosen_rows(conversations, options, file)
         counted = write_all(output, rows, plan, sum(part.rejected for part in parts), source)
-        said = ChatRecord(
-            template_sha256=chat.template_sha256,
-            end_of_turn=chat.end_of_turn,
-            end_of_turn_id=chat.end_of_turn_id,
-            conversations=rows.trained,
-            held_out_conversations=rows.held,
-            counted=counted,
-            truncated=rows.truncated,
-            dropped=rows.dropped,
-            files=[file.name],
-        )
+        said = rows.record(chat, counted, [file.name])
         return write_dataset_manifest(output, replace(plan, chat=said))
 
 

@@ -1,6 +1,6 @@
 """LLaVA's conversations and a folder of images -> ids and shards, a part of `PART` entries each, kept until the build.
 
-images_00000.tar                  the images that the part's conversations are the first to speak of
+images_00000.tar                  the images that the part's conversations are the first to name
 parts/part_00000.npz              ids, marks, lengths and images of its conversations; where its images lie
 parts/part_00000.rejected.jsonl   bad conversations and those of bad images, where there are some
 parts/part_00000.json             the part's manifest; written last
@@ -8,13 +8,7 @@ parts/part_00000.json             the part's manifest; written last
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +19,7 @@ import numpy as np
 import orjson
 
 from data_tools.chat.conversations import Line
+from data_tools.chat.workers import Workers
 from data_tools.dataset.format import TOOL_VERSION
 from data_tools.dataset.images import INDEX_DTYPE, ROW_IMAGES_DTYPE, ShardRecord, shard_name
 from data_tools.files.digest import digest_file, new_digest
@@ -43,10 +38,7 @@ PARTS = "parts"
 PART = 5_000
 _ARRAYS = ("ids", "counted", "lengths", "images", "image_counts", "places")
 _TEXTS, _PICTURES = 128, 16  # for a process at a time
-_PR_SET_PDEATHSIG = 1
-_worker: _Worker | None = None  # of a worker process
 _In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -153,7 +145,7 @@ def read_parts(output: Path, reading: Reading) -> list[Part]:
     file_digest = digest_file(reading.file)
     with ExitStack() as stack:
         stack.enter_context(unchanged(reading.file, reading.file.stat().st_size))
-        in_order = stack.enter_context(_Workers(reading))
+        in_order = stack.enter_context(Workers(reading.workers, _Worker, reading))
         entries = list(read_entries(reading.file, new_digest()))
         progress = stack.enter_context(Progress("conversations", len(entries), ""))
         for number, lines in enumerate(_batches(entries, reading.part)):
@@ -200,7 +192,7 @@ def _write(
     reading: Reading,
     expected: dict[str, Any],
     known: dict[str, int],
-    workers: _Workers,
+    workers: Workers[_Worker],
 ) -> None:
     texts = [text for batch in workers(_Worker.texts, _batches(lines, _TEXTS)) for text in batch]
     new = list(dict.fromkeys(path for text in texts for path in text.images if path not in known))
@@ -261,53 +253,3 @@ def _write(
 def _batches(items: Iterable[_In], size: int) -> Iterator[list[_In]]:
     iterator = iter(items)
     return iter(lambda: list(islice(iterator, size)), [])
-
-
-class _Workers:
-    """Runs a method of `_Worker` over batches, in order; by processes where more than one is wanted."""
-
-    def __init__(self, reading: Reading) -> None:
-        self._count, self._pool, self._alone = reading.workers, None, None
-        if reading.workers == 1:
-            self._alone = _Worker(reading)
-            return
-        context = multiprocessing.get_context("forkserver")
-        self._pool = ProcessPoolExecutor(reading.workers, context, initializer=_begin, initargs=(reading,))
-
-    def __call__(
-        self, method: Callable[[_Worker, list[_In]], list[_Out]], batches: Iterable[list[_In]]
-    ) -> Iterator[list[_Out]]:
-        if self._alone is not None:
-            yield from (method(self._alone, batch) for batch in batches)
-            return
-        assert self._pool is not None
-        waiting: deque[Future[list[_Out]]] = deque()
-        try:
-            for batch in batches:
-                waiting.append(self._pool.submit(_in_worker, method.__name__, batch))
-                if len(waiting) > 2 * self._count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process was killed, perhaps for want of memory", file="--workers", remedy="use fewer"
-            ) from None
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-def _begin(reading: Reading) -> None:
-    global _worker
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says how it ends
-    _worker = _Worker(reading)
-
-
-def _in_worker(method: str, batch: list[Any]) -> Any:
-    return getattr(_worker, method)(batch)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.build_chat import DEFAULT_TEMPLATE, build_parser, run
+from data_tools.build_chat import build_parser, run
+from data_tools.packing_options import DEFAULT_TEMPLATE
 from data_tools.sources.text_encoder import read_tokenizer_json
 from megatron_patch.convert.gguf_file import write_gguf
 from megatron_patch.convert.onnx_folder import write_onnx

@@ -13,12 +13,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_tools.build_chat import DEFAULT_TEMPLATE, build_parser, run
+from data_tools.build_chat import build_parser, run
 from data_tools.chat.packing import pack
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import DatasetManifest, unpack_marks
 from data_tools.files.errors import DataError
 from data_tools.index.verify import verify
+from data_tools.packing_options import DEFAULT_TEMPLATE
 from tests.convert.samples import train_tokenizer
 
 ROW = 250  # not a multiple of 8: the last byte of a row's marks is padded
