@@ -33,7 +33,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """The same: `OPENAI_CLIP_STD`."""
 
-Image.init()  # else a format that is asked for by name may not be loaded
+Image.init()  # else a format that is named may not be loaded
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # else what is missing is black, without a word
 
 

@@ -17,7 +17,7 @@ from data_tools.vision.pictures import DEVIATION, MEAN
 from megatron_patch.convert.names import HfTensor, hf_tensors
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model, Recipe, Vision
-from megatron_patch.vision.shapes import ENCODER, PROJECTOR, vision_tensors
+from megatron_patch.vision.shapes import ENCODER, PROJECTOR, clip_settings, vision_tensors
 
 _NORM = f"{ENCODER}.post_layernorm"
 _BICUBIC = 3  # PIL.Image.Resampling
@@ -75,14 +75,7 @@ def llava_config(model: Model, text: dict[str, Any]) -> dict[str, Any]:
         "text_config": text,
         "vision_config": {
             "model_type": "clip_vision_model",
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.ffn_hidden_size,
-            "num_hidden_layers": vision.num_layers,
-            "num_attention_heads": vision.num_attention_heads,
-            "layer_norm_eps": vision.norm_epsilon,
-            "hidden_act": vision.activation,
+            **clip_settings(vision),
             "projection_dim": vision.hidden_size,
         },
         "image_token_index": vision.placeholder_id,

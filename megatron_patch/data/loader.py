@@ -75,7 +75,7 @@ def _pixels(images: Images | None, tokens: np.ndarray, marks: Marks | None) -> l
 
 
 class Loader:
-    """Iterates over the global steps from a position on; each `next` is a `BatchShard`, read before it is asked for.
+    """Iterates over the global steps from a position on; each `next` is a `BatchShard`, prefetched.
 
     Ends (StopIteration) after the last batch of the last segment. An error of the reading thread is raised by `next`.
     """

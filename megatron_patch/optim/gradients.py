@@ -111,8 +111,8 @@ class GradientBuffer:
 def reduce_during_backward(layers: Iterable[Any], buffers: Sequence[GradientBuffer]) -> None:
     """Tell the buffers of each decoder layer when its backward pass of a micro-batch is done.
 
-    The buffers that a layer's FFN alone uses are told when that is through, before the layer's attention, a shared
-    FFN's too: its hook runs once for each layer that uses it.
+    Buffers of a layer's FFN alone are notified when the FFN is through, before the layer's attention, a shared FFN's
+    too: its hook runs once for each layer that uses it.
     """
     watched: dict[torch.nn.Module, list[GradientBuffer]] = {}
     for layer in layers:

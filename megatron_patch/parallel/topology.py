@@ -24,7 +24,7 @@ from megatron_patch.parallel import device, patches
 from megatron_patch.recipe import Parallel, RecipeError
 
 TIMEOUT = timedelta(minutes=10)
-"""Of a collective, where nothing else is said."""
+"""The default of a collective."""
 _THREADS = 64  # of all groups: gloo starts three for each, and each rank is in some 20
 
 

@@ -13,6 +13,7 @@ import torch
 
 from data_tools.vision.pictures import DEVIATION, MEAN
 from megatron_patch.recipe import Vision
+from megatron_patch.vision.shapes import clip_settings
 
 
 class Pictures(NamedTuple):
@@ -100,17 +101,3 @@ def clip_encoder(vision: Vision) -> Any:
     encoder: Any = CLIPVisionModel._from_config(CLIPVisionConfig(**clip_settings(vision)), attn_implementation="sdpa")
     encoder.post_layernorm = torch.nn.Identity()  # of the classification token alone
     return encoder
-
-
-def clip_settings(vision: Vision) -> dict[str, Any]:
-    """The keys of `CLIPVisionConfig`."""
-    return {
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.ffn_hidden_size,
-        "num_hidden_layers": vision.num_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "layer_norm_eps": vision.norm_epsilon,
-        "hidden_act": vision.activation,
-    }

@@ -7,7 +7,7 @@ vision.projector.NAME    linear_1, linear_2, as in its `LlavaForConditionalGener
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_patch.recipe import Vision
 
@@ -54,6 +54,20 @@ def vision_tensors(vision: Vision, hidden_size: int) -> Iterator[VisionTensor]:
     """All of them under their whole-model names, in forward order."""
     for prefix, tensors in ((ENCODER, encoder_tensors(vision)), (PROJECTOR, projector_tensors(vision, hidden_size))):
         yield from (tensor._replace(name=f"{prefix}.{tensor.name}") for tensor in tensors)
+
+
+def clip_settings(vision: Vision) -> dict[str, Any]:
+    """The keys of `CLIPVisionConfig`."""
+    return {
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.ffn_hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "layer_norm_eps": vision.norm_epsilon,
+        "hidden_act": vision.activation,
+    }
 
 
 def flops_per_image(vision: Vision, hidden_size: int, *, encoder_trained: bool = True) -> int:

@@ -15,8 +15,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from data_tools.vision.pictures import prepare
 from megatron_patch.recipe import RecipeError, Vision, load
 from megatron_patch.vision.clip_folder import ClipFolder
-from megatron_patch.vision.images import ImageTokens, Pictures, clip_settings, shuffled
-from megatron_patch.vision.shapes import encoder_tensors, flops_per_image, vision_tensors
+from megatron_patch.vision.images import ImageTokens, Pictures, shuffled
+from megatron_patch.vision.shapes import clip_settings, encoder_tensors, flops_per_image, vision_tensors
 from tests.data_tools.vision.pictures import photograph
 
 SHAPE = {

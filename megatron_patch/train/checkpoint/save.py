@@ -96,6 +96,19 @@ class HostCopy:
         return moments[what] if moments else torch.zeros_like(master)  # none before the first update
 
 
+@dataclass(frozen=True)
+class _Save:
+    """What is to be written, and what is called then; see `Saver.save`."""
+
+    state: State
+    contents: Contents
+    tensors: dict[str, torch.Tensor]
+    durable: Callable[[Saved], None]
+    make_way: Callable[[Path, Marker], None]
+    started: float
+    stall: float
+
+
 class Saver:
     """Writes a run's checkpoints, one at a time. Every rank makes one and calls it at the same steps."""
 
@@ -139,8 +152,8 @@ class Saver:
         self._optimizer.gather()  # a gather under way still writes to the flat weights
         tensors = self._copy.fill(stored_whats(contents, self._recipe.precision))
         stall = time.perf_counter() - started
-        arguments = (folder, state, contents, tensors, durable, make_way, started, stall)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        asked = _Save(state, contents, tensors, durable, make_way, started, stall)
+        self._thread = threading.Thread(target=self._run, args=(folder, asked), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -154,11 +167,11 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def _run(self, folder: Path, *save: Any) -> None:
+    def _run(self, folder: Path, asked: _Save) -> None:
         # Linux keeps a priority for each thread: where cores are scarce, training goes first.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         try:
-            self._write(folder, *save)
+            self._write(folder, asked)
         except CheckpointError as error:
             self._error = error
         except BaseException as error:  # of a library's sys.exit too, which would end this thread alone, without a word
@@ -171,24 +184,13 @@ class Saver:
             self._error = CheckpointError(folder, f"not written: {what}", remedy)
             self._error.__cause__ = error
 
-    def _write(
-        self,
-        folder: Path,
-        state: State,
-        contents: Contents,
-        tensors: dict[str, torch.Tensor],
-        durable: Callable[[Saved], None],
-        make_way: Callable[[Path, Marker], None],
-        started: float,
-        stall: float,
-    ) -> None:
+    def _write(self, folder: Path, asked: _Save) -> None:
         """Again where the folder goes away meanwhile: what is saved is still in memory."""
         pauses = iter(_PAUSES)
         while True:
             place, problem = self._place(folder)
             if place is not None:
-                saved = (state, contents, tensors, durable, make_way, started, stall)
-                problem, is_lost = self._write_at(Path(place), *saved)
+                problem, is_lost = self._write_at(Path(place), asked)
                 if problem is None:
                     return
                 if is_lost and (pause := next(pauses, None)) is not None:
@@ -210,17 +212,7 @@ class Saver:
                 problem = _told("not written", error)
         return self._channel.from_first([place, problem])
 
-    def _write_at(
-        self,
-        folder: Path,
-        state: State,
-        contents: Contents,
-        tensors: dict[str, torch.Tensor],
-        durable: Callable[[Saved], None],
-        make_way: Callable[[Path, Marker], None],
-        started: float,
-        stall: float,
-    ) -> Any:
+    def _write_at(self, folder: Path, asked: _Save) -> Any:
         """None once `folder` is durable; else what went wrong and the remedy. And whether what was written is gone.
 
         Alike on every rank.
@@ -232,8 +224,8 @@ class Saver:
         try:
             folder.parent.mkdir(exist_ok=True)  # but not a run's folder: whoever moved it may have another there now
             beside.mkdir(exist_ok=True)
-            if tensors:
-                mine = write_file(beside / rank_file(rank), tensors)
+            if asked.tensors:
+                mine = write_file(beside / rank_file(rank), asked.tensors)
         except (CheckpointError, OSError) as error:
             problem = _told(f"not written: {me}", error)
         answers = self._channel.gather({"file": mine and mine.model_dump(), "problem": problem})
@@ -242,21 +234,21 @@ class Saver:
             files = {rank_file(r): StoredFile(**a["file"]) for r, a in enumerate(answers) if a["file"]}
             try:
                 index = Index(
-                    contents=contents,
-                    state=state,
+                    contents=asked.contents,
+                    state=asked.state,
                     recipe=self._recipe,
                     layout=f"{self._topology}, ZeRO-{self._recipe.parallel.zero_stage}",
                     environment=environment(),
-                    tensors=index_tensors(beside, files, self._recipe, contents),
+                    tensors=index_tensors(beside, files, self._recipe, asked.contents),
                 )
-                marker = finish(beside, folder, files, index, make_way)
+                marker = finish(beside, folder, files, index, asked.make_way)
             except (ValueError, OSError) as error:
                 problem = _told(f"not written: {me}", error)
             else:
                 size = sum(file.bytes for file in marker.files.values())
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - asked.started
                 try:
-                    durable(Saved(folder, state, contents, marker.digest, size, stall, seconds))
+                    asked.durable(Saved(folder, asked.state, asked.contents, marker.digest, size, asked.stall, seconds))
                 except (ValueError, OSError) as error:
                     problem = _told(f"durable, but what follows a save failed: {me}", error)
         return self._channel.from_first([problem, not (beside.is_dir() or folder.is_dir())])
