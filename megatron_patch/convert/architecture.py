@@ -90,7 +90,7 @@ def check(config: dict[str, Any], recipe: Recipe, file: Path) -> None:
         )
     for key, value in config.items():
         allowed = _WITHOUT_EFFECT.get(key)
-        if allowed is not None and value is not None and not _is_one_of(value, allowed):
+        if allowed is not None and value is not None and not is_one_of(value, allowed):
             raise ConvertError(
                 f"{file}: {key} is {_shown(value)}, which computes otherwise than MobiLlama "
                 f"({' or '.join(map(repr, allowed))}); it cannot be imported"
@@ -173,7 +173,8 @@ def _check_attention(config: dict[str, Any], file: Path) -> None:
         raise ConvertError(f"{file}: layer_types is {_shown(layers)}; MobiLlama has full_attention in every layer")
 
 
-def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+def is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Whether a setting has one of these values; True is not 1."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
 
 

@@ -19,25 +19,29 @@ from gguf.quants import dequantize
 
 from data_tools.files.bounded_json import parse_bounded
 from data_tools.files.digest import digest_file
+from megatron_patch.convert.architecture import is_one_of
 from megatron_patch.convert.gguf_file import PROVENANCE_KEY, RECIPE_KEY
 from megatron_patch.convert.gguf_reader import BoundedReader
 from megatron_patch.convert.source import ConvertError
 from megatron_patch.recipe import Recipe, from_text
 
-_WHERE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-          "output.weight": "lm_head.weight"}  # fmt: skip
-_WHERE_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+_IN_LAYER = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 1)
+_HF_NAMES = {
+    _NAMES.get_name(name): name
+    for name in ("model.embed_tokens", "model.norm", "lm_head", *(f"model.layers.0.{name}" for name in _IN_LAYER))
 }
-"""llama.cpp's names of `llama` to Hugging Face's."""
+"""llama.cpp's names of the tensors of `llama` (of its layers the first) to Hugging Face's, by the library's own map."""
 
 _CONFIG = {
     "llama.vocab_size": "vocab_size",
@@ -177,7 +181,7 @@ class GgufWeights:
         }
         for key, value in values.items():
             if key in expected:
-                if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in expected[key]):
+                if not is_one_of(value, expected[key]):
                     raise ConvertError(
                         f"{self.path}: {key} is {_shown(value)}, which computes otherwise than MobiLlama "
                         f"({' or '.join(map(repr, expected[key]))}); it cannot be imported"
@@ -202,12 +206,12 @@ def _value(field: Any) -> Any:
 
 
 def _hf_name(name: str, file: Path) -> str:
-    found = re.fullmatch(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+)\.weight", name)
-    if found and found[2] in _WHERE_IN_LAYER:
-        return f"model.layers.{found[1]}.{_WHERE_IN_LAYER[found[2]]}.weight"
-    if name not in _WHERE:
+    layer = re.match(r"blk\.(0|[1-9][0-9]{0,4})\.", name)
+    first = f"blk.0.{name[layer.end() :]}" if layer else name
+    known = _HF_NAMES.get(first.removesuffix(".weight")) if first.endswith(".weight") else None
+    if known is None:
         raise ConvertError(f"{file}: unknown tensor {_shown(name)}; not a MobiLlama or LLaMA model")
-    return _WHERE[name]
+    return (known.replace(".0.", f".{layer[1]}.", 1) if layer else known) + ".weight"
 
 
 def _halved(values: torch.Tensor, heads: int) -> torch.Tensor:
