@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_tools import demo_corpus
+from data_tools.command_line import guarded
 from data_tools.files.durable import write_beside, write_whole
 from data_tools.files.errors import DataError
 from data_tools.sources.sentencepiece_model import SentencepieceModel
@@ -223,13 +224,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, metavar="N", help=f"({VOCAB_SIZE})")
     arguments = parser.parse_args()
-    try:
+
+    def write() -> int:
         download(arguments.packages)
         build(arguments.packages, arguments.output, arguments.vocab_size)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return guarded(write)
 
 
 if __name__ == "__main__":
