@@ -16,7 +16,7 @@ from data_tools.vision.pictures import prepare
 from megatron_patch.recipe import RecipeError, Vision, load
 from megatron_patch.vision.clip_folder import ClipFolder
 from megatron_patch.vision.images import ImageTokens, Pictures, shuffled
-from megatron_patch.vision.shapes import clip_settings, encoder_tensors, flops_per_image, vision_tensors
+from megatron_patch.vision.shapes import encoder_tensors, flops_per_image, vision_tensors
 from tests.data_tools.vision.pictures import photograph
 
 SHAPE = {
@@ -24,12 +24,16 @@ SHAPE = {
     "num_attention_heads": 4, "norm_epsilon": 1e-5, "activation": "quick_gelu", "pixel_shuffle": 1, "placeholder_id": 1,
 }  # fmt: skip
 VISION = Vision(**SHAPE)
+CLIP = {  # the same in transformers' words, written out: our own translation is under test
+    "image_size": 24, "patch_size": 4, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+}  # fmt: skip
 
 
 def clip_folder(folder: Path, kind: str = "vision", **changes: Any) -> tuple[Path, CLIPVisionModel]:
     """A CLIP of one layer more than run, drawn widely enough that each tensor matters."""
     torch.manual_seed(0)
-    config = CLIPVisionConfig(**{**clip_settings(VISION), "num_hidden_layers": 4, **changes})
+    config = CLIPVisionConfig(**{**CLIP, **changes})
     model: Any = CLIPVisionModel(config)
     if kind == "whole":
         small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -49,16 +53,25 @@ def loaded(folder: Path, vision: Vision = VISION) -> ImageTokens:
     return ours.eval()
 
 
-@pytest.mark.parametrize("kind", ["vision", "whole"])
-def test_features_are_those_of_the_last_layer_but_one(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "settings", "changes"),
+    [
+        ("vision", {}, {}),
+        ("whole", {}, {}),
+        ("vision", {"norm_epsilon": 0.05, "activation": "gelu"}, {"layer_norm_eps": 0.05, "hidden_act": "gelu"}),
+    ],
+)
+def test_features_are_those_of_the_last_layer_but_one(
+    tmp_path: Path, kind: str, settings: dict[str, Any], changes: dict[str, Any]
+) -> None:
     """From the pixels on: ours are bytes, which CLIP's processor scales and normalises."""
-    folder, stock = clip_folder(tmp_path, kind)
+    folder, stock = clip_folder(tmp_path, kind, **changes)
     images = [photograph(50, 31, seed) for seed in range(3)]
     side = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
     theirs = CLIPImageProcessorPil(**side)(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = stock(theirs, output_hidden_states=True).hidden_states[-2][:, 1:]
-        ours = loaded(folder)
+        ours = loaded(folder, Vision(**{**SHAPE, **settings}))
         ours.projector = torch.nn.Identity()  # type: ignore[assignment]
         ours.projector.linear_1 = torch.nn.Linear(1, 1)
         pixels = torch.from_numpy(np.stack([prepare(image, 24, "crop") for image in images]))
@@ -134,7 +147,8 @@ def test_the_recipes_encoder_is_clip_l_at_336() -> None:
     vision = load("recipes/mobillama_v.yaml", []).model.vision
     assert vision is not None and vision.tokens == 576
     with torch.device("meta"):
-        whole = CLIPVisionModel(CLIPVisionConfig(**{**clip_settings(vision), "num_hidden_layers": 24}))
+        large = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        whole = CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **large))
     assert sum(p.numel() for p in whole.parameters()) == 303_507_456  # openai/clip-vit-large-patch14-336's vision part
     theirs = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     ours = {tensor.name: tensor.shape for tensor in encoder_tensors(vision)}
