@@ -17,7 +17,10 @@ class Run:
     def __init__(self, run: RunOfService) -> None:
         os.environ.setdefault("WANDB_PROJECT", "mobillama")
         os.environ.setdefault("WANDB_DIR", str(run.folder))
-        settings = wandb.Settings(console="off", disable_git=True, disable_code=True)
+        # A folder is named by second and run: attempts that begin in one second would write into one.
+        settings = wandb.Settings(
+            console="off", disable_git=True, disable_code=True, x_sync_dir_suffix=str(os.getpid())
+        )
         self._run = wandb.init(id=run.id, name=run.name, resume="allow", config=dict(run.config), settings=settings)
         self.step = run.done if self._run.offline else self._run.starting_step - 1
 

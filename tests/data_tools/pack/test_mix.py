@@ -213,19 +213,20 @@ def test_documents_held_out_whole_are_every_row_of_theirs(small_corpus: Path, ro
     written = {}
     for seed in (1, 2):
         out = tmp_path / f"with_{seed}"
-        assert mix(rows, out, MixOptions(3, True, 0, seed), held_out=held).held_out.rows > 60
-        written[seed] = np.fromfile(out / "held_out.bin", "<u2").reshape(-1, 65)
+        manifest = mix(rows, out, MixOptions(3, True, 0, seed), held_out=held)
+        assert manifest.held_out.rows > 60
+        codes = np.fromfile(out / "held_out.src", np.uint8)
+        written[seed] = np.column_stack([np.fromfile(out / "held_out.bin", "<u2").reshape(-1, 65), codes])
         for k in range(3):
             assert (out / f"segment_00{k}.bin").read_bytes() == (
                 tmp_path / "without" / f"segment_00{k}.bin"
             ).read_bytes()
-    expected = np.concatenate(
-        [
-            np.fromfile(held / source / "part_00000.tokens", "<u2")[: -1 * tail or None].reshape(-1, 65)
-            for source in ("wikipedia", "starcoderdata")
-            for tail in [json.loads((held / source / "source.json").read_text())["tail_tokens"]]
-        ]
-    )
+    expected = []
+    for source in ("wikipedia", "starcoderdata"):
+        tail = json.loads((held / source / "source.json").read_text())["tail_tokens"]
+        ids = np.fromfile(held / source / "part_00000.tokens", "<u2")[: -1 * tail or None].reshape(-1, 65)
+        expected.append(np.column_stack([ids, np.full(len(ids), manifest.sources.index(source), "<u2")]))
+    expected = np.concatenate(expected)
     assert not np.array_equal(written[1], written[2])
     for found in (*written.values(), expected):
         found[:] = found[np.lexsort(found.T)]

@@ -191,14 +191,28 @@ def test_verify_finds_what_was_changed(tmp_path: Path, tokenizer: Path) -> None:
     for name, at, said in (
         ("images_00000.tar", 600, "digest"),
         ("images.index", 3, "digest"),
-        ("segment_000.images", 0, "placeholders|that there is not|digest"),
+        ("segment_000.images", 0, "digest"),
     ):
         content = bytearray((folder / name).read_bytes())
         content[at] ^= 64
         kept = (folder / name).read_bytes()
         (folder / name).write_bytes(content)
-        assert any(name in fault for fault in verify(folder)), said
+        assert any(name in fault and said in fault for fault in verify(folder)), said
         (folder / name).write_bytes(kept)
+    path = folder / "segment_000.images"
+    kept = path.read_bytes()
+    sound = np.frombuffer(kept, "<i4").reshape(DatasetManifest.read(folder / "manifest.json").rows, -1)
+    row = int(((sound >= 0).sum(axis=1) >= 2).argmax())
+    for numbers, said in (
+        ([99, *sound[row, 1:]], "an image that there is not"),
+        ([-1, *sound[row, 1:]], "an image behind a place without one"),
+        ([sound[row, 0], *[-1] * (sound.shape[1] - 1)], "other than"),
+    ):
+        changed = sound.copy()
+        changed[row] = numbers
+        path.write_bytes(changed.tobytes())
+        assert any(f"row {row}: {said}" in fault for fault in verify(folder)), said
+    path.write_bytes(kept)
     assert verify(folder) == []
 
 
