@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from data_tools.files.durable import full_disk_named
 from megatron_patch import launch
 from megatron_patch.recipe import RecipeError
 from megatron_patch.run.attempts import REFUSED
@@ -60,10 +61,14 @@ class StatusFile:
                 raise RecipeError(f"{self.path}: is no plain file; move it away, or choose another run.folder")
 
     def start(self, **content: Any) -> None:
-        """A new attempt begins; what the attempt before left is kept in the log, not here. Raises OSError."""
+        """A new attempt begins; what the attempt before left is kept in the log, not here.
+
+        Raises DataError where the disk is full, OSError where it cannot be written for another reason.
+        """
         if self._rank == 0:
             self._content = {"state": "starting", "reason": None, "checkpoint": None, "attempt_started": time.time()}
-            self._write(content, must=True)  # what the attempt before left would be taken for this one's
+            with full_disk_named(self.path):
+                self._write(content, must=True)  # what the attempt before left would be taken for this one's
 
     def resumed(self, **content: Any) -> None:
         """From where this attempt goes on; the first rank has the run folder by then."""

@@ -75,8 +75,8 @@ def main(args: argparse.Namespace) -> int:
             status.fail(text)
             launch.complain(text)
         return 2
-    status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
     try:
+        status.start(total_steps=total_steps, ranks=int(os.environ["WORLD_SIZE"]))
         if resolved.run.deterministic:
             device.make_deterministic()
         # The watch for hangs counts the time that ranks have lived, which collectives cannot.

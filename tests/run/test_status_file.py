@@ -55,6 +55,13 @@ def test_an_end_that_all_agree_on_stands(tmp_path: Path) -> None:
     assert (said["state"], said["step"], said["checkpoint"]["name"]) == ("stopped", 4, "step_00000004")
 
 
+def test_an_attempt_does_not_begin_on_a_full_disk(tmp_path: Path) -> None:
+    status = StatusFile(tmp_path, 0)
+    (tmp_path / f".status.json.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"status.json: cannot write: No space left on device\n  remedy: free space"):
+        status.start(total_steps=9)
+
+
 def test_a_disk_that_is_gone_costs_the_word_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     status = StatusFile(run, 0)

@@ -93,7 +93,7 @@ class RunFolder:
         Call it only while nothing is being written.
         """
         recorded = {row["name"] for row in self.recorded()}
-        done = []
+        done = self._mend_table()
         for path in sorted(self.path.iterdir()) if self.path.is_dir() else ():
             name, is_folder, named = path.name, path.is_dir(), _CHECKPOINT.fullmatch(path.name)
             if (named and path.is_file()) or (name == LATEST_NAME and is_folder and not path.is_symlink()):
@@ -154,11 +154,19 @@ class RunFolder:
 
         A table that someone damaged is set aside, its whole lines are kept: no training ends for it.
         """
+        self._mend_table()
+        write_whole(self.path / TABLE_NAME, milestones.with_line(self.recorded(), milestone))
+
+    def _mend_table(self) -> list[str]:
+        """Leave a table of whole lines alone, or none; what was done, as `sweep` says it."""
         table = self.path / TABLE_NAME
         rows, whole = milestones.read(table)
-        if not whole:
-            self.set_aside(table)
-        write_whole(table, milestones.with_line(rows, milestone))
+        if whole:
+            return []
+        aside = self.set_aside(table)
+        if rows:
+            write_whole(table, milestones.as_table(rows))
+        return [f"{TABLE_NAME}: damaged, {len(rows)} of its lines are whole and stay; set aside as {aside}"]
 
     def _folders(self) -> list[Path]:
         return [p for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []

@@ -12,7 +12,6 @@ import pytest
 
 from megatron_patch.evaluate.models import checkpoints_in
 from megatron_patch.recipe import load
-from megatron_patch.run.milestones import Milestone
 from megatron_patch.train.cadence import Cadence
 from megatron_patch.train.checkpoint import CheckpointError, open_checkpoint, run_folder
 from megatron_patch.train.checkpoint.format import Index, read_index, read_marker
@@ -249,31 +248,6 @@ def test_a_file_in_place_of_the_checkpoints_is_refused(data_folder: Path, tmp_pa
     job = Job(2, settings(data_folder, tmp_path / "run", "batch.micro_batch_size=4"), tmp_path / "log")
     assert job.wait() == [2, 2]
     assert f"refused: {tmp_path}/run/checkpoints: is not a folder" in job.log.read_text()
-
-
-@pytest.mark.parametrize("damaged", ["a,b\n1,2\n", "", "name,step\n", "\0\0\0\0"])
-def test_a_damaged_table_is_set_aside_and_its_whole_lines_are_kept(tmp_path: Path, damaged: str) -> None:
-    folder = RunFolder(load("recipes/demo.yaml", [f"run.folder={tmp_path}"]))
-    folder.path.mkdir()
-    table, broken = folder.path / "checkpoints.csv", folder.path / "checkpoints.csv.broken"
-
-    def milestone(number: int) -> Milestone:
-        return Milestone(f"ckpt_{number:03d}", 10 * number, 80, 80, "0-0", "2026-11-24T00:00:00", "full", "d")
-
-    folder.record(milestone(0))
-    folder.record(milestone(1))
-    assert not broken.exists()
-    whole = table.read_text()
-    table.write_text(whole + "ckpt_002,x,8\n")
-    folder.record(milestone(3))
-    with table.open() as stream:
-        assert [row["name"] for row in csv.DictReader(stream)] == ["ckpt_000", "ckpt_001", "ckpt_003"]
-    assert broken.read_text() == whole + "ckpt_002,x,8\n"
-    table.write_text(damaged)
-    folder.record(milestone(4))
-    with table.open() as stream:
-        assert [row["name"] for row in csv.DictReader(stream)] == ["ckpt_004"]
-    assert broken.read_text() == damaged
 
 
 def test_a_rewound_run_writes_its_milestones_again(finished: Path, data_folder: Path, tmp_path: Path) -> None:
