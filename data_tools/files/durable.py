@@ -183,6 +183,22 @@ def folder_lock(folder: Path, name: str = LOCK_NAME, *, shared: bool = False, wa
         yield
 
 
+def take_place(partial: Path, final: Path) -> None:
+    """Renames the finished folder `partial` to `final`, never in place of another.
+
+    Raises:
+        DataError: something of that name came meanwhile.
+    """
+    try:
+        partial.rename(final)  # of an empty folder it takes the place
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise DataError(
+            "something else was put there meanwhile", file=final, remedy="choose a new folder or remove this one"
+        ) from None
+
+
 def _is_at(stream: TextIOBase, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from data_tools.dataset.format import tokenizer_in
-from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share_like_folder
+from data_tools.files.durable import fsync_file, fsync_folder, new_folder, share_like_folder, take_place
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
 from megatron_patch.convert.chat_files import chat_beside
 from megatron_patch.convert.llava import WithLastNorm, llava_config, llava_tensors, processor_files
@@ -86,7 +86,7 @@ def export(
             for file in partial.iterdir():
                 fsync_file(file)
             fsync_folder(partial)
-            partial.rename(folder)
+            take_place(partial, folder)
     except (OSError, SafetensorError) as error:  # which names no file where the disk is full
         raise ConvertError(f"{folder}: cannot be written ({error}); free space, or name another") from None
     fsync_folder(folder.parent)

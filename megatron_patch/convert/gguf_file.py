@@ -121,8 +121,9 @@ def _stored(tensor: HfTensor, whole: torch.Tensor, kind: GGMLQuantizationType, m
         values = _interleaved(values, model.num_attention_heads)
     if kind is GGMLQuantizationType.BF16:  # torch rounds to nearest even, as training did
         return values.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    if kind is GGMLQuantizationType.F16 and values.abs().max() > torch.finfo(torch.float16).max:
-        raise ConvertError(f"{tensor.name}: holds values beyond fp16's 65,504; store it in bf16 or fp32")
+    if kind is not GGMLQuantizationType.F32 and values.abs().max() > torch.finfo(torch.float16).max:
+        # The scales of blocks are fp16 too.
+        raise ConvertError(f"{tensor.name}: holds values beyond fp16's 65,504; export it without --quantize")
     return quantize(np.ascontiguousarray(values.numpy()), kind)
 
 

@@ -17,12 +17,11 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from data_tools.files.bounded_json import parse_bounded
 from data_tools.files.digest import digest_file
 from megatron_patch.convert.architecture import is_one_of
 from megatron_patch.convert.gguf_file import PROVENANCE_KEY, RECIPE_KEY
 from megatron_patch.convert.gguf_reader import BoundedReader
-from megatron_patch.convert.source import ConvertError
+from megatron_patch.convert.source import MOST_PROVENANCE, ConvertError
 from megatron_patch.recipe import Recipe, from_text
 
 _IN_LAYER = (
@@ -79,7 +78,6 @@ _OF_NO_CONSEQUENCE = ("general.", "tokenizer.", "quantize.", "split.tensors.coun
 _KINDS = (
     GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0
 )  # fmt: skip
-_MOST_PROVENANCE = 1 << 20
 
 
 class GgufWeights:
@@ -147,12 +145,13 @@ class GgufWeights:
     def provenance_place(self) -> str:
         return f"{self.path} ({PROVENANCE_KEY})"
 
-    def provenance(self) -> Any:
-        """What `export` recorded; None where it did not. Raises ValueError."""
+    def provenance(self) -> bytes | None:
+        """The JSON that `export` recorded; None where it did not. Raises ValueError."""
         text = self._values.get(PROVENANCE_KEY)
-        if text is not None and len(str(text)) > _MOST_PROVENANCE:
-            raise ValueError(f"more than {_MOST_PROVENANCE:,} characters")
-        return None if text is None else parse_bounded(str(text).encode())
+        content = None if text is None else str(text).encode()
+        if content is not None and len(content) > MOST_PROVENANCE:
+            raise ValueError(f"more than {MOST_PROVENANCE:,} bytes")
+        return content
 
     def _judged(self) -> dict[str, Any]:
         values = self._values

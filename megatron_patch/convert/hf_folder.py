@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_tools.files.bounded_json import load_bounded
+from data_tools.files.bounded_json import load_bounded, read_bounded
 from data_tools.files.digest import digest_stream, new_digest
 from megatron_patch.convert.export import PROVENANCE_NAME
-from megatron_patch.convert.source import ConvertError
+from megatron_patch.convert.source import MOST_PROVENANCE, ConvertError
 from megatron_patch.recipe import Recipe, load
 
 _INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -75,11 +75,11 @@ class HfFolder:
     def provenance_place(self) -> str:
         return str(self.path / PROVENANCE_NAME)
 
-    def provenance(self) -> Any:
-        """What `export` recorded; None where it did not. Raises ValueError."""
+    def provenance(self) -> bytes | None:
+        """The JSON that `export` recorded; None where it did not. Raises ValueError."""
         file = self.path / PROVENANCE_NAME
         try:
-            return load_bounded(file, most=1 << 20) if os.path.lexists(file) else None
+            return read_bounded(file, MOST_PROVENANCE) if os.path.lexists(file) else None
         except OSError as error:
             raise ValueError(error.strerror) from None
 

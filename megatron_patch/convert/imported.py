@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from data_tools.files.bounded_json import parse_bounded
 from megatron_patch.convert import architecture
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.names import Form, HfTensor, assemble, hf_tensors
@@ -41,7 +42,7 @@ class Weights(Protocol):
     @property
     def provenance_place(self) -> str: ...
     def recipe(self) -> Recipe | None: ...
-    def provenance(self) -> Any: ...
+    def provenance(self) -> bytes | None: ...
 
 
 def open_weights(path: Path) -> Weights:
@@ -221,17 +222,19 @@ _COUNTS = ("step", "samples", "tokens")
 def _provenance(weights: Weights) -> dict[str, Any]:
     """What `export` recorded; where it did not, zeros."""
     try:
-        provenance = weights.provenance()
-        if provenance is None:
+        content = weights.provenance()
+        if content is None:
             return {**dict.fromkeys(_COUNTS, 0), "data_digest": None}
+        provenance = parse_bounded(content)
         if not isinstance(provenance, dict):
             raise ValueError("not an object")
         for name in _COUNTS:
             value = provenance.get(name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
                 raise ValueError(f"{name} is {str(value)[:40]}, not a whole number of at least 0 in 64 bits")
-        if not isinstance(provenance.setdefault("data_digest", None), str | None):
-            raise ValueError("data_digest is not a text")
+        digest = provenance.setdefault("data_digest", None)
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{1,64}", digest)):
+            raise ValueError(f"data_digest is {ascii(digest)[:40]}, not a text of hexadecimal digits")
     except ValueError as error:
         raise ConvertError(
             f"{weights.provenance_place}: damaged ({error}); fetch it again, or remove it to count from step 0"

@@ -18,7 +18,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from data_tools.files.durable import PARTIAL_SUFFIX, fsync_file, fsync_folder, new_folder
+from data_tools.files.durable import PARTIAL_SUFFIX, fsync_file, fsync_folder, new_folder, take_place
 from megatron_patch.convert.export import (
     PROVENANCE_NAME,
     ControlIds,
@@ -68,7 +68,7 @@ def write_onnx(source: WeightsSource, folder: Path, tokenizer: Path, quantize_as
             for file in partial.rglob("*"):
                 fsync_file(file)
             fsync_folder(partial)
-            partial.rename(folder)
+            take_place(partial, folder)
     except OSError as error:
         raise ConvertError(f"{folder}: cannot be written ({error}); free space, or name another") from None
     fsync_folder(folder.parent)

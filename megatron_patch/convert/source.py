@@ -8,6 +8,9 @@ import torch
 
 from megatron_patch.recipe import Recipe
 
+MOST_PROVENANCE = 1 << 20
+"""Bytes of what an export records of where its weights come from: thousands of times what it writes."""
+
 
 class ConvertError(ValueError):
     """Weights that cannot be read or written: names the file, what was expected and what to do."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ from data_tools.files.durable import LOCK_NAME, FolderBusy, folder_lock, new_fol
 from data_tools.files.errors import DataError
 from megatron_patch.__main__ import main
 from megatron_patch.convert.export import export
+from megatron_patch.convert.onnx_folder import write_onnx
 from megatron_patch.convert.source import ConvertError
+from megatron_patch.train.checkpoint import write
+from megatron_patch.train.checkpoint.format import StoredFile
 from megatron_patch.train.checkpoint.reader import open_checkpoint
 from megatron_patch.train.checkpoint.write import partial_folder, write_weights
-from tests.convert.samples import RECIPES, MemoryWeights
+from tests.convert.samples import RECIPES, MemoryWeights, small_recipe
 
 
 @pytest.mark.parametrize("form", ["expanded", "shared"])
@@ -91,7 +95,10 @@ def test_what_is_refused_leaves_nothing_and_is_named(
         (json.dumps({**whole, "step": 10**400}), "damaged (step is 1000000000"),
         (json.dumps({**whole, "samples": "3"}), "damaged (samples is 3, not a whole number"),
         (json.dumps({**whole, "tokens": True}), "damaged (tokens is True"),
-        (json.dumps({**whole, "data_digest": 7}), "damaged (data_digest is not a text"),
+        (json.dumps({**whole, "data_digest": 7}), "damaged (data_digest is 7, not a text of hexadecimal digits"),
+        (json.dumps({**whole, "data_digest": "\ud800"}), "damaged (data_digest is '\\ud800', not"),
+        (json.dumps({**whole, "data_digest": "a\n"}), "damaged (data_digest is 'a\\n', not"),
+        ("null", "damaged (not an object)"),
         (" " * (1 << 20) + "{}", "damaged (more than 1,048,576 bytes)"),
     ):
         provenance.write_text(content)
@@ -119,6 +126,38 @@ def test_one_import_at_a_time_writes_a_checkpoint(weights: MemoryWeights, tmp_pa
         write_weights(weights, tmp_path / "one")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
     assert not (tmp_path / "one" / LOCK_NAME).exists()
+
+
+@pytest.mark.parametrize("form", ["import", "expanded", "onnx"])
+def test_what_came_meanwhile_stays(form: str, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import and an export of one name hold folders of their own; the later one leaves the earlier one alone."""
+    final = tmp_path / "final"
+    real, weights = write.write_file, MemoryWeights(small_recipe())
+
+    def put_another() -> None:
+        final.mkdir(exist_ok=True)
+        (final / "of another").touch()
+
+    class Slow(MemoryWeights):
+        def tensor(self, name: str) -> torch.Tensor:
+            put_another()
+            return super().tensor(name)
+
+    def slowly(path: Path, tensors: Mapping[str, torch.Tensor]) -> StoredFile:
+        put_another()
+        return real(path, tensors)
+
+    monkeypatch.setattr(write, "write_file", slowly)
+    with pytest.raises(
+        DataError, match=r"final: something else was put there meanwhile\n  remedy: choose a new folder"
+    ):
+        if form == "import":
+            write_weights(weights, final)
+        elif form == "onnx":
+            write_onnx(Slow(small_recipe()), final, tokenizer)
+        else:
+            export(Slow(small_recipe()), final, "expanded", tokenizer)
+    assert [p.name for p in tmp_path.rglob("*")] == ["final", "of another"]
 
 
 def test_a_lock_that_moved_away_with_its_folder_is_nobodys(tmp_path: Path) -> None:

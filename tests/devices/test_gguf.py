@@ -152,9 +152,10 @@ def test_a_width_without_whole_blocks_is_named(
 
 def test_what_cannot_be_stored_is_refused(device_tokenizer: Path, tmp_path: Path) -> None:
     weights = device_weights()
-    weights.whole["ffn.linear_fc2.weight"][3, 4] = 1e5
-    with pytest.raises(ConvertError, match=r"down_proj\.weight: holds values beyond fp16"):
-        write_gguf(weights, tmp_path / "m.gguf", device_tokenizer, "f16")
+    weights.whole["ffn.linear_fc2.weight"][3, 4] = 1e7
+    for kind in ("f16", "q8_0", "q4_0"):  # in fp16 the scales of blocks are infinite, and with them 32 weights
+        with pytest.raises(ConvertError, match=r"down_proj\.weight: holds values beyond fp16"):
+            write_gguf(weights, tmp_path / "m.gguf", device_tokenizer, kind)
     weights.whole["ffn.linear_fc2.weight"][3, 4] = float("nan")
     with pytest.raises(ConvertError, match=r"ffn\.linear_fc2\.weight: holds values that are not finite"):
         write_gguf(weights, tmp_path / "m.gguf", device_tokenizer)

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from data_tools.files.digest import digest_file, new_digest
-from data_tools.files.durable import fsync_folder, new_folder, share_like_folder, write_whole
+from data_tools.files.durable import fsync_folder, new_folder, share_like_folder, take_place, write_whole
 from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.recipe import Recipe
 from megatron_patch.train.checkpoint.format import (
@@ -164,11 +164,13 @@ def finish(
     final: Path,
     files: dict[str, StoredFile],
     index: Index,
-    make_way: Callable[[Path, Marker], None] = lambda folder, marker: None,
+    make_way: Callable[[Path, Marker], None] | None = None,
 ) -> Marker:
-    """Index, rename and marker, each durable before the next; takes the place of an earlier folder of that name.
+    """Index, rename and marker, each durable before the next.
 
-    `make_way` may move that folder elsewhere, once the new marker's digest can be compared with its own.
+    With `make_way` it takes the place of an earlier folder of that name, which `make_way` may move elsewhere, once the
+    new marker's digest can be compared with its own. Without, raises DataError where something of that name came
+    meanwhile.
     """
     write_whole(beside / INDEX_NAME, to_json(index))
     files = {
@@ -177,9 +179,10 @@ def finish(
     }
     fsync_folder(beside)
     marker = Marker.of(files)
-    make_way(final, marker)
-    remove(final)
-    beside.rename(final)
+    if make_way is not None:
+        make_way(final, marker)
+        remove(final)
+    take_place(beside, final)
     fsync_folder(final.parent)
     write_whole(final / MARKER_NAME, to_json(marker))
     return marker
