@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.command_line import count, guarded
+from data_tools.command_line import arguments_of, count, guarded
 from data_tools.dataset.format import MAX_VOCAB_SIZE, NUM_SEGMENTS, ROW_LENGTH, SEED, DatasetManifest
 from data_tools.files.errors import DataError, ErrorPolicy
 
@@ -362,7 +362,7 @@ def _say_dataset(folder: Path, manifest: DatasetManifest) -> None:
 
 def main() -> int:
     """Entry point."""
-    return guarded(lambda: run(build_parser().parse_args()))
+    return guarded(lambda: run(arguments_of(build_parser())))
 
 
 if __name__ == "__main__":

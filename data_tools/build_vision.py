@@ -9,7 +9,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: the folder of this file must not come first on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data_tools.command_line import count, guarded
+from data_tools.command_line import arguments_of, count, guarded
 from data_tools.files.errors import DataError
 from data_tools.packing_options import add_packing, packed, policy_of
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Entry point."""
-    return guarded(lambda: run(build_parser().parse_args()))
+    return guarded(lambda: run(arguments_of(build_parser())))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from data_tools.files.empty_words import empty_word
 from data_tools.files.errors import DataError
 
 
@@ -24,6 +25,13 @@ def count(lowest: int, highest: int | None = None) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What the command line says; a word that is empty ends the process, as what the parser refuses does."""
+    if nothing := empty_word(sys.argv[1:]):
+        parser.error(nothing)
+    return parser.parse_args()
 
 
 def guarded(run: Callable[[], int]) -> int:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
+from data_tools.files.empty_words import empty_word
 from megatron_patch import arguments
 from megatron_patch.launch import LaunchError, complain
 from megatron_patch.train import signals
@@ -103,6 +104,9 @@ def main(argv: list[str]) -> int:
         verbs.add_parser(name, help=verb.help, add_help=False)
     known, rest = parser.parse_known_args(argv)
     name, verb = known.verb, VERBS[known.verb]
+    if nothing := empty_word(rest):
+        print(f"{name}: {nothing}", file=sys.stderr)
+        return 2
     if name == "train":
         signals.hold()  # before the seconds that the imports take
     sub = argparse.ArgumentParser(

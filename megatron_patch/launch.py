@@ -25,6 +25,7 @@ from typing import Any, TextIO
 from data_tools.files.bounded_json import load_bounded
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
+_MOST_NODES = 100_000  # of a Slurm cluster
 
 
 class LaunchError(ValueError):
@@ -44,7 +45,7 @@ def setup_environment(environment: MutableMapping[str, str] = os.environ) -> Non
     process would wait for ranks that nobody starts, or train as if it were alone.
     """
     if "RANK" in environment:
-        _check_place(environment)
+        _check_place(environment, "unset RANK to run alone")
         return
     for name in _PLACE[1:]:
         if name in environment:
@@ -54,13 +55,15 @@ def setup_environment(environment: MutableMapping[str, str] = os.environ) -> Non
             )
     if "SLURM_STEP_ID" in environment:
         place = _place_in_step(environment)
-        _check_place(place)
+        place |= {name: environment[name] for name in ("MASTER_ADDR", "MASTER_PORT") if environment.get(name)}
+        _check_place(place, "unset SLURM_STEP_ID to run alone")
     else:
-        for name in _MPI_SIZES:
-            if environment.get(name, "1") != "1":
+        for name, alone in _MPI.items():
+            if environment.get(name, alone) != alone:
                 raise LaunchError(
-                    f"{name} is {environment[name]} in the environment: mpirun has started as many processes, but does "
-                    f"not say which is which; start with torchrun or srun, or unset {name} to run alone"
+                    f"{name} is {environment[name]!r} in the environment: mpirun or its like has started several "
+                    "processes, of which each would train by itself; start with torchrun or srun, or unset "
+                    f"{name} to run alone"
                 )
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -68,11 +71,16 @@ def setup_environment(environment: MutableMapping[str, str] = os.environ) -> Non
         place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in place.items():
-        environment.setdefault(name, value)
+        environment[name] = environment.get(name) or value
 
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI = {
+    **dict.fromkeys(("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"), "1"),
+    **dict.fromkeys(("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "MPI_LOCALRANKID"), "0"),
+    **dict.fromkeys(("PALS_RANKID", "FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"), "0"),
+}
+"""What other launchers tell their processes -> what it is of a process that is alone."""
 _LAST_PORT = 65535
 
 
@@ -80,11 +88,14 @@ def _place_in_step(environment: Mapping[str, str]) -> dict[str, str]:
     remedy = "start with srun, or unset SLURM_STEP_ID to run alone"
     try:
         tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
+        node = int(environment["SLURM_NODEID"])
+        if node < 0:
+            raise ValueError(f"SLURM_NODEID is {node}")
         return {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
             "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "LOCAL_WORLD_SIZE": str(tasks[int(environment["SLURM_NODEID"])]),
+            "LOCAL_WORLD_SIZE": str(tasks[node]),
             "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
             "MASTER_PORT": str(job_port(int(environment["SLURM_JOB_ID"]))),
         }
@@ -94,22 +105,28 @@ def _place_in_step(environment: Mapping[str, str]) -> dict[str, str]:
         raise LaunchError(f"SLURM_* variables of the environment do not describe a step ({error}); {remedy}") from None
 
 
-def _check_place(environment: Mapping[str, str]) -> None:
-    remedy = "start with torchrun or srun, or unset RANK to run alone"
+def _check_place(environment: Mapping[str, str], otherwise: str) -> None:
+    remedy = f"start with torchrun or srun, or {otherwise}"
     place: dict[str, int] = {}
     for name in _PLACE:
         text = environment.get(name)
         if text is None:
             raise LaunchError(f"RANK is set in the environment, but {name} is not; {remedy}")
-        if not text.isdecimal() or len(text) > 9:
+        if not (text.isascii() and text.isdecimal()) or len(text) > 9:
             raise LaunchError(f"{name} is {text!r} in the environment, not a number; {remedy}")
         place[name] = int(text)
-    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        if place[rank] >= place[size]:
-            raise LaunchError(f"{rank} is {place[rank]}, but {size} is {place[size]}; {remedy}")
-    if place["LOCAL_WORLD_SIZE"] > place["WORLD_SIZE"]:
-        local, world = place["LOCAL_WORLD_SIZE"], place["WORLD_SIZE"]
+    for one, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if place[one] >= place[size]:
+            raise LaunchError(f"{one} is {place[one]}, but {size} is {place[size]}; {remedy}")
+    local, world = place["LOCAL_WORLD_SIZE"], place["WORLD_SIZE"]
+    if local > world:
         raise LaunchError(f"LOCAL_WORLD_SIZE is {local}, but WORLD_SIZE is {world}; {remedy}")
+    # A node's ranks are counted in their order among all, whatever launcher counts.
+    rank, local_rank, is_one_node = place["RANK"], place["LOCAL_RANK"], local == world
+    if local_rank > rank or (is_one_node and local_rank != rank):
+        raise LaunchError(
+            f"LOCAL_RANK is {local_rank}, but RANK is {rank}" + " on the only node" * is_one_node + f"; {remedy}"
+        )
     port = environment.get("MASTER_PORT")
     if port and not (port.isdecimal() and len(port) < 6 and int(port) <= _LAST_PORT):
         raise LaunchError(f"MASTER_PORT is {port!r} in the environment, not a port up to {_LAST_PORT}; {remedy}")
@@ -185,7 +202,9 @@ def tasks_per_node(counts: str) -> list[int]:
     tasks: list[int] = []
     for part in counts.split(","):
         count, _, repeat = part.partition("(x")
-        tasks += [int(count)] * int(repeat.rstrip(")") or 1)
+        if (nodes := int(repeat.rstrip(")") or 1)) > _MOST_NODES:
+            raise ValueError(f"{counts!r} is of {nodes} nodes")
+        tasks += [int(count)] * nodes
     return tasks
 
 

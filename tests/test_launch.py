@@ -48,6 +48,12 @@ def test_the_launcher_s_master_and_torchrun_s_ranks_are_kept() -> None:
     assert (torchrun["RANK"], torchrun["WORLD_SIZE"]) == ("3", "4")
 
 
+def test_a_master_that_is_set_to_nothing_is_as_one_that_is_not_set() -> None:
+    environment = {**STEP, "MASTER_ADDR": "", "MASTER_PORT": ""}
+    launch.setup_environment(environment)
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("dgx03", str(10_000 + 1234567 % 20_000))
+
+
 def test_a_batch_script_waits_for_nobody() -> None:
     environment = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "160"}
     launch.setup_environment(environment)
@@ -91,8 +97,20 @@ def test_half_a_place_among_the_ranks_is_refused(changes: dict[str, str | None],
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set in the environment, but RANK is not; .*unset WORLD_SIZE"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK is set in the environment, but RANK is not"),
         ({**STEP, "LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE is set in the environment, but RANK is not"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4 .*mpirun .*torchrun"),
-        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is 2"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is '4' .*mpirun .*torchrun"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "0"}, "PMI_SIZE is '2'"),
+        ({"PMI_RANK": "1"}, "PMI_RANK is '1' .*unset PMI_RANK"),
+        ({"PMIX_RANK": "2", "PMIX_NAMESPACE": "x"}, "PMIX_RANK is '2'"),
+        ({"MPI_LOCALNRANKS": "2"}, "MPI_LOCALNRANKS is '2'"),
+        ({"PALS_RANKID": "3"}, "PALS_RANKID is '3'"),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE is ''"),
+        ({**STEP, "MASTER_PORT": "x"}, "MASTER_PORT is 'x' .*unset SLURM_STEP_ID"),
+        ({**STEP, "SLURM_NODEID": "-1"}, "SLURM_NODEID is -1"),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "8(x9999999999)"}, "is of 9999999999 nodes"),
+        ({**STEP, "SLURM_PROCID": "0"}, "LOCAL_RANK is 5, but RANK is 0"),
+        ({**TORCHRUN, "RANK": "0"}, "LOCAL_RANK is 1, but RANK is 0"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, "LOCAL_RANK is 1, but RANK is 3 on the only node"),
+        ({**TORCHRUN, "RANK": "\u0663"}, "not a number"),
         ({"SLURM_STEP_ID": "0"}, "SLURM_STEP_ID is set in the environment, but SLURM_STEP_TASKS_PER_NODE is not"),
         ({k: v for k, v in STEP.items() if k != "SLURM_PROCID"}, "but SLURM_PROCID is not"),
         ({**STEP, "SLURM_NODEID": "7"}, "do not describe a step"),

@@ -74,6 +74,24 @@ def test_a_number_without_a_meaning_is_refused(words, capsys):
     assert re.search(r"error: argument --[\w-]+: .* is needed", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["eval", "--table", ""], "--table"),
+        (["export", "", "out", "--form", "gguf"], "argument 1"),
+        (["export", "a", " ", "--form", "gguf"], "argument 2"),
+        (["report", "run", "--output="], "--output"),
+        (["status", ""], "argument 1"),
+        (["train", "recipes/demo.yaml", ""], "argument 2"),
+    ],
+)
+def test_a_variable_that_is_not_set_means_no_folder(words, what, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        f"{words[0]}: {what} is empty (a variable that is not set?); give it a value, or leave it out\n"
+    )
+
+
 def test_a_rank_without_a_world_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)

@@ -61,9 +61,12 @@ def test_every_named_alternative_is_what_it_says():
             recipe = load(f"recipes/{baseline}.yaml", overrides)
             tokens = recipe.run.steps * recipe.batch.global_batch_size * recipe.model.sequence_length
             assert 0 <= tokens - 100e9 < recipe.batch.global_batch_size * recipe.model.sequence_length
+    both = load("recipes/mobillama_05b.yaml", ["use=first_100b, paper_100b"])
+    assert (both.run.steps, both.optimizer.decay_steps) == (61_036, None), "the last one named has the word"
     assert load("recipes/baseline1.yaml", ["use=released_batch"]).run.steps == 38_147
     assert load("recipes/baseline1.yaml", ["use=released_batch", "run.steps=7"]).run.steps == 7
-    assert load("recipes/mobillama_05b.yaml", ["run.initial_weights=null"]).run.initial_weights is None
+    for null in ("run.initial_weights=null", "run={initial_weights: null, steps: null} # null", "run.folder='a null'"):
+        assert load("recipes/mobillama_05b.yaml", [null]).run.initial_weights is None
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,19 @@ def test_every_named_alternative_is_what_it_says():
         (["data={folder: }"], "nothing stands"),
         (["use="], "nothing stands"),
         (["use=paper_epsilon,"], "nothing stands"),
+        (["data.folder=\t"], "nothing stands"),
+        (["data.folder=\u200b"], "nothing stands"),
+        (["run.loggers=['']"], "nothing stands"),
+        (["run={folder: , steps: 5} # null"], "nothing stands"),
+        (["run={folder: null/a, steps: }"], "nothing stands"),
+        (["run={folder: a-null, steps: NULL}"], "nothing stands"),
+        (["use= "], "nothing stands"),
+        (["run.folder=None"], r"run\.folder: no folder is written null \(given: 'None'\)"),
+        (["run.loggers=null"], r"run\.loggers: expected a list, \[\] for none of them \(given: None\)"),
+        (["run.tensorboard=null"], r"run\.tensorboard: expected true or false \(given: None\)"),
+        (["batch.global_batch_size=null"], r"global_batch_size: expected a whole number \(given: None\)"),
+        (["data.folder={}"], r"data\.folder: expected a path$"),
+        (["use=released_batch,paper_milestones"], "1280, but checkpoint.milestone_steps 2000 counts steps of another"),
         (["use=nonsense"], "no alternative 'nonsense'; the file names .*released_batch"),
         (["model.hidden_size=2532"], "hidden_size 2532 / num_attention_heads 32 = 79.125"),
         (["parallel.tensor=3"], "num_attention_heads 32 must be divisible by parallel.tensor 3"),

@@ -40,6 +40,39 @@ def parse_yaml(text: str) -> Any:
         raise NotYaml(str(error)) from None
 
 
+def stands_for_nothing(text: str) -> bool:
+    """Whether some value of a YAML document is empty or blank, or none in another way than `null` written out.
+
+    Raises NotYaml where it is not YAML.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise NotYaml(f"longer than {MAX_CHARACTERS} characters")
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        level = [root]
+        while level:
+            if any(isinstance(node, yaml.ScalarNode) and _is_nothing(node) for node in level):
+                return True
+            level = [inner for node in level if isinstance(node, yaml.CollectionNode) for inner in _inside(node)]
+        return root is None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise NotYaml(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _is_nothing(node: yaml.ScalarNode) -> bool:
+    seen = any(character.isprintable() and not character.isspace() for character in node.value)
+    return not seen or (node.tag == "tag:yaml.org,2002:null" and node.value != "null")
+
+
+def _inside(node: yaml.CollectionNode) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [value for _, value in node.value]
+    return list(node.value)
+
+
 def read_yaml(path: Path) -> Any:
     """The value of a YAML file in UTF-8.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from data_tools.files.strict_yaml import NotYaml, parse_yaml, read_yaml
+from data_tools.files.strict_yaml import NotYaml, parse_yaml, read_yaml, stands_for_nothing
 from megatron_patch.recipe.settings import Recipe, from_ffn_switch
 
 _INSTALLED = Path(__file__).parents[1] / "recipes"  # where setup.py puts them
@@ -42,14 +41,19 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise RecipeError(f"{text!r} is not an override; write key.path=value, e.g. batch.micro_batch_size=4")
-        if key == "use":
-            names += value.split(",")
-        else:
-            try:
+        try:
+            if key == "use":
+                names += (named := [name.strip() for name in value.split(",")])
+                is_nothing = not all(named)
+            else:
                 settings.append((key, parse_yaml(value)))
-            except NotYaml as e:
+                is_nothing = stands_for_nothing(value)
+        except NotYaml as e:
+            if not value.strip():  # a tab
+                is_nothing = True
+            else:
                 raise RecipeError(f"override {text!r}: the value is not YAML ({e})") from e
-        if (key == "use" and not all(value.split(","))) or (key != "use" and _holds_nothing(settings[-1][1], value)):
+        if is_nothing:
             raise RecipeError(
                 f"override {text!r}: nothing stands where a value belongs (a variable that is not set?); what means "
                 "none is written null, e.g. run.initial_weights=null"
@@ -87,36 +91,26 @@ def _validated(tree: dict[str, Any], path: Path) -> Recipe:
         raise RecipeError("\n".join([f"{path} is refused:", *(f"  {_explain(d)}" for d in e.errors())])) from e
 
 
-def _holds_nothing(value: Any, text: str) -> bool:
-    """Whether YAML made null or an empty text of something else than `null`, at any depth."""
-    nothing, level = 0, [value]
-    while level:
-        nothing += sum(v is None or (isinstance(v, str) and not v.strip()) for v in level)
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return nothing > len(re.findall(r"\bnull\b", text))
-
-
 def _check_budget(tree: dict[str, Any], used: Sequence[tuple[str, dict[str, Any]]], given: set[str]) -> None:
     """Steps of one batch are no budget of another: an alternative that changes the batch must say the steps too."""
-    steps = (tree.get("run") or {}).get("steps")
-    setting = {
-        key: [name for name, alternative in used if key in (alternative.get(section) or {})][-1:]
-        for section, key in (("batch", "global_batch_size"), ("run", "steps"))
-    }
-    if steps is None or not setting["global_batch_size"] or given & {"run", "run.steps"}:
-        return
-    if setting["global_batch_size"] != setting["steps"]:
-        batch = tree["batch"]["global_batch_size"]
+    batch = _last_with("batch", "global_batch_size", used)
+    for section, key, example in (
+        ("run", "steps", "38147 for 100B tokens at batch 1280, or run.steps=null for every row once"),
+        ("checkpoint", "milestone_steps", "1250 for 3.3B tokens at batch 1280, or null for one a segment"),
+    ):
+        count = (tree.get(section) or {}).get(key)
+        if not batch or not count or given & {section, f"{section}.{key}"} or _last_with(section, key, used) == batch:
+            continue
+        size = tree["batch"]["global_batch_size"]
         raise RecipeError(
-            f"use={setting['global_batch_size'][0]} makes batch.global_batch_size {batch}, but run.steps {steps} "
-            f"counts steps of another batch; say how many there are, e.g. run.steps=38147 for 100B tokens at batch "
-            "1280, or run.steps=null for every row once"
+            f"use={batch} makes batch.global_batch_size {size}, but {section}.{key} {count} counts steps of another "
+            f"batch; say how many there are, e.g. {section}.{key}={example}"
         )
+
+
+def _last_with(section: str, key: str, used: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The last of the alternatives that has the key; empty where none has."""
+    return next((name for name, alternative in reversed(used) if key in (alternative.get(section) or {})), "")
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -164,6 +158,17 @@ def _merge(base: Any, over: Any) -> Any:
     return {**base, **{k: _merge(base[k], v) if k in base else v for k, v in over.items()}}
 
 
+_EXPECTED = {
+    "tuple_type": "expected a list, [] for none of them",
+    "int_type": "expected a whole number",
+    "float_type": "expected a number",
+    "bool_type": "expected true or false",
+    "string_type": "expected a text",
+    "path_type": "expected a path",
+}
+"""pydantic's types of errors, where its own words speak of Python."""
+
+
 def _explain(error: Any) -> str:
     where = [str(part) for part in error["loc"]]
     place = ".".join(where)
@@ -175,7 +180,7 @@ def _explain(error: Any) -> str:
         known = list(section.model_fields)
         near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
         return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}")
-    message = error["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{place}: missing; write it, or inherit it with `extends: base.yaml` where base.yaml has it"
     if error["type"] == "model_type":

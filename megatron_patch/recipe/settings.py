@@ -22,6 +22,8 @@ def _home(folder: Path) -> Path:
     """`~/x` as the shell would read it, which leaves `key=~/x` alone."""
     if folder == Path() or any(character < " " for character in str(folder)):  # `key=""`: a variable that was not set
         raise ValueError(f"{str(folder)!r} names no folder")
+    if str(folder) in ("None", "none"):
+        raise ValueError("no folder is written null")
     try:
         return folder.expanduser()
     except RuntimeError as error:

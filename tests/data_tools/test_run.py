@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,15 @@ def test_rows_damaged_since_they_were_tokenised_are_not_mixed_in(small_corpus: P
 def test_help_shows_an_example(command: str) -> None:
     text = build_amber(command, "--help").stdout
     assert f"example:\n  python data_tools/build_amber.py {command} --" in text
+
+
+@pytest.mark.parametrize("tool", ["build_amber.py tokenize", "build_chat.py build", "build_vision.py build"])
+def test_a_variable_that_is_not_set_is_not_the_current_folder(tool: str, tmp_path: Path) -> None:
+    name, command = tool.split()
+    words = [sys.executable, str(ROOT / "data_tools" / name), command, "--input", "raw", "--output", ""]
+    done = subprocess.run([*words, "--tokenizer", "t.json"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "error: --output is empty (a variable that is not set?)" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_travel_between_processes() -> None:
