@@ -36,6 +36,11 @@ def compare(model: ImportedModel) -> str:
     with torch.no_grad():
         theirs = _theirs(model, tokens)
         ours = _ours(model, tokens)
+    if not (theirs.isfinite().all() and theirs.any()):
+        raise ConvertError(
+            f"{model.weights.path}: transformers computes nothing of it, logits that are zero or not finite; the "
+            "weights are damaged, fetch them again"
+        )
     difference = float((ours - theirs).norm() / theirs.norm())
     if not difference < _BOUND:  # neither is a NaN
         raise ConvertError(
@@ -48,6 +53,7 @@ def compare(model: ImportedModel) -> str:
 
 def _theirs(model: ImportedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Under the folder's own names and configuration. No code of the folder is run, nothing is unpickled."""
+    import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from megatron_patch.convert.modeling_mobillama import MobiLlamaConfig, MobiLlamaForCausalLM
@@ -56,12 +62,20 @@ def _theirs(model: ImportedModel, tokens: torch.Tensor) -> torch.Tensor:
     build: Any = LlamaForCausalLM
     if model.form == "shared":
         kind, build = MobiLlamaConfig, MobiLlamaForCausalLM
-    # The tensors have the last word on KV heads, and here every one is there: none is to be tied by name.
-    settled = {"num_key_value_heads": model.recipe.model.num_attention_heads, "tie_word_embeddings": False}
-    config = kind.from_dict({**model.weights.config, **settled, "torch_dtype": "float32", "dtype": "float32"})
-    stock, info = build.from_pretrained(
-        None, config=config, state_dict=model.hf_state(), dtype=torch.float32, output_loading_info=True
-    )
+    # The tensors have the last word on KV heads, and here every one is there: none is to be tied by name. Padding may
+    # have an id that only a tokenizer knows.
+    settled: dict[str, Any] = {"num_key_value_heads": model.recipe.model.num_attention_heads}
+    settled |= {"tie_word_embeddings": False, "pad_token_id": None}
+    try:
+        config = kind.from_dict({**model.weights.config, **settled, "torch_dtype": "float32", "dtype": "float32"})
+        stock, info = build.from_pretrained(
+            None, config=config, state_dict=model.hf_state(), dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # of a value of another type, huggingface_hub's have no common base
+        raise ConvertError(
+            f"{model.weights.config_file}: transformers {transformers.__version__} cannot build the model "
+            f"({' '.join(str(error).split())}); mend the file, or fetch it again"
+        ) from None
     if missed := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ConvertError(f"{model.weights.path}: transformers takes other tensors than are there, e.g. {missed[0]}")
     logits: torch.Tensor = stock.eval()(tokens, use_cache=False).logits

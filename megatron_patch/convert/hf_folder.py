@@ -17,8 +17,9 @@ from megatron_patch.convert.export import PROVENANCE_NAME
 from megatron_patch.convert.source import MOST_PROVENANCE, ConvertError
 from megatron_patch.recipe import Recipe, load
 
-_INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Of the weights, in the order in which `transformers` looks for them: a folder may have several."""
+_ADAPTER = "adapter_config.json"
 
 
 class HfFolder:
@@ -51,9 +52,7 @@ class HfFolder:
         try:
             if file.suffix == ".bin":
                 return self._bin(file)[name]
-            if file not in self._safetensors:
-                self._safetensors[file] = safe_open(file, "pt")
-            return self._safetensors[file].get_tensor(name)
+            return self._opened(file).get_tensor(name)
         except (SafetensorError, KeyError) as error:
             raise ConvertError(f"{file}: no tensor {name} ({error}); the file and its index disagree") from None
 
@@ -84,29 +83,41 @@ class HfFolder:
             raise ValueError(error.strerror) from None
 
     def _find(self) -> dict[str, Path]:
-        for name in _INDEX_NAMES:
-            if (self.path / name).is_file():
-                weight_map = self._json(name).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise ConvertError(f"{self.path / name}: names no files; fetch it again")
-                strays = [f for f in weight_map.values() if not self._holds(f)]
-                if strays:
-                    raise ConvertError(
-                        f"{self.path / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
-                    )
-                return {tensor: self.path / file for tensor, file in weight_map.items()}
-        for name in _SINGLE_NAMES:
+        if (self.path / _ADAPTER).is_file():
+            raise ConvertError(
+                f"{self.path / _ADAPTER}: transformers would add this adapter to the weights; merge it into them, or "
+                "move it away"
+            )
+        for name in _NAMES:
             file = self.path / name
-            if not file.is_file():
-                continue
-            if file.suffix == ".bin":
-                return dict.fromkeys(self._bin(file), file)
+            if file.is_file():
+                return self._indexed(name) if file.suffix == ".json" else dict.fromkeys(self._names_in(file), file)
+        raise ConvertError(f"{self.path}: none of {', '.join(_NAMES)}; not a model's folder")
+
+    def _indexed(self, name: str) -> dict[str, Path]:
+        """What the files of an index hold, named by it or not, and what it names, there or not."""
+        weight_map = self._json(name).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConvertError(f"{self.path / name}: names no files; fetch it again")
+        strays = [f for f in weight_map.values() if not self._holds(f)]
+        if strays:
+            raise ConvertError(
+                f"{self.path / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
+            )
+        shards = [self.path / file for file in sorted(set(weight_map.values()))]
+        held = {tensor: shard for shard in shards for tensor in self._names_in(shard)}
+        return held | {tensor: self.path / file for tensor, file in weight_map.items()}
+
+    def _names_in(self, file: Path) -> list[str]:
+        return list(self._bin(file)) if file.suffix == ".bin" else list(self._opened(file).keys())
+
+    def _opened(self, file: Path) -> Any:
+        if file not in self._safetensors:
             try:
-                with safe_open(file, "pt") as opened:
-                    return dict.fromkeys(opened.keys(), file)
+                self._safetensors[file] = safe_open(file, "pt")
             except SafetensorError as error:
                 raise ConvertError(f"{file}: not safetensors ({error}); fetch the file again") from None
-        raise ConvertError(f"{self.path}: none of {', '.join(_SINGLE_NAMES + _INDEX_NAMES)}; not a model's folder")
+        return self._safetensors[file]
 
     def _holds(self, name: Any) -> bool:
         return isinstance(name, str) and Path(name).name == name and (self.path / name).is_file()
