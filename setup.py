@@ -23,15 +23,15 @@ class BuildPackages(build_py):
         super().run()
         if self.editable_mode or "megatron_patch" not in self.packages:
             return
-        recipes = sorted(Path("recipes").glob("*.yaml"))
+        recipes = sorted(Path("recipes").rglob("*.yaml"))
         if not recipes:
             sys.exit(
                 "error: no recipes/*.yaml beside setup.py; an installed megatron_patch needs them: copy the folder"
             )
-        folder = Path(self.build_lib, "megatron_patch", "recipes")
-        self.mkpath(str(folder))
         for recipe in recipes:
-            self.copy_file(str(recipe), str(folder / recipe.name))
+            installed = Path(self.build_lib, "megatron_patch", recipe)
+            self.mkpath(str(installed.parent))
+            self.copy_file(str(recipe), str(installed))
 
 
 class BuildCore(build_ext):

@@ -32,11 +32,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, folder)
     for name in ("megatron_patch", "data_tools", "recipes"):
         shutil.copytree(ROOT / name, folder / name, ignore=BUILT)
+    (folder / "tests").mkdir()
+    shutil.copy(__file__, folder / "tests")
     made = run(folder, "setup.py", "-q", "sdist", "--dist-dir", "dist")
     assert made.returncode == 0, made.stderr
     with tarfile.open(next((folder / "dist").glob("*.tar.gz"))) as sdist:
         sdist.extractall(folder / "sdist", filter="data")
     source = next((folder / "sdist").iterdir())
+    assert not (source / "tests").exists(), "a part of the tests, which needs the rest of the repository"
     options = ("--no-build-isolation", "--check-build-dependencies", "--no-deps", "--no-index", "--quiet")
     made = run(folder, "-m", "pip", "wheel", *options, "-w", "dist", str(source), AMBER_CXXFLAGS="-O0")
     assert made.returncode == 0, made.stderr
@@ -47,8 +50,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_recipe_is_named_where_there_is_no_repository(installed: Path, tmp_path: Path) -> None:
     recipes = installed / "megatron_patch" / "recipes"
-    assert {file.name: file.read_bytes() for file in recipes.iterdir()} == {
-        file.name: file.read_bytes() for file in (ROOT / "recipes").glob("*.yaml")
+    assert {file.relative_to(recipes): file.read_bytes() for file in recipes.rglob("*.yaml")} == {
+        file.relative_to(ROOT / "recipes"): file.read_bytes() for file in (ROOT / "recipes").rglob("*.yaml")
     }
     (tmp_path / "own.yaml").write_text("extends: mobillama_08b\nname: own\n")
     script = (
@@ -59,10 +62,11 @@ def test_a_recipe_is_named_where_there_is_no_repository(installed: Path, tmp_pat
         "",
         "mobillama_05b --nodes 20 --gpus a100-80g-2-ports",
         "own.yaml --nodes 20",
+        "ladder/shared --nodes 1",
         "recipes/mobillama_05b.yaml",
     )
     planned = run(tmp_path, "-c", script, *named, PYTHONPATH=str(installed))
-    assert planned.stdout.endswith("[0, 0, 0, 2]\n"), planned.stderr
+    assert planned.stdout.endswith("[0, 0, 0, 0, 2]\n"), planned.stderr
     assert f"recipes are in {recipes}" in planned.stderr and "mobillama_05b_chat" in planned.stderr
 
 

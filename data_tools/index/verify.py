@@ -19,6 +19,7 @@ from data_tools.dataset.format import (
     DatasetManifest,
     SegmentManifest,
     index_blocks,
+    marks_row_bytes,
     pack_marks,
     segment_name,
     unpack_marks,
@@ -27,13 +28,12 @@ from data_tools.dataset.segment_files import check_sizes, chosen_segments, sourc
 from data_tools.files.digest import digest_file, new_digest, sha256_file
 from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json
-from data_tools.files.plain_file import read_exactly
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import list_segments
+from data_tools.index.row_blocks import row_blocks
 from data_tools.index.segment_reader import SegmentReader
 from data_tools.index.verify_images import row_faults, shard_faults
 
-BLOCK_ROWS = 1024
 REMEDY = "remove the segment's .json and build the segment again"
 
 
@@ -123,19 +123,15 @@ def segment_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
 def _id_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
     digest = new_digest()
     row_bytes = record.row_length * TOKEN_DTYPE.itemsize
-    block = np.empty(BLOCK_ROWS * record.row_length, dtype=TOKEN_DTYPE)
-    with path.open("rb", buffering=0) as stream:  # read, not mapped: a bad disk is an error, not the end of the process
-        for start in range(0, record.rows, BLOCK_ROWS):
-            ids = block[: min(BLOCK_ROWS, record.rows - start) * record.row_length]
-            read_exactly(stream, ids.view(np.uint8).data, path)
-            digest.update(ids.data)
-            if ids.max() >= record.vocab_size:
-                at = int(np.argmax(ids >= record.vocab_size))
-                row, column = start + at // record.row_length, at % record.row_length
-                yield (
-                    f"{path}: row {row} id {column} byte {row * row_bytes + column * 2}: id {ids[at]} is not below"
-                    f" {record.vocab_size}\n  remedy: {REMEDY}"
-                )
+    for start, (ids,) in row_blocks(record.rows, (path, record.row_length, TOKEN_DTYPE)):
+        digest.update(ids.data)
+        if ids.max() >= record.vocab_size:
+            at_row, column = divmod(int(np.argmax(ids >= record.vocab_size)), record.row_length)
+            row = start + at_row
+            yield (
+                f"{path}: row {row} id {column} byte {row * row_bytes + column * 2}: id {ids[at_row, column]} is not"
+                f" below {record.vocab_size}\n  remedy: {REMEDY}"
+            )
     yield from _digest_faults(path, record, digest)
 
 
@@ -198,23 +194,26 @@ def _index_faults(path: Path, record: SegmentManifest) -> Iterator[str]:
 
 def _mark_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
     """Rows begin with a conversation, something in each counts, and nothing does where a conversation begins."""
-    marks = {}
-    for suffix in MARKS:
-        path = base.with_suffix(f".{suffix}")
-        stored = np.fromfile(path, dtype=np.uint8).reshape(record.rows, -1)
-        digest = new_digest()
-        digest.update(stored.data)
-        yield from _digest_faults(path, record, digest)
-        marks[suffix] = unpack_marks(stored, record.row_length)
-        if len(beyond := np.flatnonzero((pack_marks(marks[suffix]) != stored).any(axis=1))):
-            yield f"{path}: row {beyond[0]}: marks behind the row's end\n  remedy: {REMEDY}"
-    for suffix, bad, what in (
-        ("starts", ~marks["starts"][:, 0], "no conversation begins with its first id"),
-        ("mask", ~marks["mask"].any(axis=1), "no id counts"),
-        ("mask", (marks["mask"] & marks["starts"]).any(axis=1), "an id counts with which a conversation begins"),
-    ):
-        if bad.any():
-            yield f"{base.with_suffix('.' + suffix)}: row {int(bad.argmax())}: {what}\n  remedy: {REMEDY}"
+    paths = {suffix: base.with_suffix(f".{suffix}") for suffix in MARKS}
+    digests = {suffix: new_digest() for suffix in MARKS}
+    width, first = marks_row_bytes(record.row_length), dict[tuple[str, str], int]()
+    for start, blocks in row_blocks(record.rows, *((path, width, np.dtype(np.uint8)) for path in paths.values())):
+        stored = dict(zip(MARKS, blocks, strict=True))
+        marks = {suffix: unpack_marks(block, record.row_length) for suffix, block in stored.items()}
+        for suffix, block in stored.items():
+            digests[suffix].update(block.data)
+        for suffix, bad, what in (
+            *((s, (pack_marks(marks[s]) != stored[s]).any(axis=1), "marks behind the row's end") for s in MARKS),
+            ("starts", ~marks["starts"][:, 0], "no conversation begins with its first id"),
+            ("mask", ~marks["mask"].any(axis=1), "no id counts"),
+            ("mask", (marks["mask"] & marks["starts"]).any(axis=1), "an id counts with which a conversation begins"),
+        ):
+            if bad.any():
+                first.setdefault((suffix, what), start + int(bad.argmax()))
+    for suffix, path in paths.items():
+        yield from _digest_faults(path, record, digests[suffix])
+    for (suffix, what), row in first.items():
+        yield f"{paths[suffix]}: row {row}: {what}\n  remedy: {REMEDY}"
 
 
 def _digest_faults(path: Path, record: SegmentManifest, digest: Any) -> Iterator[str]:

@@ -37,7 +37,7 @@ from data_tools.vision.shards import ShardWriter
 PARTS = "parts"
 PART = 5_000
 _ARRAYS = ("ids", "counted", "lengths", "images", "image_counts", "places")
-_TEXTS, _PICTURES = 128, 16  # for a process at a time
+_TEXTS, _PICTURES, _PICTURE_BYTES = 128, 16, MOST_BYTES  # for a process at a time
 _In = TypeVar("_In")
 
 
@@ -199,7 +199,7 @@ def _write(
     numbers, reasons, sources = dict(known), dict[str, str](), list[str]()
     with write_beside(shard) as stream:
         writer = ShardWriter(stream, int(expected["number"]))
-        read = workers(_Worker.pictures, _batches(new, _PICTURES))
+        read = workers(_Worker.pictures, picture_batches(reading.images, new))
         for path, picture in zip(new, (picture for batch in read for picture in batch), strict=True):
             if picture.reason:
                 reasons[path] = picture.reason
@@ -248,6 +248,23 @@ def _write(
         **expected,
     }
     write_whole(base.with_suffix(".json"), canonical_json(sealed(record)))
+
+
+def picture_batches(folder: Path, paths: Iterable[str]) -> Iterator[list[str]]:
+    """Images for a process at a time: few, and of no more bytes than one may have."""
+    batch, held = list[str](), 0
+    for path in paths:
+        try:
+            size = min((folder / path).stat().st_size, MOST_BYTES)
+        except OSError:  # whoever reads it says why
+            size = 0
+        if batch and (len(batch) == _PICTURES or held + size > _PICTURE_BYTES):
+            yield batch
+            batch, held = [], 0
+        batch.append(path)
+        held += size
+    if batch:
+        yield batch
 
 
 def _batches(items: Iterable[_In], size: int) -> Iterator[list[_In]]:

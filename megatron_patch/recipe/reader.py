@@ -23,8 +23,11 @@ class RecipeError(ValueError):
 def find(recipe: Path | str) -> Path:
     """The file of a recipe: a path, or the name of one of RECIPES (`mobillama_05b`) where no such file is here."""
     path = Path(recipe)
-    named = RECIPES / f"{path}.yaml"
-    return named if len(path.parts) == 1 and not path.is_file() and named.is_file() else path
+    return path if path.is_file() or str(path) not in _names() else RECIPES / f"{path}.yaml"
+
+
+def _names() -> list[str]:
+    return sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml"))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -117,9 +120,9 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     try:
         tree = read_yaml(path)
     except OSError as e:
-        names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
         raise RecipeError(
-            f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}, each may be given by its name: {names}"
+            f"{path}: cannot be read ({e.strerror}); recipes are in {RECIPES}, each may be given by its name: "
+            + ", ".join(_names())
         ) from e
     except NotYaml as e:
         raise RecipeError(f"{path}: not valid YAML: {e}") from e

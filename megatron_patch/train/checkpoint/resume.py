@@ -184,20 +184,21 @@ def _changes(
     for line in checkpoint.recipe.differences(recipe):
         setting = line.split(": ")[0]
         if setting == "optimizer.decay_steps":
-            continue  # what matters is where the cosine ends
+            continue  # what matters is where the schedule ends
         if _FREE.match(setting):
             note(f"changed since the checkpoint: {line}")
         else:
             changes.append(line)
-    was, now = (_cosine_end(r, data_steps) for r in (checkpoint.recipe, recipe))
+    was, now = (_schedule_end(r, data_steps) for r in (checkpoint.recipe, recipe))
     if was != now:
+        schedule = checkpoint.recipe.optimizer.schedule
         changes.append(
-            f"last step of the learning rate's cosine: {was} -> {now} (optimizer.decay_steps={was} keeps it there)"
+            f"last step of the learning rate's {schedule}: {was} -> {now} (optimizer.decay_steps={was} keeps it there)"
         )
     if checkpoint.data_digest != data_digest:
         changes.append(f"data set: {checkpoint.data_digest} -> {data_digest}")
     return changes
 
 
-def _cosine_end(recipe: Recipe, data_steps: int) -> int:
+def _schedule_end(recipe: Recipe, data_steps: int) -> int:
     return recipe.optimizer.decay_steps or recipe.run.steps or data_steps

@@ -16,13 +16,15 @@ import pytest
 from data_tools.build_chat import build_parser, run
 from data_tools.chat.packing import pack
 from data_tools.chat.template import ChatTokenizer
-from data_tools.dataset.format import DatasetManifest, unpack_marks
+from data_tools.dataset.format import DatasetManifest, marks_row_bytes, unpack_marks
 from data_tools.files.errors import DataError
+from data_tools.index import row_blocks
 from data_tools.index.verify import verify
 from data_tools.packing_options import DEFAULT_TEMPLATE
 from tests.convert.samples import train_tokenizer
 
 ROW = 250  # not a multiple of 8: the last byte of a row's marks is padded
+ROW_BYTES = marks_row_bytes(ROW)
 WORDS = ["the quick", "brown fox", "jumps", "\n\n", "é", "漢字", "<unk>", "A. B.", "  two", "### Human:", "\t", "🙂"]
 
 
@@ -317,19 +319,24 @@ def test_an_array_is_refused_with_the_way_to_lines(tokenizer: Path, tmp_path: Pa
     ("suffix", "at", "says"),
     [
         ("mask", 3, "digest"),
-        ("starts", 0, "no conversation begins with its first id"),
-        ("mask", 0, "an id counts with which a conversation begins"),
-        ("mask", -1, "marks behind the row's end"),
+        ("starts", -ROW_BYTES, "row {last}: no conversation begins with its first id"),
+        ("mask", -ROW_BYTES, "row {last}: an id counts with which a conversation begins"),
+        ("mask", -1, "row {last}: marks behind the row's end"),
     ],
 )
-def test_verify_finds_damaged_marks(tokenizer: Path, tmp_path: Path, suffix: str, at: int, says: str) -> None:
-    build(write(tmp_path / "a.jsonl", [GOOD] * 4), tmp_path / "out", tokenizer)
+@pytest.mark.parametrize("block", [2, row_blocks.BLOCK_ROWS])
+def test_verify_finds_damaged_marks(
+    tokenizer: Path, tmp_path: Path, suffix: str, at: int, says: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_blocks, "BLOCK_ROWS", block)
+    rows = build(write(tmp_path / "a.jsonl", [GOOD] * 40), tmp_path / "out", tokenizer).rows
+    assert rows > 2 and verify(tmp_path / "out") == []
     path = tmp_path / "out" / f"segment_000.{suffix}"
     content = bytearray(path.read_bytes())
     content[at] ^= 0xFF
     path.write_bytes(content)
     faults = verify(tmp_path / "out")
-    assert any(says in fault for fault in faults), faults
+    assert any(says.format(last=rows - 1) in fault for fault in faults), faults
 
 
 def test_an_id_that_nothing_comes_before_does_not_count(tokenizer: Path, tmp_path: Path) -> None:

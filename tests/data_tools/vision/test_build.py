@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,11 @@ from data_tools.build_vision import build_parser, run
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import DatasetManifest, unpack_marks
 from data_tools.dataset.images import read_image, read_images_index
+from data_tools.files.digest import digest_file
 from data_tools.files.errors import DataError
+from data_tools.index import row_blocks
 from data_tools.index.verify import verify
+from data_tools.index.verify_images import row_faults
 from data_tools.vision import parts
 from tests.convert.samples import train_tokenizer
 from tests.data_tools.vision.pictures import bad, encoded, good, photograph
@@ -184,7 +189,11 @@ def test_bad_images_and_entries_are_named(tmp_path: Path, tokenizer: Path) -> No
         build(tmp_path, tokenizer, *more, output="stopped")
 
 
-def test_verify_finds_what_was_changed(tmp_path: Path, tokenizer: Path) -> None:
+@pytest.mark.parametrize("block", [2, row_blocks.BLOCK_ROWS])
+def test_verify_finds_what_was_changed(
+    block: int, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_blocks, "BLOCK_ROWS", block)
     write_folder(tmp_path, 12)
     build(tmp_path, tokenizer)
     folder = tmp_path / "data"
@@ -202,7 +211,8 @@ def test_verify_finds_what_was_changed(tmp_path: Path, tokenizer: Path) -> None:
     path = folder / "segment_000.images"
     kept = path.read_bytes()
     sound = np.frombuffer(kept, "<i4").reshape(DatasetManifest.read(folder / "manifest.json").rows, -1)
-    row = int(((sound >= 0).sum(axis=1) >= 2).argmax())
+    row = int(np.flatnonzero((sound >= 0).sum(axis=1) >= 2)[-1])
+    assert row >= 2
     for numbers, said in (
         ([99, *sound[row, 1:]], "an image that there is not"),
         ([-1, *sound[row, 1:]], "an image behind a place without one"),
@@ -214,6 +224,35 @@ def test_verify_finds_what_was_changed(tmp_path: Path, tokenizer: Path) -> None:
         assert any(f"row {row}: {said}" in fault for fault in verify(folder)), said
     path.write_bytes(kept)
     assert verify(folder) == []
+
+
+def test_verify_holds_a_block_of_rows_however_long_the_segment(tmp_path: Path, tokenizer: Path) -> None:
+    write_folder(tmp_path, 8)
+    build(tmp_path, tokenizer)
+    manifest, rows, base = DatasetManifest.read(tmp_path / "data/manifest.json"), 200_000, tmp_path / "segment_000"
+    record = dataclasses.replace(manifest.segments[0], rows=rows)
+    np.full((rows, record.images_per_row), -1, "<i4").tofile(base.with_suffix(".images"))
+    with base.with_suffix(".bin").open("wb") as ids:
+        ids.truncate(2 * rows * ROW)  # 52 MB, none of them on the disk
+    record.digests["images"] = digest_file(base.with_suffix(".images"))
+    tracemalloc.start()
+    try:
+        assert list(row_faults(base, record, manifest)) == []
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_go_to_a_process_by_their_bytes(tmp_path: Path) -> None:
+    sizes = [1, 40, 30, 30, 0, 200, 1, 1, *[1] * 20]
+    for number, size in enumerate(sizes):
+        with (tmp_path / str(number)).open("wb") as picture:
+            picture.truncate(size << 20)
+    paths = [*map(str, range(len(sizes))), "missing"]
+    batches = list(parts.picture_batches(tmp_path, paths))
+    assert [path for batch in batches for path in batch] == paths
+    held = [sum(min(64, sizes[int(path)]) for path in batch if path != "missing") for batch in batches]
+    assert max(held) <= 64 and max(map(len, batches)) == 16
 
 
 def test_what_cannot_be_built_is_refused_first(tmp_path: Path, tokenizer: Path) -> None:

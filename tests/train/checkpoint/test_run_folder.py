@@ -314,6 +314,14 @@ def test_another_end_of_the_cosine_is_refused_however_it_is_written(
     assert newest(run).step == 60 and not newest(run).state.accepted_changes
 
 
+def test_another_end_of_the_plateau_is_refused_under_its_name(data_folder: Path, tmp_path: Path) -> None:
+    wsd = ["optimizer.schedule=wsd", "optimizer.cooldown_steps=1", "optimizer.warmup_steps=1", "run.steps=2"]
+    Job(1, settings(data_folder, tmp_path / "run", *wsd), tmp_path / "log").run()
+    job = Job(1, settings(data_folder, tmp_path / "run", *wsd, "optimizer.decay_steps=50"), tmp_path / "log")
+    assert job.wait() == [2]
+    assert "last step of the learning rate's wsd: 60 -> 50 (optimizer.decay_steps=60 keeps" in job.log.read_text()
+
+
 @pytest.mark.parametrize(
     ("overrides", "shown"),
     [

@@ -1,0 +1,31 @@
+"""Rows of a segment's files, a block at a time, for checks of files that are larger than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.files.plain_file import read_exactly
+
+BLOCK_ROWS = 1024
+
+
+def row_blocks(rows: int, *files: tuple[Path, int, np.dtype]) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """The first row's number and, of each (file, values a row, type), the block's [rows, values], until the next one.
+
+    Read, not mapped: a bad disk is an error, not the end of the process.
+
+    Raises:
+        DataError: a file ends before its last row.
+    """
+    blocks = [np.empty((min(rows, BLOCK_ROWS), width), dtype) for _, width, dtype in files]
+    with ExitStack() as stack:
+        streams = [stack.enter_context(path.open("rb", buffering=0)) for path, _, _ in files]
+        for start in range(0, rows, BLOCK_ROWS):
+            found = [block[: rows - start] for block in blocks]
+            for stream, block, (path, _, _) in zip(streams, found, files, strict=True):
+                read_exactly(stream, block.reshape(-1).view(np.uint8).data, path)
+            yield start, found
