@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from data_tools.chat.conversations import Message
 from data_tools.chat.template import ChatTokenizer, Encoded
 from data_tools.files.errors import DataError
 from data_tools.vision.conversations import IMAGE_TEXT, Asked
@@ -44,12 +47,24 @@ class ImageTokenizer:
 
     def encode(self, asked: Asked) -> Encoded:
         """Ids of a conversation; raises ValueError as `ChatTokenizer.encode` does, and where placeholders go astray."""
-        for message in asked.messages:
+        encoded = self.chat.encode(self._with_placeholders(asked.messages))
+        self._check(encoded.ids, len(asked.images))
+        return encoded
+
+    def prompt(self, messages: list[Message], images: int) -> list[int]:
+        """Ids that an answer follows, of `messages` with so many `IMAGE_TEXT`. Raises ValueError as `encode` does."""
+        ids = self.chat.prompt(self._with_placeholders(messages))
+        self._check(np.array(ids), images)
+        return ids
+
+    def _with_placeholders(self, messages: list[Message]) -> list[Message]:
+        for message in messages:
             if self.placeholder in message["content"]:
                 raise ValueError(f"a text with {self.placeholder}, which stands for a part of an image here")
         image = self.placeholder * self.tokens
-        encoded = self.chat.encode([{**m, "content": m["content"].replace(IMAGE_TEXT, image)} for m in asked.messages])
-        found = int((encoded.ids == self.placeholder_id).sum())
-        if found != self.tokens * len(asked.images):
-            raise ValueError(f"{found} placeholders for {len(asked.images)} images of {self.tokens}: see the template")
-        return encoded
+        return [{**message, "content": message["content"].replace(IMAGE_TEXT, image)} for message in messages]
+
+    def _check(self, ids: np.ndarray, images: int) -> None:
+        found = int((ids == self.placeholder_id).sum())
+        if found != self.tokens * images:
+            raise ValueError(f"{found} placeholders for {images} images of {self.tokens}: see the template")

@@ -4,7 +4,7 @@ eval --download benchmarks_data                           once, where there is a
 eval CHECKPOINT | HF_FOLDER | ORG/NAME                    one model; under torchrun the ranks share the work
 eval RUN                                                  every milestone of a run that has no scores yet
 eval RUN --watch                                          those and every later one as it appears, until the run is over
-eval --table                                              Tables 4, 5 and 9, ours beneath the paper's figures
+eval --table                                              Tables 4, 5, 8 and 9, ours beneath the paper's figures
 eval --plot evaluations scores.png                        scores against tokens
 """
 
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("benchmarks_data"), help="folder filled by --download")
     parser.add_argument("--output", type=Path, default=Path("evaluations"), help="folder of results")
-    parser.add_argument("--benchmarks", default=",".join(BY_NAME), help="names from: " + ", ".join(BY_NAME))
+    parser.add_argument(
+        "--benchmarks",
+        help=f"names from: {', '.join(BY_NAME)}; default: the last four of a model that sees, else the nine of text",
+    )
     parser.add_argument("--watch", action="store_true", help="evaluate the milestones of a run as they appear")
     parser.add_argument("--every", type=amount, default=60, help="of --watch: seconds between two looks at the run")
     parser.add_argument(
@@ -44,12 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", type=Path, help="tokenizer file in place of the model's own")
     parser.add_argument(
+        "--chat-template", type=Path, help="of a model that sees, where its data set is not there: chat_template.jinja"
+    )
+    parser.add_argument(
         "--recipe", type=Path, help="read Hugging Face folders into our model under this recipe (the authors' need it)"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run modelling code of Hugging Face folders")
-    parser.add_argument("--download", type=Path, metavar="FOLDER", help="fetch every data set, with checksums")
     parser.add_argument(
-        "--table", type=Path, metavar="RESULTS", nargs="?", const=Path("evaluations"), help="print Tables 4, 5 and 9"
+        "--download",
+        type=Path,
+        metavar="FOLDER",
+        help="fetch the data sets of the nine benchmarks, or of --benchmarks, with checksums",
+    )
+    parser.add_argument(
+        "--table", type=Path, metavar="RESULTS", nargs="?", const=Path("evaluations"), help="print Tables 4, 5, 8 and 9"
     )
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of --table")
     parser.add_argument("--all", action="store_true", help="of --table: every checkpoint, not each run's last")
@@ -67,14 +78,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    unknown = [name for name in args.benchmarks.split(",") if name not in BY_NAME]
-    if unknown:
+    named = None if args.benchmarks is None else args.benchmarks.split(",")
+    if unknown := [name for name in named or () if name not in BY_NAME]:
         raise ValueError(f"--benchmarks: unknown {', '.join(unknown)}; known: {', '.join(BY_NAME)}")
-    benchmarks = tuple(b for b in BENCHMARKS if b.name in args.benchmarks.split(","))
+    benchmarks = None if named is None else tuple(b for b in BY_NAME.values() if b.name in named)
     if args.download:
         from megatron_patch.evaluate.data import all_hub_data, download
 
-        download(args.download, all_hub_data(benchmarks))
+        download(args.download, all_hub_data(benchmarks or BENCHMARKS))
         return 0
     if args.table:
         print(_table(args.table, args.all, args.format))
@@ -88,6 +99,10 @@ def _main(args: argparse.Namespace) -> int:
         raise ValueError("no model named; give a run, a checkpoint, a Hugging Face folder or a hub name")
     if args.tokenizer and not args.tokenizer.is_file():
         raise ValueError(f"--tokenizer {args.tokenizer}: no such file; name a tokenizer.model or tokenizer.json")
+    if args.chat_template and not args.chat_template.is_file():
+        raise ValueError(
+            f"--chat-template {args.chat_template}: no such file; build_vision.py leaves one in a data set"
+        )
     if args.watch and len(args.models) > 1:
         raise ValueError("--watch watches one run; start another command for another run")
     return _evaluate(args, benchmarks)
@@ -101,7 +116,7 @@ def _table(results: Path, every_checkpoint: bool, form: Format) -> str:
     return render(found if every_checkpoint else newest(found), form)
 
 
-def _evaluate(args: argparse.Namespace, benchmarks: tuple[Benchmark, ...]) -> int:
+def _evaluate(args: argparse.Namespace, benchmarks: tuple[Benchmark, ...] | None) -> int:
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # data sets come from --data alone
     from megatron_patch.evaluate.models import Settings, find, join_ranks
     from megatron_patch.evaluate.ranks import is_first_rank
@@ -115,6 +130,7 @@ def _evaluate(args: argparse.Namespace, benchmarks: tuple[Benchmark, ...]) -> in
         tokenizer=args.tokenizer,
         trust_remote_code=args.trust_remote_code,
         recipe=args.recipe,
+        chat_template=args.chat_template,
     )
     plan = Plan(benchmarks, args.data, args.limit)
     join_ranks()

@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import httpx2
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, HfFileSystem, RepoFile, hf_hub_download
 from huggingface_hub.hf_file_system import HfFileSystemResolvedRepositoryPath
@@ -24,9 +25,11 @@ from data_tools.files.bounded_json import load_bounded
 from data_tools.files.digest import sha256_file
 from data_tools.files.durable import folder_lock, write_beside, write_whole
 from data_tools.files.json_file import canonical_json
-from megatron_patch.evaluate.suite import BENCHMARKS, Benchmark, HubData
+from megatron_patch.evaluate.suite import BENCHMARKS, Benchmark, HubData, Task
 
 MANIFEST_NAME = "manifest.json"
+IMAGE = "image"
+"""The column of images, in questions and in data sets of images alone."""
 
 
 class EvaluationError(ValueError):
@@ -155,15 +158,31 @@ def _first_line(error: Exception) -> str:
 
 def all_hub_data(benchmarks: Iterable[Benchmark] = BENCHMARKS) -> list[HubData]:
     """Every data set that the benchmarks read, once."""
-    return list(dict.fromkeys(task.data for benchmark in benchmarks for task in benchmark.all_tasks))
+    return list(dict.fromkeys(data for b in benchmarks for task in b.all_tasks for data in task.all_data))
 
 
-def loader(folder: Path, data: HubData) -> Callable[..., dict[str, datasets.Dataset]]:
-    """A function that reads the splits of `data`, as the harness asks for (it passes a task's metadata).
+def loader(folder: Path, task: Task) -> Callable[..., dict[str, datasets.Dataset]]:
+    """A function that reads the splits of a task's data, as the harness asks for (it passes the task's metadata).
+
+    The images of questions stay where they are: the column `image` says which one it is, for `StoredImages`.
 
     Raises (at once, not when called):
         EvaluationError: a split is missing or is not what was fetched; the message has the command that fetches it.
     """
+    for data in task.all_data:
+        _check(folder, data)
+    manifest = read_manifest(folder)
+
+    def load(**_: Any) -> dict[str, datasets.Dataset]:
+        return {
+            split: datasets.Dataset(_questions(folder, manifest, split_key(task.data, split), task.images))
+            for split in task.data.splits
+        }
+
+    return load
+
+
+def _check(folder: Path, data: HubData) -> None:
     manifest = read_manifest(folder)
     for split in data.splits:
         record = manifest.get(split_key(data, split))
@@ -173,19 +192,58 @@ def loader(folder: Path, data: HubData) -> Callable[..., dict[str, datasets.Data
             (where, expected) = (folder / record.file, record.sha256[:12])
             raise EvaluationError(f"{where}: its SHA-256 is not {expected}...; {_how_to_fetch(folder)}")
 
-    def load(**_: Any) -> dict[str, datasets.Dataset]:
-        return {
-            split: datasets.Dataset(pq.read_table(folder / manifest[split_key(data, split)].file))
-            for split in data.splits
-        }
 
-    return load
+def _questions(folder: Path, manifest: dict[str, SplitRecord], key: str, images: HubData | None) -> pa.Table:
+    """A split's table; `IMAGE` holds names of images in place of the images."""
+    file = folder / manifest[key].file
+    columns = pq.read_schema(file).names
+    if images is None and IMAGE not in columns:
+        return pq.read_table(file)
+    # Without the schema's own metadata, which has a type for the column of images.
+    table = pq.read_table(file, columns=[c for c in columns if c != IMAGE]).replace_schema_metadata(None)
+    if images is None:
+        names = [f"{key}#{row}" for row in range(len(table))]
+    else:
+        key = split_key(images, images.splits[0])
+        ids = pq.read_table(folder / manifest[key].file, columns=["id"])["id"].to_pylist()
+        rows = {identifier: row for row, identifier in enumerate(ids)}
+        asked = table["imageId"].to_pylist()
+        if missing := next((identifier for identifier in asked if identifier not in rows), None):
+            raise EvaluationError(f"{file}: no image {missing} in {folder / manifest[key].file}")
+        names = [f"{key}#{rows[identifier]}" for identifier in asked]
+    return table.append_column(IMAGE, pa.array(names))
 
 
-def data_digests(folder: Path, data: HubData) -> dict[str, str]:
-    """SHA-256 of each split of `data` that the folder holds."""
+class StoredImages:
+    """The images of the data sets in a folder, by the names that `loader` gives them, as the bytes of their files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._manifest = folder, read_manifest(folder)
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._group: tuple[str, int] | None = None
+        self._images: list[dict[str, Any] | None] = []  # of that group: questions come in the order of their rows
+
+    def read(self, name: str) -> bytes:
+        """Raises EvaluationError where the row has no image."""
+        key, _, row = name.rpartition("#")
+        if key not in self._files:
+            self._files[key] = pq.ParquetFile(self._folder / self._manifest[key].file)
+        parquet, group, left = self._files[key], 0, int(row)
+        while left >= (rows := parquet.metadata.row_group(group).num_rows):
+            group, left = group + 1, left - rows
+        if self._group != (key, group):
+            self._images = parquet.read_row_group(group, columns=[IMAGE])[IMAGE].to_pylist()
+            self._group = key, group
+        found = self._images[left]
+        if not found or not found["bytes"]:
+            raise EvaluationError(f"{self._folder}: {key} row {row} has no image; {_how_to_fetch(self._folder)}")
+        return bytes(found["bytes"])
+
+
+def data_digests(folder: Path, task: Task) -> dict[str, str]:
+    """SHA-256 of each split that a task reads and the folder holds."""
     manifest = read_manifest(folder)
-    keys = [split_key(data, split) for split in data.splits]
+    keys = [split_key(data, split) for data in task.all_data for split in data.splits]
     return {key: manifest[key].sha256 for key in keys if key in manifest}
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,17 +18,20 @@ from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from data_tools.dataset.format import tokenizer_in
+from data_tools.dataset.format import CHAT_TEMPLATE_NAME, tokenizer_in
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json
+from data_tools.vision.placeholders import ImageTokenizer
 from megatron_patch import launch
 from megatron_patch.convert.export import BOS_TEXT, tokenizer_of
 from megatron_patch.convert.hf_folder import HfFolder
 from megatron_patch.convert.imported import ImportedModel, recipe_of
 from megatron_patch.convert.source import WeightsSource
-from megatron_patch.evaluate.data import EvaluationError
+from megatron_patch.evaluate.data import EvaluationError, StoredImages
+from megatron_patch.evaluate.image_model import ImageLM
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.generate import load_model
 from megatron_patch.parallel import device
+from megatron_patch.recipe import Recipe, Vision
 from megatron_patch.train.checkpoint.format import MARKER_NAME
 from megatron_patch.train.checkpoint.reader import open_checkpoint
 
@@ -49,6 +53,8 @@ class Settings:
         trust_remote_code: run modelling code of a Hugging Face folder.
         recipe: read a Hugging Face folder into our model under this recipe, as `import` would; the authors' published
             folders load in no other way (their configuration misstates the KV heads).
+        chat_template: of a model that sees, in place of its data set's.
+        images: where the images of questions are read; None where no benchmark has any.
     """
 
     precision: Precision = "auto"
@@ -57,6 +63,8 @@ class Settings:
     tokenizer: Path | None = None
     trust_remote_code: bool = False
     recipe: Path | None = None
+    chat_template: Path | None = None
+    images: StoredImages | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Candidate:
         digest: of its weights.
         step, tokens: where in training it stands; None for a Hugging Face model.
         open: loads it.
+        sees: whether it can be asked about images.
     """
 
     name: str
@@ -75,6 +84,7 @@ class Candidate:
     step: int | None
     tokens: int | None
     open: Callable[[Settings], CausalLM]
+    sees: bool = False
 
 
 def find(model: str) -> list[Candidate]:
@@ -134,6 +144,7 @@ def checkpoint(folder: Path) -> Candidate:
     with open_checkpoint(folder, verify=False) as found:
         run = found.recipe.name
         digest, step, tokens = found.digest, found.step, found.tokens
+        sees = found.recipe.model.vision is not None
     place = folder.resolve()
     if place.parent.name == "checkpoints" and place.parent.parent.name != run:
         run += f"-{place.parent.parent.name}"
@@ -142,7 +153,7 @@ def checkpoint(folder: Path) -> Candidate:
         with open_checkpoint(folder) as found:
             return our_model(found, settings)
 
-    return Candidate(f"{run}--{place.name}", digest, step, tokens, load)
+    return Candidate(f"{run}--{place.name}", digest, step, tokens, load, sees)
 
 
 def _hugging_face(folder: Path, name: str) -> Candidate:
@@ -169,14 +180,18 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
     """The Megatron model of a checkpoint, whole on every rank; the ranks share the requests.
 
     Raises:
-        ConvertError, DataError: no tokenizer.
+        ConvertError, DataError: no tokenizer, or no chat template where questions are about images.
     """
     recipe = source.recipe
+    kind: Callable[..., CausalLM] = CausalLM
+    if settings.images is not None and recipe.model.vision is not None:
+        prompts = image_tokenizer(recipe, recipe.model.vision, settings)
+        kind = partial(ImageLM, vision=recipe.model.vision, prompts=prompts, images=settings.images)
     tokenizer = OurTokenizer(settings.tokenizer or tokenizer_of(recipe))
     precision = recipe.precision if settings.precision == "auto" else settings.precision
     join_ranks()
     model = load_model(recipe.model_copy(update={"precision": precision}), source.tensor, _SLOWEST_RANK)
-    return CausalLM(
+    return kind(
         model,
         tokenizer,
         max_length=recipe.model.sequence_length,
@@ -185,6 +200,25 @@ def our_model(source: WeightsSource, settings: Settings) -> CausalLM:
         device=device.current(),
         batch_size=settings.batch_size,
     )
+
+
+def image_tokenizer(recipe: Recipe, vision: Vision, settings: Settings) -> ImageTokenizer:
+    """What turns questions about images into ids as they were in training.
+
+    Raises:
+        EvaluationError: the data set that has the chat template is not there.
+        DataError: tokenizer or template cannot be used.
+    """
+    folder = recipe.data.folder
+    template = settings.chat_template or (None if folder is None else folder / CHAT_TEMPLATE_NAME)
+    if template is None or not template.is_file():
+        raise EvaluationError(
+            f"{template or recipe.name}: no chat template, with which questions are asked as in training; name the one "
+            "of the data set, chat_template.jinja, with --chat-template"
+        )
+    file = settings.tokenizer or tokenizer_of(recipe)
+    placeholder = OurTokenizer(file).text_of(vision.placeholder_id)
+    return ImageTokenizer(file, template, None, placeholder, vision.tokens)
 
 
 def hugging_face_model(folder: Path, settings: Settings) -> CausalLM:
@@ -232,6 +266,13 @@ class OurTokenizer:
         if token is None:
             raise EvaluationError(f"{self._file}: no token {text}; give LLaMA's tokenizer with --tokenizer")
         return int(token)
+
+    def text_of(self, token: int) -> str:
+        """Raises EvaluationError where there is no such id."""
+        text = self._raw.id_to_token(token)
+        if text is None:
+            raise EvaluationError(f"{self._file}: no id {token}; give the model's own tokenizer with --tokenizer")
+        return str(text)
 
     def encode(self, text: str) -> list[int]:
         return list(self._raw.encode(text, add_special_tokens=False).ids)

@@ -1,4 +1,4 @@
-"""Scores against tokens: one small panel a benchmark and one for the average, a line a run."""
+"""Scores against tokens: one small panel a benchmark that has scores and one for the average, a line a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from data_tools.files.durable import write_beside
-from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.evaluate.suite import BY_NAME
 from megatron_patch.results import axis_unit, read_scores
 
 _COLUMNS = 5
@@ -35,13 +35,18 @@ def _figure(found: list[dict[str, Any]]) -> Figure:
     checkpoints = [s for s in found if s["tokens"] is not None]
     if not checkpoints:
         raise ValueError("no scores of checkpoints to plot; run `python -m megatron_patch eval RUN` first")
-    panels = [(b.column, b.name) for b in BENCHMARKS] + [("Average", None)]
+    panels: list[tuple[str, str | None]] = [
+        (b.column, b.name) for b in BY_NAME.values() if any(b.name in s["scores"] for s in checkpoints)
+    ]
+    panels += [("Average", None)] if any(s["average"] for s in checkpoints) else []
     rows = -(-len(panels) // _COLUMNS)
     figure = Figure(figsize=(3 * _COLUMNS, 2.6 * rows), layout="constrained")
-    axes = figure.subplots(rows, _COLUMNS, sharex=True).flat
+    axes = figure.subplots(rows, _COLUMNS, sharex=True, squeeze=False).flat
+    for unused in axes[len(panels) :]:
+        unused.axis("off")
     unit, size = axis_unit(max(s["tokens"] for s in checkpoints))
     by_run = sorted(checkpoints, key=lambda s: (_run(s), s["tokens"]))
-    for axis, (title, name) in zip(axes, panels, strict=True):
+    for axis, (title, name) in zip(axes, panels, strict=False):
         for run, group in groupby(by_run, _run):
             points = [(s["tokens"] / size, c) for s in group if (c := _score(s, name)) is not None]
             errors = [c["stderr"] or 0.0 for _, c in points]
@@ -50,7 +55,7 @@ def _figure(found: list[dict[str, Any]]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     figure.supxlabel(f"{unit} tokens", fontsize=10)
-    figure.supylabel("percent, with one standard error", fontsize=10)
+    figure.supylabel("percent (MME: points), with one standard error", fontsize=10)
     axes[0].legend(fontsize=8)
     return figure
 

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,12 @@ from data_tools.files.digest import new_digest, sha256_file
 from data_tools.files.durable import FolderBusy, folder_lock, write_whole
 from data_tools.files.errors import DataError
 from data_tools.files.json_file import canonical_json, read_sealed, sealed
-from megatron_patch.evaluate.data import all_hub_data, data_digests, loader
+from megatron_patch.evaluate.data import EvaluationError, StoredImages, data_digests, loader
 from megatron_patch.evaluate.language_model import CausalLM
 from megatron_patch.evaluate.models import Candidate, Settings
 from megatron_patch.evaluate.ranks import is_first_rank, on_first_rank
 from megatron_patch.evaluate.scores import TaskResult, average, scores
-from megatron_patch.evaluate.suite import BY_NAME, STOCK_FOLDERS, Benchmark, Task
+from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, IMAGE_BENCHMARKS, STOCK_FOLDERS, Benchmark, Task
 from megatron_patch.results import SCORES_NAME
 
 
@@ -41,10 +41,23 @@ from megatron_patch.results import SCORES_NAME
 class Plan:
     """What to run and with which data."""
 
-    benchmarks: tuple[Benchmark, ...]
+    benchmarks: tuple[Benchmark, ...] | None
+    """None: of each model those of its kind, Table 8's where it sees."""
     data: Path
     limit: int | None = None
     """Documents a task; for trials, since the scores are no longer the benchmark's."""
+
+    def of(self, candidate: Candidate) -> tuple[Benchmark, ...]:
+        """What is run on a model. Raises EvaluationError where questions about images are for one that sees none."""
+        if self.benchmarks is None:
+            return IMAGE_BENCHMARKS if candidate.sees else BENCHMARKS
+        about_images = [b.name for b in self.benchmarks if b in IMAGE_BENCHMARKS]
+        if about_images and not candidate.sees:
+            raise EvaluationError(
+                f"{candidate.name}: sees no images, so it cannot be asked {', '.join(about_images)}; name a checkpoint "
+                "of a recipe with model.vision, or leave them out of --benchmarks"
+            )
+        return self.benchmarks
 
 
 def result_folder(output: Path, candidate: Candidate) -> Path:
@@ -66,7 +79,7 @@ def run(candidate: Candidate, settings: Settings, plan: Plan, output: Path) -> P
         names = on_first_rank(lambda: _claim(held, folder, candidate, settings, plan))
         if names is None:
             return None
-        todo = [(b, task) for b in plan.benchmarks for task in b.all_tasks if task.name in names]
+        todo = [(b, task) for b in plan.of(candidate) for task in b.all_tasks if task.name in names]
         if todo:
             _run_tasks(todo, folder, candidate, settings, plan)
         if is_first_rank():
@@ -78,15 +91,15 @@ def run(candidate: Candidate, settings: Settings, plan: Plan, output: Path) -> P
 
 def _claim(held: ExitStack, folder: Path, candidate: Candidate, settings: Settings, plan: Plan) -> list[str] | None:
     """Takes the model for this process, until `held` ends or the process does; names of the tasks that are left."""
-    for data in all_hub_data(plan.benchmarks):
-        loader(plan.data, data)  # raises where the data set is missing or damaged
+    for task in (task for benchmark in plan.of(candidate) for task in benchmark.all_tasks):
+        loader(plan.data, task)  # raises where the data set is missing or damaged
     try:
         held.enter_context(folder_lock(folder))
     except FolderBusy:
         return None
     return [
         task.name
-        for benchmark in plan.benchmarks
+        for benchmark in plan.of(candidate)
         for task in benchmark.all_tasks
         if _finished(folder, task, _key(candidate, settings, plan, benchmark, task)) is None
     ]
@@ -97,11 +110,13 @@ def _run_tasks(
 ) -> None:
     # At lower levels it explains its own options for each of the 75 tasks.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if any(benchmark in IMAGE_BENCHMARKS for benchmark, _ in todo):
+        settings = replace(settings, images=StoredImages(plan.data))
     model = candidate.open(settings)
     manager = task_manager()
     for number, (benchmark, task) in enumerate(todo, 1):
         started = time.perf_counter()
-        report = _evaluate(model, bind(manager, benchmark, task, loader(plan.data, task.data)), plan.limit)
+        report = _evaluate(model, bind(manager, benchmark, task, loader(plan.data, task)), plan.limit)
         if is_first_rank():
             record = {
                 "key": _key(candidate, settings, plan, benchmark, task),
@@ -166,8 +181,9 @@ def _key(candidate: Candidate, settings: Settings, plan: Plan, benchmark: Benchm
         "limit": plan.limit,
         "precision": settings.precision,
         "empty_context": settings.empty_context,
-        "data": data_digests(plan.data, task.data),
+        "data": data_digests(plan.data, task),
         **({"tokenizer": sha256_file(settings.tokenizer)} if settings.tokenizer else {}),
+        **({"chat_template": sha256_file(settings.chat_template)} if settings.chat_template else {}),
     }
 
 

@@ -1,4 +1,4 @@
-"""From the harness's results of single tasks to the paper's nine scores, with standard errors."""
+"""From the harness's results of single tasks to the paper's scores, with standard errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class TaskResult:
     """What the harness reported of one task.
 
     Attributes:
-        metrics: metric -> value in [0, 1].
+        metrics: metric -> value in [0, 1]; of MME points.
         stderr: metric -> standard error of the mean over documents; not of a single document.
         documents: how many were scored.
     """
@@ -26,7 +26,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Score:
-    """In percent.
+    """In percent, or in a benchmark's own points.
 
     Attributes:
         stderr: standard error; None where a task has a single document.
@@ -43,24 +43,29 @@ def score(benchmark: Benchmark, results: Mapping[str, TaskResult]) -> Score:
     found = [results[task.name] for task in benchmark.tasks]
     n = len(found)
     return Score(
-        value=100 * sum(r.metrics[benchmark.metric] for r in found) / n,
-        stderr=_of_mean([100 * r.stderr[benchmark.metric] if benchmark.metric in r.stderr else None for r in found]),
+        value=benchmark.unit * sum(r.metrics[benchmark.metric] for r in found) / n,
+        stderr=_of_mean([_stderr(benchmark, r) for r in found]),
         stock=_stock(benchmark, results),
     )
 
 
 def scores(results: Mapping[str, TaskResult]) -> dict[str, Score]:
     """Every benchmark whose tasks are all there, by name, in the paper's order."""
-    return {b.name: score(b, results) for b in BENCHMARKS if all(task.name in results for task in b.all_tasks)}
+    return {b.name: score(b, results) for b in BY_NAME.values() if all(task.name in results for task in b.all_tasks)}
 
 
 def average(found: Mapping[str, Score], *, with_crows_pairs: bool) -> Score | None:
     """Mean over the nine (or, without CrowS-Pairs, eight) benchmarks; None where one is missing."""
-    wanted = [name for name in BY_NAME if with_crows_pairs or name != CROWS_PAIRS]
+    wanted = [b.name for b in BENCHMARKS if with_crows_pairs or b.name != CROWS_PAIRS]
     if any(name not in found for name in wanted):
         return None
     value = sum(found[name].value for name in wanted) / len(wanted)
     return Score(value, _of_mean([found[name].stderr for name in wanted]))
+
+
+def _stderr(benchmark: Benchmark, result: TaskResult) -> float | None:
+    found = result.stderr.get(benchmark.metric)
+    return None if found is None else benchmark.unit * found
 
 
 def _of_mean(errors: list[float | None]) -> float | None:
@@ -75,4 +80,4 @@ def _stock(benchmark: Benchmark, results: Mapping[str, TaskResult]) -> float | N
     tasks: tuple[Task, ...] = benchmark.stock.tasks
     documents = sum(results[task.name].documents for task in tasks)
     weighted = sum(results[task.name].metrics[benchmark.stock.metric] * results[task.name].documents for task in tasks)
-    return 100 * weighted / documents
+    return benchmark.unit * weighted / documents

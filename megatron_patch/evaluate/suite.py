@@ -1,9 +1,12 @@
-"""The paper's nine benchmarks: which tasks of lm-evaluation-harness, how many shots, which metric, which mean.
+"""The paper's benchmarks, nine of text and four of images: which tasks of lm-evaluation-harness, shots, metric, mean.
 
 What the authors ran is a fork of the harness's version 0.3 inside Analysis360 (commit e556449), deleted since. Where
 today's harness scores a benchmark differently, `tasks` and `metric` follow the fork and fill the paper's tables, and
 `stock` says what the harness itself would report. Shots are drawn by today's harness with its own seed: the fork's
 draw depended on the order in which it shuffled the documents.
+
+The harness has none of the four of Table 8; lmms-eval, which has them, pins versions that this repository cannot share
+(another wandb, torchvision, linters). Their prompts and rules of scoring are tasks of ours, `tasks/image_scoring.py`.
 """
 
 from __future__ import annotations
@@ -42,15 +45,24 @@ class HubData:
 
 @dataclass(frozen=True)
 class Task:
-    """A task by its name in the harness (ours stand in `tasks/`) and the data it reads."""
+    """A task by its name in the harness (ours stand in `tasks/`) and the data it reads.
+
+    Attributes:
+        images: where the images of its questions lie, by the questions' `imageId`, if not beside the questions.
+    """
 
     name: str
     data: HubData
+    images: HubData | None = None
+
+    @property
+    def all_data(self) -> tuple[HubData, ...]:
+        return (self.data, *((self.images,) if self.images else ()))
 
 
 @dataclass(frozen=True)
 class Stock:
-    """What today's harness reports: one task's metric, or the mean of the tasks weighted by their documents."""
+    """What the stock harness reports: one task's metric, or the mean of the tasks weighted by their documents."""
 
     tasks: tuple[Task, ...]
     metric: str
@@ -58,7 +70,7 @@ class Stock:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A column of the paper's Tables 4, 5 and 9.
+    """A column of the paper's Tables 4, 5 and 9, or of Table 8.
 
     Attributes:
         name: as on the command line.
@@ -68,6 +80,7 @@ class Benchmark:
         shots: worked examples in front of each question.
         stock: the harness's own score, where it differs.
         difference: in which way it differs.
+        unit: of the score: 100 for percent of what the metric gives, 1 for its own points.
     """
 
     name: str
@@ -77,6 +90,7 @@ class Benchmark:
     shots: int
     stock: Stock | None = None
     difference: str = ""
+    unit: float = 100
 
     @cached_property
     def all_tasks(self) -> tuple[Task, ...]:
@@ -115,13 +129,28 @@ BENCHMARKS = (
     Benchmark("winogrande", "winogrande",
               _one("winogrande", "allenai/winogrande", "winogrande_xl", "train", "validation"), "acc", 5),
 )  # fmt: skip
-"""In the order of the paper's columns."""
+"""The nine of text, in the order of the paper's columns."""
 
 STOCK_FOLDERS = (
     "hellaswag", "truthfulqa", "mmlu/default", "arc", "crows_pairs", "piqa", "race", "siqa", "winogrande",
 )  # fmt: skip
 """Folders of the harness's task files that hold these tasks."""
 
-BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+_GQA = HubData("lmms-lab/GQA", "testdev_balanced_instructions", ("testdev",))
+_GQA_IMAGES = HubData("lmms-lab/GQA", "testdev_balanced_images", ("testdev",))
+_TEXTVQA = HubData("lmms-lab/textvqa", None, ("validation",))
+
+IMAGE_BENCHMARKS = (
+    Benchmark("gqa", "GQA", (Task("gqa_image", _GQA, _GQA_IMAGES),), "exact_match", 0),
+    Benchmark("scienceqa", "SQA", _one("scienceqa_image", "lmms-lab/ScienceQA", "ScienceQA-IMG", "test"),
+              "exact_match", 0),
+    Benchmark("textvqa", "TextVQA", (Task("textvqa_image_ocr", _TEXTVQA),), "vqa_accuracy", 0,
+              Stock((Task("textvqa_image", _TEXTVQA),), "vqa_accuracy"),
+              "as LLaVA (issue 976) the question comes with the data set's OCR tokens; lmms-eval leaves them out"),
+    Benchmark("mme", "MME", _one("mme_image", "lmms-lab/MME", None, "test"), "mme_perception", 0, unit=1),
+)  # fmt: skip
+"""Table 8's, of a model that sees."""
+
+BY_NAME = {benchmark.name: benchmark for benchmark in BENCHMARKS + IMAGE_BENCHMARKS}
 CROWS_PAIRS = "crows_pairs"
 """Its score grows with bias, so averages are given with and without it."""

@@ -1,4 +1,4 @@
-"""The paper's Tables 4, 5 and 9 with our scores beneath the paper's, as Markdown or CSV."""
+"""The paper's Tables 4, 5, 8 and 9 with our scores beneath the paper's, as Markdown or CSV."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_patch.evaluate.suite import BENCHMARKS, CROWS_PAIRS
-from megatron_patch.paper import TABLE_4, TABLE_5, TABLE_9, PaperRow
+from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, CROWS_PAIRS, IMAGE_BENCHMARKS
+from megatron_patch.paper import TABLE_4, TABLE_5, TABLE_8, TABLE_9, PaperRow
 from megatron_patch.results import amount
 
 Format = Literal["markdown", "csv"]
@@ -25,11 +25,18 @@ class Table:
     title: str
     rows: tuple[PaperRow, ...]
     benchmarks: list[str]
+    stock: str = "harness {}"
+    """Who else scores in another way, after the version of the harness."""
+
+    @property
+    def averaged(self) -> bool:
+        return all(row.average is not None for row in self.rows)
 
 
 TABLES = (
     Table(4, "models below 1B", TABLE_4, _NAMES),
     Table(5, "baselines after 100B tokens", TABLE_5, _FOUR),
+    Table(8, "models that see", TABLE_8, [b.name for b in IMAGE_BENCHMARKS], "without OCR tokens"),
     Table(9, "large-base", TABLE_9, _NAMES),
 )
 
@@ -52,7 +59,7 @@ def newest(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def render(found: list[dict[str, Any]], form: Format) -> str:
-    """All three tables. `found` are contents of `scores.json`."""
+    """All four tables; a model stands in those of which it has a score. `found` are contents of `scores.json`."""
     return "\n".join(_markdown(table, found) if form == "markdown" else _csv(table, found) for table in TABLES)
 
 
@@ -62,12 +69,14 @@ def _markdown(table: Table, found: list[dict[str, Any]]) -> str:
     text = [f"Table {table.number}: {table.title} (percent; ± one standard error)", ""]
     text += [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * (len(head) - 3)}"]
     text += [f"| {' | '.join('' if line[k] is None else str(line[k]) for k in head)} |" for line in lines]
-    notes = [f"{b.column}: {b.difference}" for b in BENCHMARKS if b.difference and b.name in table.benchmarks]
+    notes = [f"{b.column}: {b.difference}" for b in BY_NAME.values() if b.difference and b.name in table.benchmarks]
     text += ["", *(f"- {note}." for note in notes)]
     if CROWS_PAIRS in table.benchmarks:
         text.append(
             "- CrowsPairs counts stereotyped choices: 50 is unbiased, higher is worse, and it is in the average."
         )
+    if any(BY_NAME[name].unit == 1 for name in table.benchmarks):
+        text.append("- MME is in points of its ten categories of perception, 2,000 at most.")
     return "\n".join(text) + "\n"
 
 
@@ -86,16 +95,20 @@ def _csv(table: Table, found: list[dict[str, Any]]) -> str:
 
 def _lines(table: Table, found: list[dict[str, Any]]) -> list[Line]:
     lines = [_paper_line(table, row) for row in table.rows]
-    for scores in found:
+    for scores in (scores for scores in found if any(name in scores["scores"] for name in table.benchmarks)):
         lines.append(_our_line(table, scores))
         if (stock := _stock_line(table, scores)) is not None:
             lines.append(stock)
     return lines
 
 
-def _line(model: str, source: str, tokens: str, cells: dict[str, Cell | None], averages: list[Cell | None]) -> Line:
+def _line(
+    model: str, source: str, tokens: str, cells: dict[str, Cell | None], averages: list[Cell | None] | None
+) -> Line:
     columns: Line = {"Model": model, "Source": source, "Tokens": tokens}
-    columns |= {b.column: cells[b.name] for b in BENCHMARKS if b.name in cells}
+    columns |= {b.column: cells[b.name] for b in BY_NAME.values() if b.name in cells}
+    if averages is None:
+        return columns
     columns["Average"] = averages[0]
     if CROWS_PAIRS in cells:
         columns["without CrowsPairs"] = averages[1]
@@ -106,7 +119,8 @@ def _paper_line(table: Table, row: PaperRow) -> Line:
     cells: dict[str, Cell | None] = {
         name: Cell(value) for name, value in zip(table.benchmarks, row.scores, strict=True)
     }
-    return _line(row.model, "paper", "", cells, [Cell(row.average), _mean(cells, without=CROWS_PAIRS)])
+    averages = None if row.average is None else [Cell(row.average), _mean(cells, without=CROWS_PAIRS)]
+    return _line(row.model, "paper", "", cells, averages)
 
 
 def _our_line(table: Table, scores: dict[str, Any]) -> Line:
@@ -115,7 +129,8 @@ def _our_line(table: Table, scores: dict[str, Any]) -> Line:
     tokens = "" if scores["tokens"] is None else amount(scores["tokens"])
     limit = scores["settings"]["limit"]
     source = "ours" if limit is None else f"ours, {limit} documents a task"
-    return _line(scores["model"], source, tokens, cells, [_mean(cells), _mean(cells, without=CROWS_PAIRS)])
+    averages = [_mean(cells), _mean(cells, without=CROWS_PAIRS)] if table.averaged else None
+    return _line(scores["model"], source, tokens, cells, averages)
 
 
 def _stock_line(table: Table, scores: dict[str, Any]) -> Line | None:
@@ -125,7 +140,8 @@ def _stock_line(table: Table, scores: dict[str, Any]) -> Line | None:
     if not stock:
         return None
     cells = {n: Cell(stock[n]) if n in stock else None for n in table.benchmarks}
-    return _line(scores["model"], f"harness {scores['lm_eval']}", "", cells, [None, None])
+    averages: list[Cell | None] | None = [None, None] if table.averaged else None
+    return _line(scores["model"], table.stock.format(scores["lm_eval"]), "", cells, averages)
 
 
 def _mean(cells: dict[str, Cell | None], without: str | None = None) -> Cell | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.dataset.format import TABLE_2_BILLION_TOKENS
 from data_tools.files.bounded_json import is_number
-from megatron_patch.evaluate.suite import BENCHMARKS
+from megatron_patch.evaluate.suite import BY_NAME
 from megatron_patch.model import counts
 from megatron_patch.report.read import Run
 from megatron_patch.report.series import Axes, Thinned, curve
@@ -178,7 +178,7 @@ def _score_charts(run: Run, first: int) -> tuple[list[dict[str, Any]], list[str]
     charts: list[dict[str, Any]] = []
     figures: list[str] = []
     axes = Axes.of(0.0, 0.0, max((s["tokens"] for s in run.scores), default=0.0))
-    for title, name in [("Average of nine", None), *((b.column, b.name) for b in BENCHMARKS)]:
+    for title, name in [("Average of nine", None), *((b.column, b.name) for b in BY_NAME.values())]:
         points = Thinned()
         for s in run.scores:
             if score := _score(s, name):
@@ -213,7 +213,7 @@ def _restarts(run: Run) -> str:
 
 
 def _score_table(run: Run) -> str:
-    names = [b for b in BENCHMARKS if any(b.name in s["scores"] for s in run.scores)]
+    names = [b for b in BY_NAME.values() if any(b.name in s["scores"] for s in run.scores)]
     rows = []
     for s in run.scores:
         cells = [s["average"], *(_score(s, b.name) for b in names)]

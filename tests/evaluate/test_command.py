@@ -271,4 +271,4 @@ def test_damaged_data_is_named(data: Path, tmp_path: Path) -> None:
     copy.write_bytes(content)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"validation\.parquet: its SHA-256 is not"):
-        loader(tmp_path, BY_NAME["piqa"].tasks[0].data)
+        loader(tmp_path, BY_NAME["piqa"].tasks[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_patch.evaluate.data import all_hub_data, loader, read_manifest
-from megatron_patch.evaluate.suite import BY_NAME
+from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME
 from tests.evaluate.hub import COMMIT, Downloaded, Hub
 from tests.evaluate.small_data import rows
 
@@ -22,10 +22,12 @@ def hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
         yield hub
 
 
-def assert_is_the_hubs(folder: Path, benchmarks: str = ",".join(BY_NAME)) -> None:
-    for data in all_hub_data([BY_NAME[name] for name in benchmarks.split(",")]):
-        found = loader(folder, data)()  # compares the checksums
-        assert {split: list(found[split]) for split in found} == {s: list(rows(data, s)) for s in data.splits}
+def assert_is_the_hubs(folder: Path, benchmarks: str = ",".join(b.name for b in BENCHMARKS)) -> None:
+    for task in (task for name in benchmarks.split(",") for task in BY_NAME[name].all_tasks):
+        found = loader(folder, task)()  # compares the checksums
+        assert {split: list(found[split]) for split in found} == {
+            split: list(rows(task.data, split)) for split in task.data.splits
+        }
 
 
 def test_every_data_set_is_fetched_once_from_one_revision(downloaded: Downloaded) -> None:

@@ -289,7 +289,7 @@ def test_our_task_table_is_the_harness(manager: TaskManager, data: Path) -> None
     """Data sets, configurations and splits are those of the harness's own task files."""
     for benchmark in BENCHMARKS:
         for task in benchmark.all_tasks:
-            config = bind(manager, benchmark, task, loader(data, task.data)).config
+            config = bind(manager, benchmark, task, loader(data, task)).config
             assert (config.dataset_path, config.dataset_name) == (task.data.path, task.data.config)
             named = (config.training_split, config.validation_split, config.test_split, config.fewshot_split)
             assert set(task.data.splits) == {split for split in named if split}
