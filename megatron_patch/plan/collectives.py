@@ -5,10 +5,10 @@ pipeline). A ring runs through all members of a node before it leaves it, so all
 NCCL opens as many rings as it needs channels, one through each port, so a group that has a whole node has all its
 ports, and groups that leave a node at the same time share them.
 
-What a hop costs beside its bytes is NCCL's own table (src/graph/tuning.cc, 2.10), microseconds by protocol; so are the
-shares of the bandwidth. NCCL estimates each algorithm and protocol and takes the fastest, and so does `seconds`. Not
-counted: NVLink SHARP (all-reduces inside an H100 node get 480 instead of 370 GB/s), and that a tree over just two nodes
-sends less through the ports than a ring.
+What a hop costs beside its bytes is NCCL's own table (src/graph/tuning.cc), microseconds by protocol; so are the shares
+of the bandwidth. Rings have 2.10's, trees 2.19's: before, a hop of a tree under Simple held the transfer of a chunk of
+256 KB, which is counted here by itself. NCCL estimates each algorithm and protocol and takes the fastest, and so does
+`seconds`. Not counted: NVLink SHARP (all-reduces inside an H100 node get 480 instead of 370 GB/s).
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ RING = {
     "Simple": Protocol(8.4 * _US, 3.4 * _US, 9.6 * _US, 1.0),
 }
 TREE = {
-    "LL": Protocol(4.4 * _US, 0.52 * 1.8 * _US, 5.0 * _US, 0.9 / 3.8),
-    "LL128": Protocol(4.4 * _US, 1.2 * _US, 8.5 * _US, 0.9 * 0.915),
-    "Simple": Protocol(0.0, 28.0 * _US, 50.0 * _US, 0.9),
+    "LL": Protocol(6.8 * _US, 0.6 * 1.8 * _US, 5.0 * _US, 0.9 / 3.8),
+    "LL128": Protocol(14.0 * _US, 1.25 * _US, 8.5 * _US, 0.92 * 0.915),
+    "Simple": Protocol(8.4 * _US, 4.0 * _US, 14.0 * _US, 0.92),
 }
+_LARGEST_CHUNK = 2**19
+_SMALLER_CHUNKS = ((8, 2**17), (4, 2**16), (1, 2**15))
+"""While fewer than so many chunks for each hop follow one another, they are halved down to so many bytes."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,15 @@ class Span:
     on_node: int  # ranks on the node that has fewest of them
     rivals: int  # groups, this one too, that leave the busiest of its nodes at the same time
 
+    def ports(self, network: Network) -> float:
+        """Bytes/s through which the group leaves a node, where it has several."""
+        return min(network.node / self.rivals, self.on_node * network.gpu_link)
+
     def bus(self, network: Network) -> float:
         """Bytes/s of the slowest hop of the group's rings."""
         if self.nodes == 1:
             return network.nvlink
-        outside = min(network.node / self.rivals, self.on_node * network.gpu_link)
+        outside = self.ports(network)
         return min(outside, network.nvlink) if self.size > self.nodes else outside
 
 
@@ -135,9 +142,33 @@ def ring(operation: Operation, payload: float, where: Span, network: Network, pr
     return protocol.base + max(busiest, way)
 
 
+def tree_chunks(payload: float, where: Span, network: Network) -> int:
+    """Chunks in which a tree's bytes follow one another, as NCCL chooses them (src/enqueue.cc, Simple)."""
+    channels = max(2, round(2 * network.node / network.gpu_link))  # two a port, half of them for either tree
+    hops = -(-where.size // where.nodes) - 1 + int(math.log2(where.nodes))
+    size = _LARGEST_CHUNK
+    for least, smallest in _SMALLER_CHUNKS:
+        while payload / channels / size < least * hops and size > smallest:
+            size //= 2
+    return max(1, math.ceil(payload / channels / size))
+
+
 def tree(payload: float, where: Span, network: Network, protocol: Protocol) -> float:
-    """Up a chain inside each node and a binary tree over nodes, and down again; half of the bus bandwidth each way."""
-    depth = math.ceil(math.log2(where.nodes))
-    on_node = -(-where.size // where.nodes)
-    way = 2 * ((on_node - 1) * protocol.step + depth * protocol.hop)
-    return protocol.base + way + 2 * payload / (where.bus(network) * protocol.share)
+    """Two binary trees over nodes with half of the bytes each, and a chain inside each node: up it, and down again.
+
+    What is an inner node of one tree is a leaf of the other: up and down together four streams leave it, each of half
+    of the bytes (two and three where there are but two or three nodes), and they share its ports. They are never idle
+    while bytes go up, whatever the way up takes: the time is that of the ports, and then the last chunk's way down.
+    Where the way takes longer than the bytes it is the first chunk's way up and down, and the chunks behind it. That
+    one meets half of the streams; below the root, which has one child, and down the chains, where one tree's are later
+    than the other's, a quarter.
+    """
+    depth, chain = math.ceil(math.log2(where.nodes)), -(-where.size // where.nodes) - 1
+    chunks = tree_chunks(payload, where, network)
+    chunk = payload / 2 / chunks / protocol.share
+    ports = {1: 0, 2: 2, 3: 3}.get(where.nodes, 4) * chunk / where.ports(network) if depth else 0.0
+    link = {0: 0, 1: 2}.get(chain, 4) * chunk / network.nvlink
+    busiest, way = max(ports, link), depth * protocol.hop + chain * protocol.step
+    by_bytes = chunks * busiest + way + max(depth - 1, 0) * ports + chain * link
+    by_way = 2 * way + (2 * depth - 0.5) / 2 * ports + 0.75 * chain * link + (chunks - 1) * busiest / 2
+    return protocol.base + max(by_bytes, by_way)
