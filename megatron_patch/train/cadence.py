@@ -28,10 +28,6 @@ class Cadence:
         every = self._policy.full_milestone_every
         return number, "full" if every and (number + 1) % every == 0 else "weights"
 
-    def falls_between(self, last_step: int) -> bool:
-        """Whether `last_step` is owed a milestone that no multiple of the interval gives it."""
-        return bool(self.milestone_steps) and last_step % self.milestone_steps != 0
-
     def since(self, step: int) -> int:
         """Steps done at the milestone before the one after `step`; 0 before the first."""
         return (step - 1) // self.milestone_steps * self.milestone_steps if self.milestone_steps else 0

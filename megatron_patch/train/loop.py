@@ -257,7 +257,7 @@ class _Attempt:
                 f"{gone}; stopped after step {step}, whose checkpoint is in {place}/checkpoints. Start again with "
                 f"run.folder={place} to go on"
             )
-        if step == self._total and 2 * withheld > step:
+        if step >= self._total and 2 * withheld > step:
             raise TrainingError(
                 f"all {step} steps are done, but {withheld} of their updates were withheld: the model has learnt from "
                 "less than half of its rows. log.jsonl says why and which; mend the cause and train in another "
@@ -268,7 +268,9 @@ class _Attempt:
             if self._log:
                 note(f"stopped after step {step}: {self._stop}; start the same command again to go on")
         else:
-            self._status.end("completed", f"all {self._total} steps are done", step=step)
+            beyond = f"; the run stands at step {step}" if step > self._total else ""
+            lost = f"; {withheld} of their updates were withheld" if withheld else ""
+            self._status.end("completed", f"all {self._total} steps are done{beyond}{lost}", step=step)
 
     def _steps(self) -> None:
         queued: _Queued | None = None
@@ -355,7 +357,8 @@ class _Attempt:
         if self._losses.action == "stop":
             self._hang.beat("saving the last good step")
             self._keeper.finish(self._state)
-            raise _stopped(number, losses.reason, len(losses.in_a_row), segment, rows.tolist())
+            in_a_row = len(losses.in_a_row) if losses.at_limit else 0
+            raise _stopped(number, losses.reason, in_a_row, segment, rows.tolist())
 
     def _score(self, number: int) -> None:
         shards = _beating(self._held_out, self._hang, number)
@@ -372,12 +375,13 @@ def _beating(shards: Iterable[BatchShard], hang: HangWatch, step: int) -> Iterat
 
 
 def _stopped(step: int, reason: str, in_a_row: int, segment: int, rows: list[int]) -> TrainingError:
+    """`in_a_row`: updates after which skipping ended; 0 where nothing is skipped."""
+    before = f"those of the {in_a_row - 1} steps before are in log.jsonl. " if in_a_row > 1 else ""
     remedy = (
-        "or resume with watchdog.non_finite=skip watchdog.spike=skip"
-        if in_a_row == 1
-        else f"those of the {in_a_row - 1} steps before are in log.jsonl. Where they are sound, the weights are not: "
-        "move the checkpoints since away and go on from an earlier one with a lower optimizer.learning_rate. To skip "
-        "more, raise watchdog.skip_limit"
+        f"{before}Where they are sound, the weights are not: move the checkpoints since away and go on from an earlier "
+        "one with a lower optimizer.learning_rate. To skip more, raise watchdog.skip_limit"
+        if in_a_row
+        else "or resume with watchdog.non_finite=skip watchdog.spike=skip"
     )
     return TrainingError(
         f"step {step}: {reason}; the update was not made, the step before is saved. Its batch is segment {segment}, "

@@ -27,8 +27,8 @@ class LossWatch:
     what else follows is decided here, once the host has read the numbers.
 
     Skipping has an end. After `skip_limit` updates withheld in a row the run stops, unless their losses show that the
-    data have changed for good: all of them finite, and closer to each other than to what was usual. Then they are what
-    the next losses are compared with.
+    data have changed for good: several, all of them finite, and closer to each other than to what was usual. Then they
+    are what the next losses are compared with.
     """
 
     def __init__(
@@ -41,6 +41,8 @@ class LossWatch:
         self.withheld = withheld
         self.action: Action = "go on"
         self.reason = ""
+        self.at_limit = False
+        """Whether `stop` is said because skipping has an end."""
 
     @property
     def window(self) -> list[float]:
@@ -87,14 +89,16 @@ class LossWatch:
     def _end_skipping(self) -> None:
         alike = [loss for loss in self._in_a_row if loss is not None]
         count = len(self._in_a_row)
-        nearby = len(alike) == count and max(alike) - min(alike) <= min(alike) - statistics.fmean(self._window)
+        nearby = len(alike) == count > 1 and max(alike) - min(alike) <= min(alike) - statistics.fmean(self._window)
         if nearby:
             self.reason += f"; the {count} withheld in a row are alike, so the data have changed: the next are applied"
             self._window = deque(alike, maxlen=self._policy.spike_window)
             self._in_a_row.clear()
         else:
             self.action = "stop"
-            self.reason += f"; {count} updates in a row were withheld (watchdog.skip_limit)"
+            self.at_limit = True
+            in_a_row = f"{count} updates in a row were" if count > 1 else "an update was"
+            self.reason += f"; {in_a_row} withheld (watchdog.skip_limit)"
 
 
 class SlowWatch:

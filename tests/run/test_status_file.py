@@ -160,8 +160,8 @@ def test_a_rank_that_ends_during_anothers_save_is_reported_as_that(
 
 def test_a_node_without_the_data_says_so(data_folder: Path, tmp_path: Path) -> None:
     def before(rank: int) -> None:
-        if rank >= 2:
-            os.environ["LOCAL_RANK"] = str(rank - 2)  # the first two ranks are another node
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
+        if rank >= 2:  # the second node
 
             def open_data(*_: object) -> None:
                 raise DataError("no such file", file="data/manifest.json", remedy="mount it")

@@ -94,6 +94,15 @@ def test_skipping_has_an_end(losses: list[float]) -> None:
     assert "5 updates in a row were withheld (watchdog.skip_limit)" in resumed.reason and resumed.withheld == 5
 
 
+def test_one_loss_is_no_lasting_shift() -> None:
+    """With a limit of one it would be compared with itself, and the window forgotten for a single wild batch."""
+    watch = LossWatch(policy(spike="skip", skip_limit=1), noisy(8))
+    assert judged(watch, 7.0) == "stop" and watch.at_limit and watch.window == noisy(8)
+    assert watch.reason.endswith("; an update was withheld (watchdog.skip_limit)")
+    watch = LossWatch(policy(spike="stop", skip_limit=1), noisy(8))
+    assert judged(watch, 7.0) == "stop" and not watch.at_limit
+
+
 def test_a_slow_step_is_measured_against_the_median() -> None:
     watch = SlowWatch(3)
     assert [watch.check(1.0) for _ in range(20)] == [None] * 20
@@ -148,6 +157,9 @@ def test_skip_goes_on_and_records_the_rows(data_folder: Path, tmp_path: Path) ->
     Job(2, settings(data_folder, run, "watchdog.non_finite=skip"), tmp_path / "log", poison(3, 7)).run()
     with newest(run) as checkpoint:
         assert (checkpoint.step, checkpoint.samples, checkpoint.state.optimizer_step) == (12, 96, 10)
+    reason = json.loads((run / "status.json").read_text())["reason"]
+    assert reason == "all 12 steps are done; 2 of their updates were withheld"
+    with newest(run) as checkpoint:
         assert all(checkpoint.tensor(name).isfinite().all() for name in checkpoint.names())
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     found = [(r["step"], r["watchdog"]) for r in records if "watchdog" in r]
@@ -182,6 +194,14 @@ def test_skipping_ends_and_a_run_that_withheld_most_updates_is_not_completed(dat
     found = [r["watchdog"] for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "watchdog" in r]
     assert [record["withheld"] for record in found] == list(range(1, 8))
     assert newest(run).step == 12
+
+
+def test_a_limit_of_one_is_not_told_to_skip(data_folder: Path, tmp_path: Path) -> None:
+    skip = ["watchdog.non_finite=skip", "watchdog.skip_limit=1"]
+    assert 1 in Job(2, settings(data_folder, tmp_path / "run", *skip), tmp_path / "log", poison(3)).wait()
+    reason = json.loads((tmp_path / "run/status.json").read_text())["reason"]
+    assert "an update was withheld (watchdog.skip_limit)" in reason and "raise watchdog.skip_limit" in reason
+    assert "non_finite=skip" not in reason
 
 
 def test_the_window_goes_on_after_a_resume(data_folder: Path, tmp_path: Path) -> None:

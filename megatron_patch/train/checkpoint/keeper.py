@@ -74,7 +74,7 @@ class Keeper:
                 step = int(folder.name.removeprefix("step_"))
                 self._status.checkpoint(folder.name, step, (folder / MARKER_NAME).stat().st_mtime)
         # It may have stood there when more steps were planned.
-        self._owes_end = found.step == self._total_steps and found.step not in steps
+        self._owes_end = found.step >= self._total_steps and found.step not in steps
         # A milestone it went on from is no restart checkpoint: `finish` must leave one.
         self._newest = found.step if self._folder.restart_checkpoint(found.step).exists() else None
         return found.model_copy(update={"data_digest": data_digest})
@@ -86,7 +86,8 @@ class Keeper:
             note(f"{self._folder.path}/{TABLE_NAME}: the line of {line.name} was missing; written")
         if taken := numbers_taken(self._folder, self._cadence):
             note(f"{taken}: it stays, and those to come are named by their steps")
-        return [int(row["step"]) for row in self._folder.recorded()], not taken
+        kept = (row for row in self._folder.recorded() if not self._folder.is_aside(row["name"]))
+        return [int(row["step"]) for row in kept], not taken
 
     def after_step(self, state: State, due: bool) -> bool:
         """Begin the saves that fall on this step; `due`: by the clock a restart checkpoint is. True if one was begun.
@@ -94,13 +95,7 @@ class Keeper:
         Raises CheckpointError where a save before failed.
         """
         self._saver.check()
-        milestone = self._cadence.milestone(state.step)
-        if milestone is not None:
-            number, contents = milestone
-            folder = self._folder.milestone(number) if self._are_numbered else self._folder.milestone_at(state.step)
-            self._milestone(folder, state, contents)
-        elif state.step == self._total_steps:
-            self._end_milestone(state)
+        self._milestone(state)
         if due or self._cadence.restart_checkpoint_due(state.step):
             self._restart_checkpoint(state)
             return True
@@ -117,7 +112,7 @@ class Keeper:
         before, or what it finds now. Raises CheckpointError where the restart checkpoint cannot be written.
         """
         if self._owes_end:
-            self._end_milestone(state)
+            self._milestone(state)
             self._owes_end = False
         self._saver.wait()
         if not self._channel.from_first(self._topology.rank == 0 and self._is_saved(state)):
@@ -151,13 +146,16 @@ class Keeper:
         if self._topology.rank == 0 and self._held is None and self._folder.path.is_dir():
             self._held = Held(self._folder.path)
 
-    def _end_milestone(self, state: State) -> None:
-        if self._cadence.falls_between(state.step):
-            self._milestone(self._folder.milestone_at(state.step), state, "weights")
-
-    def _milestone(self, folder: Path, state: State, contents: Contents) -> None:
-        complete, earlier = self._complete(state), self._folder.keep_earlier
-        self._saver.save(folder, complete, contents, self._milestone_durable, earlier)
+    def _milestone(self, state: State) -> None:
+        """Begin to save the milestone that falls on this step, where one does."""
+        folder = self._folder.milestone_at(state.step)
+        contents: Contents = "weights"
+        if (numbered := self._cadence.milestone(state.step)) is not None:
+            number, contents = numbered
+            folder = self._folder.milestone(number) if self._are_numbered else folder
+        elif state.step < self._total_steps or not self._cadence.milestone_steps:
+            return
+        self._saver.save(folder, self._complete(state), contents, self._milestone_durable, self._folder.keep_earlier)
 
     def _restart_checkpoint(self, state: State) -> None:
         folder = self._folder.restart_checkpoint(state.step)

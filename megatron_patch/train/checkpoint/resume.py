@@ -51,13 +51,16 @@ def resume(
     runs = RunFolder(recipe)
     if runs.path.exists() and not runs.path.is_dir():
         raise ResumeRefused(runs.path, "is not a folder", "move it away: checkpoints go there")
-    listed: list[str] | None = None
+    listed: tuple[list[str], list[str]] | None = None
     if topology.rank == 0:
         for line in runs.sweep():
             note(f"{runs.path}/{line}")
-        listed = [str(folder) for folder in runs.candidates()]
-    candidates = [Path(folder) for folder in channel.from_first(listed)]
+        listed = [str(folder) for folder in runs.candidates()], [str(folder) for folder in runs.milestones()[-1:]]
+    found, milestones = channel.from_first(listed)
+    candidates = [Path(folder) for folder in found]
     if not candidates:
+        for name in milestones:
+            _begin_again_beside(Path(name), recipe, data_digest, data_steps, channel, note)
         if recipe.run.initial_weights is not None:
             _start_from(recipe.run.initial_weights, recipe, optimizer, topology, channel, note)
         if recipe.run.initial_encoder is not None and recipe.model.vision is not None:
@@ -96,6 +99,35 @@ def resume(
         runs.point_latest()
     note(f"resuming from {folder} at step {state.step}, {state.samples:,} samples")
     return state.model_copy(update={"accepted_changes": [*state.accepted_changes, *changes]})
+
+
+def _begin_again_beside(
+    milestone: Path,
+    recipe: Recipe,
+    data_digest: str,
+    data_steps: int,
+    channel: SideChannel,
+    note: Callable[[str], None],
+) -> None:
+    """No checkpoint to go on from is left: step 0 begins a run that has milestones, if it is the run that they are of.
+
+    Raises ResumeRefused where it is another, whose milestones would have their names.
+    """
+    problem = _problem(lambda: open_checkpoint(milestone, verify=False).close(), channel)
+    if problem:
+        note(problem.splitlines()[0])
+    else:
+        with open_checkpoint(milestone, verify=False) as checkpoint:
+            obstacle = _obstacle(checkpoint.recipe, recipe)
+            changes = [obstacle] if obstacle else _changes(checkpoint, recipe, data_digest, data_steps, note)
+        if changes:
+            raise ResumeRefused(
+                milestone,
+                "is a milestone of a run that was trained otherwise, of which no checkpoint to go on from is left:\n"
+                + "\n".join(f"    {line}" for line in changes),
+                f"use another run.folder (run.initial_weights={milestone} begins with its weights)",
+            )
+    note(f"no checkpoint to go on from is left beside the milestones in {milestone.parent}: begins again at step 0")
 
 
 def _start_from(

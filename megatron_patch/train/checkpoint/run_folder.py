@@ -8,6 +8,7 @@
     RUN/checkpoints/checkpoints.csv      the milestones
     RUN/checkpoints/latest               name of the newest restart checkpoint, for people; `train` looks itself
     RUN/checkpoints/NAME.broken          set aside: a resume fell back to an earlier one, or it is not what it is called
+                                         (a second time: of a milestone NAME.broken_2, else in place of the first)
 
 Only rank 0 changes anything here.
 """
@@ -15,6 +16,7 @@ Only rank 0 changes anything here.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,7 +38,7 @@ from megatron_patch.train.checkpoint.write import remove
 LATEST_NAME = "latest"
 _CHECKPOINT = re.compile(r"(step|ckpt|ckpt_step)_\d+")
 _MILESTONE = re.compile(r"ckpt_\d{3,}|ckpt_step_\d{8,}")
-_EARLIER = "earlier"
+_EARLIER, _BROKEN = "earlier", "broken"
 
 
 class RunFolder:
@@ -111,13 +113,19 @@ class RunFolder:
 
     def set_aside(self, path: Path) -> str:
         """Keep what is no good checkpoint for inspection, out of the way of later ones; returns its new name."""
-        aside = path.with_name(f"{path.name}.broken")
-        if aside.is_dir() and not aside.is_symlink():
+        aside = path.with_name(f"{path.name}.{_BROKEN}")
+        if _MILESTONE.fullmatch(path.name):
+            aside = _free(aside)
+        elif aside.is_dir() and not aside.is_symlink():
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
         path.rename(aside)
         return aside.name
+
+    def is_aside(self, name: str) -> bool:
+        """Whether a checkpoint was set aside and nothing has taken its place."""
+        return os.path.lexists(self.path / f"{name}.{_BROKEN}") and not os.path.lexists(self.path / name)
 
     def point_latest(self) -> None:
         """Make `latest` name the newest restart checkpoint; without one there is no `latest`."""
@@ -139,15 +147,17 @@ class RunFolder:
         return [old.name for old in surplus]
 
     def keep_earlier(self, folder: Path, marker: Marker) -> None:
-        """Move a milestone of other content out of the way of the one that `marker` describes; it is not deleted."""
-        try:
-            if not _is_finished(folder) or read_marker(folder).digest == marker.digest:
-                return
-        except CheckpointError:
-            pass  # damaged, but perhaps not beyond use
-        numbers = ("" if n == 1 else f"_{n}" for n in itertools.count(1))
-        aside = (folder.with_name(f"{folder.name}.{_EARLIER}{number}") for number in numbers)
-        folder.rename(next(path for path in aside if not path.exists()))
+        """Move a milestone of other content out of the way of the one that `marker` describes; it is not deleted.
+
+        Nor is a link to where it was moved, although that may be out of reach now.
+        """
+        if not folder.is_symlink() or folder.exists():
+            try:
+                if not _is_finished(folder) or read_marker(folder).digest == marker.digest:
+                    return
+            except CheckpointError:
+                pass  # damaged, but perhaps not beyond use
+        folder.rename(_free(folder.with_name(f"{folder.name}.{_EARLIER}")))
 
     def record(self, milestone: Milestone) -> None:
         """Write a milestone's line, in place of an earlier one of its name (a rewound run passes it again).
@@ -170,6 +180,12 @@ class RunFolder:
 
     def _folders(self) -> list[Path]:
         return [p for p in self.path.iterdir() if p.is_dir()] if self.path.is_dir() else []
+
+
+def _free(path: Path) -> Path:
+    """The path, or `PATH_2`, `PATH_3` where that is taken."""
+    paths = (path if n == 1 else path.with_name(f"{path.name}_{n}") for n in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def _is_finished(folder: Path) -> bool:
