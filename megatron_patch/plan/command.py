@@ -64,6 +64,8 @@ def main(args: argparse.Namespace) -> int:
         plan = Plan.of(settings, on, args.restart_minutes)
         used = energy.planned(plan.gpu_hours, on.gpu.watts, args.utilisation, energy.Site(args.pue, args.grid))
         print(text(plan, f"{used}: GPUs at {args.utilisation:.0%} of {on.gpu.watts:.0f} W"))
+        for warning in plan.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
     except (RecipeError, ValueError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_patch.arguments import amount, count, share
 from megatron_patch.parallel.gpus import GPUS, Gpu
 from megatron_patch.plan import measured
+from megatron_patch.plan.measured import Disk
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Hardware:
     """Model FLOP utilisation of the computation alone, in place of what was measured (compute.py)."""
     rates: str = "data sheets and published figures (parallel/gpus.py)"
     """Where the GPU's and the network's rates are from."""
+    disk: Disk | None = None
+    """What a `check` measured of it; None: not known."""
 
     @property
     def ranks(self) -> int:
@@ -66,5 +69,5 @@ def hardware(args: argparse.Namespace) -> Hardware:
         gpu = gpu.with_ranks(args.gpus_per_node)
     if args.measured is None:
         return Hardware(args.nodes, args.gpus, gpu, args.mfu)
-    gpu, rates = measured.apply(gpu, args.measured)
-    return Hardware(args.nodes, args.gpus, gpu, args.mfu, rates)
+    gpu, disk, rates = measured.apply(gpu, args.measured)
+    return Hardware(args.nodes, args.gpus, gpu, args.mfu, rates, disk)

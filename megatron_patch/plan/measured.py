@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_patch.launch import read_json
@@ -11,8 +11,17 @@ from megatron_patch.plan.collectives import seconds, span
 from megatron_patch.run.log import is_number
 
 
-def apply(gpu: Gpu, folder: Path) -> tuple[Gpu, str]:
-    """The GPU with the rates of FOLDER/measured.json, and what they are of.
+@dataclass(frozen=True)
+class Disk:
+    """Bytes/s that a node writes durably where checkpoints go, and reads there, while all nodes do."""
+
+    write: float
+    read: float | None = None
+    """Not known of a check from before it was measured."""
+
+
+def apply(gpu: Gpu, folder: Path) -> tuple[Gpu, Disk | None, str]:
+    """The GPU with the rates of FOLDER/measured.json, the disk that was measured, and what they are of.
 
     The largest all-reduce gives the bandwidth: of NVLink where it stayed in a node, of the ports where it did not. The
     smallest one gives how much longer a collective takes to get through than NCCL's own table says.
@@ -23,6 +32,7 @@ def apply(gpu: Gpu, folder: Path) -> tuple[Gpu, str]:
     if not found:
         raise ValueError(f"{file}: missing or damaged; name the --folder of a `check` that has ended")
     numbers = [found.get(key) for key in ("ranks", "nodes", "gemm", "copy")]
+    numbers += [found[key] for key in ("disk", "disk_read") if found.get(key) is not None]
     sizes = found.get("all_reduce")
     if (
         not isinstance(sizes, dict)
@@ -43,4 +53,5 @@ def apply(gpu: Gpu, folder: Path) -> tuple[Gpu, str]:
         usual = seconds("all-reduce", smallest, where, network, only_rings=False)
         gpu = replace(gpu, network=replace(network, latency=quickest / usual))
     network_of = "the network between them" if nodes > 1 else "no network between nodes"
-    return gpu, f"measured on {ranks} ranks of {found.get('device')} on {nodes} nodes, {network_of} ({file})"
+    disk = None if found.get("disk") is None else Disk(found["disk"], found.get("disk_read"))
+    return gpu, disk, f"measured on {ranks} ranks of {found.get('device')} on {nodes} nodes, {network_of} ({file})"

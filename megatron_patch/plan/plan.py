@@ -112,12 +112,42 @@ class Plan:
         return self.gpu_hours / GPU_HOURS_BETWEEN_FAILURES
 
     @property
+    def save_interval(self) -> float:
+        """Seconds between restart checkpoints; infinite where there are none."""
+        c = self.settings.checkpoint
+        return min(c.interval_minutes * 60 or math.inf, c.interval_steps * self.step.seconds or math.inf)
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds until a restart checkpoint is durable: every node writes its share. None: the disk is not known."""
+        disk = self.hardware.disk
+        return None if disk is None else self.checkpoint_bytes[0] / self.hardware.nodes / disk.write
+
+    @property
+    def row_bytes_per_second(self) -> float:
+        """Of rows, that a node reads."""
+        rows = self.tokens_per_second / self.settings.model.sequence_length
+        return 2 * self.settings.row_length * rows / self.hardware.nodes
+
+    def warnings(self) -> list[str]:
+        """What the disk does not keep up with, and what to do."""
+        disk, seconds, found = self.hardware.disk, self.save_seconds, []
+        if seconds is not None and seconds > self.save_interval:
+            found.append(
+                f"a save takes {seconds:,.0f} s and the next one begins after {self.save_interval:,.0f}, so training "
+                "waits for the disk; raise checkpoint.interval_steps or interval_minutes, or name a faster run.folder"
+            )
+        if disk is not None and disk.read is not None and self.row_bytes_per_second > disk.read:
+            found.append(
+                f"a node needs rows at {self.row_bytes_per_second / 1e6:,.2f} MB/s and reads {disk.read / 1e6:,.2f}; "
+                "stage the data on a faster disk"
+            )
+        return found
+
+    @property
     def effective_share(self) -> float:
         """Share of the wall time that ends up in the weights: half an interval and a restart are lost a failure."""
-        c = self.settings.checkpoint
-        by_time = c.interval_minutes or math.inf
-        by_steps = c.interval_steps * self.step.seconds / 60 or math.inf
-        lost = self.failures * (min(by_time, by_steps, self.days * 1440) / 2 + self.restart_minutes)
+        lost = self.failures * (min(self.save_interval / 60, self.days * 1440) / 2 + self.restart_minutes)
         return self.days * 1440 / (self.days * 1440 + lost)
 
     @property

@@ -86,6 +86,20 @@ def _storage_lines(plan: Plan) -> list[str]:
         f"restart checkpoints {full / 1e9:.1f} GB each, {keep} kept",
         f"milestones          {total}, {weights / 1e9:.1f} GB each; {whole} of them with the optimizer",
         f"storage             {_size(kept)} of checkpoints, {_size(data)} of indexed data",
+        *_disk_lines(plan),
+    ]
+
+
+def _disk_lines(plan: Plan) -> list[str]:
+    """Where a check measured the disk."""
+    disk, seconds = plan.hardware.disk, plan.save_seconds
+    if disk is None or seconds is None:
+        return []
+    every = "" if plan.save_interval == float("inf") else f" of every {plan.save_interval:,.0f}"
+    rates = f"{disk.write / 1e9:.3g} GB/s written" + ("" if disk.read is None else f", {disk.read / 1e9:.3g} read")
+    return [
+        f"disk                {rates} by a node while all do: a save is durable after {seconds:,.1f} s{every}, beside "
+        f"training; a node needs rows at {plan.row_bytes_per_second / 1e6:,.2f} MB/s",
     ]
 
 

@@ -156,7 +156,7 @@ def measure_node(checkpoints: Path) -> Result:
         if complaint := driver_complaint(int(os.environ["LOCAL_WORLD_SIZE"])):
             result["error"] = complaint
         checkpoints.mkdir(parents=True, exist_ok=True)
-        result["disk"] = disk_bandwidth(checkpoints, SIZE.file)
+        result["disk"], result["disk_read"] = disk_bandwidth(checkpoints, SIZE.file)
     return result
 
 
@@ -186,8 +186,8 @@ def best_seconds(work: Callable[[], object], repeats: int = 10) -> float:
     return min(times)
 
 
-def disk_bandwidth(folder: Path, size: int) -> float:
-    """Bytes/s of writing a file durably below `folder`; the file is read back and compared."""
+def disk_bandwidth(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes/s of writing a file durably below `folder`, and of reading it back, not from memory; it is compared."""
     path = folder / f".check.{socket.gethostname()}.{os.getpid()}"
     block = os.urandom(min(size, 2**22))
     try:
@@ -196,13 +196,16 @@ def disk_bandwidth(folder: Path, size: int) -> float:
             for _ in range(size // len(block)):
                 file.write(block)
             os.fsync(file.fileno())
-        seconds = time.perf_counter() - start
-        with path.open("rb") as file:
+        written = time.perf_counter() - start
+        start = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is durable leaves the page cache
             if any(file.read(len(block)) != block for _ in range(size // len(block))):
                 raise OSError(f"{folder}: a file reads back differently from what was written")
+        read = time.perf_counter() - start
     finally:
         path.unlink(missing_ok=True)
-    return size / seconds
+    return size / written, size / read
 
 
 def driver_complaint(num_ranks: int) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from megatron_patch import launch
 
 ROUNDS = 3  # partners that a node meets
+RATES = ("gemm", "copy", "disk", "disk_read")
 PHASES = (*(f"round{i}" for i in range(ROUNDS)), "all")
 
 Answers = Mapping[int, Mapping[str, Any]]  # by rank
@@ -69,7 +70,8 @@ def judge(folder: Path, hosts: Sequence[str], limits: Limits) -> None:
 def measured(nodes: Answers, together: Answers, hosts: Sequence[str]) -> dict[str, Any]:
     """What the slowest of the fit ranks reaches, which all others wait for; `together`: their common all-reduce.
 
-    Keys: device, ranks, nodes; gemm in FLOP/s, copy and disk in bytes/s; all_reduce, seconds by bytes.
+    Keys: device, ranks, nodes; gemm in FLOP/s, copy in bytes/s; disk (written) and disk_read in bytes/s of a node while
+    all nodes do the same; all_reduce, seconds by bytes.
     """
     fit = [nodes[rank] for rank in together]
     sizes: Sequence[int] = next(([*answer["seconds"]] for answer in together.values() if "seconds" in answer), [])
@@ -77,7 +79,7 @@ def measured(nodes: Answers, together: Answers, hosts: Sequence[str]) -> dict[st
         "device": fit[0]["device"] if fit else None,
         "ranks": len(fit),
         "nodes": len({hosts[rank] for rank in together}),
-        **{what: min((a[what] for a in fit if what in a), default=None) for what in ("gemm", "copy", "disk")},
+        **{what: min((a[what] for a in fit if what in a), default=None) for what in RATES},
         "all_reduce": {size: max(a["seconds"][size] for a in together.values() if "seconds" in a) for size in sizes},
     }
 

@@ -329,6 +329,7 @@ def test_energy_is_power_times_time_times_the_site() -> None:
         ('{"ranks": 0, "nodes": 0, "gemm": null, "copy": null, "all_reduce": {}}', "holds no rates"),
         ('{"ranks": 2, "nodes": 1, "gemm": 1e12, "copy": 1e9, "all_reduce": {"8": -1}}', "holds no rates"),
         ('{"ranks": 2, "nodes": 1, "gemm": 1e12, "copy": 1e9, "all_reduce": {"x": 1}}', "holds no rates"),
+        ('{"ranks": 2, "nodes": 1, "gemm": 1e12, "copy": 1e9, "disk": 0, "all_reduce": {}}', "holds no rates"),
     ],
 )
 def test_what_was_not_measured_is_refused(content: str | None, reason: str, tmp_path: Path) -> None:
@@ -338,6 +339,34 @@ def test_what_was_not_measured_is_refused(content: str | None, reason: str, tmp_
     assert code == 2 and f"{tmp_path}/measured.json" in error and reason in error
     for half in (["--ports", "2"], ["--port-gbits", "200"], ["--ports", "2", "--port-gbits", "0"]):
         assert plan_of("recipes/mobillama_05b.yaml", *half)[0] == 2
+
+
+def test_a_save_and_the_rows_are_held_against_the_measured_disk(tmp_path: Path) -> None:
+    """7.488 GB on 20 nodes: 9 s at 40 MB/s a node, which 10 steps are shorter than; no rows come at 10 kB/s."""
+    found = {"ranks": 8, "nodes": 1, "gemm": 271.2e12, "copy": 1.84e12, "all_reduce": {}, "disk": 1e9}
+    arguments = ("recipes/mobillama_05b.yaml", "--measured", str(tmp_path), "checkpoint.interval_minutes=0")
+
+    def planned(interval: int, **more: float) -> tuple[str, str]:
+        (tmp_path / "measured.json").write_text(json.dumps({**found, **more}))
+        code, text, told = plan_of(*arguments, f"checkpoint.interval_steps={interval}")
+        assert code == 0
+        return text, told
+
+    text, told = planned(1000)
+    step = float(re.search(r"step +([\d.]+) s", text)[1])  # type: ignore[index]
+    assert f"1 GB/s written by a node while all do: a save is durable after {534_865_920 * 14 / 20 / 1e9:.1f} s" in text
+    assert float(re.search(r"s of every ([\d,]+), beside", text)[1].replace(",", "")) == pytest.approx(  # type: ignore[index]
+        1000 * step, rel=0.01
+    )
+    needed = float(re.search(r"needs rows at ([\d.]+) MB/s", text)[1])  # type: ignore[index]
+    assert needed == pytest.approx(800 * 2049 * 2 / step / 20 / 1e6, rel=0.02)
+    assert not told
+    text, told = planned(10, disk=40e6, disk_read=1e4)
+    assert "warning: a save takes 9 s and the next one begins after" in told
+    assert f"warning: a node needs rows at {needed:.2f} MB/s and reads 0.01" in told
+    assert "raise checkpoint.interval_steps" in told and "stage the data" in told
+    found.pop("disk")
+    assert "written by a node" not in planned(1000)[0]
 
 
 def test_table_1_is_drawn_whole(tmp_path: Path) -> None:
