@@ -51,94 +51,17 @@ unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_TASK SLURM_
     SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_THREADS_PER_CORE SLURM_DISTRIBUTION
 unset SLURM_EXPORT_ENV    # sbatch --export=NONE: this shell starts bare, its ranks need what it has set since
 
+# shellcheck source=slurm/queue.sh
+source slurm/queue.sh
+
 # An alert that cannot be sent ends no run.
 alert() { (set +u && site_alert "$@") || log "site_alert in slurm/site.sh failed with status $?"; }
-
-# A signal to the whole job, as before a preemption, ends a sleep too, which must not end this script.
-pause() { sleep "$1" || true; }
-
-# Slurm's clients wait seconds for its controller, a failover takes minutes.
-await_controller() {
-    until scontrol ping >/dev/null 2>&1; do
-        log "Slurm's controller does not answer; trying again" >&2
-        pause 5
-    done
-}
-
-# What Slurm was asked is judged by what it did, never by a client's exit status: the request may end the client that
-# made it, be answered too late, or be done already.
-
-# ask_slurm: sets `standing`, what Slurm says of this attempt: runs, back (the job is in the queue again) or ended.
-ask_slurm() {
-    local job failures=0
-    standing=ended
-    until job=$(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID "); do
-        if ((++failures == 5)); then return; fi    # the controller answers and knows no such job
-        pause 1
-        await_controller
-    done
-    if [[ $job =~ \ Restarts=([0-9]+) ]] && ((BASH_REMATCH[1] > ${SLURM_RESTART_COUNT:-0})); then
-        standing=back
-    elif [[ $job =~ \ JobState=(PENDING|REQUEUE|SPECIAL_EXIT) ]]; then
-        standing=back
-    elif [[ $job =~ \ JobState=(RUNNING|SUSPENDED|STOPPED|SIGNALING|CONFIGURING|RESIZING|STAGE_OUT) ]]; then
-        standing=runs
-    fi
-}
-
-# Where Slurm no longer runs this attempt, that its steps failed says nothing about nodes, data or recipe.
-leave_if_over() {
-    ask_slurm
-    case $standing in
-    back)
-        log "Slurm has put this job back in the queue"
-        exit 0
-        ;;
-    ended)
-        log "Slurm has ended this job and does not put it back; submit the template again to go on"
-        exit 1
-        ;;
-    esac
-}
-
-# The other jobs of a chain, which bear its name as their comment, have nothing left to do.
-end_chain() {
-    if [[ -z ${MOBILLAMA_CHAIN:-} ]]; then return; fi
-    local tries waiting
-    for tries in 1 2 3 4; do
-        await_controller
-        if waiting=$(squeue --noheader --states=PENDING --user="$(id -un)" --format="%i %k" |
-            awk -v chain="$MOBILLAMA_CHAIN" '$2 == chain {print $1}'); then
-            if [[ -z $waiting ]]; then return; fi
-            # shellcheck disable=SC2086  # one word a job
-            ((tries == 4)) || scancel $waiting || true
-        fi
-    done
-    log "jobs of $MOBILLAMA_CHAIN still wait and could not be cancelled; scancel them:" "${waiting//$'\n'/ }"
-}
 
 give_up() {
     log "given up: $1"
     end_chain
     alert "job $SLURM_JOB_ID ($SLURM_JOB_NAME) is given up" "$1"
     exit 1
-}
-
-# The number of an array's last task is the array's too, and would name all of its tasks.
-this_job=$SLURM_JOB_ID
-if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then this_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
-
-requeue() {
-    local tries
-    log "putting the job back in the queue"
-    for tries in 1 2 3; do
-        scontrol requeue "$this_job" || true
-        ask_slurm
-        if [[ $standing == back ]]; then return; fi
-        leave_if_over
-        pause "$tries"
-    done
-    give_up "Slurm does not put this job back (--no-requeue?): submit it again, or use slurm/chain.sh"
 }
 
 # Another job of a chain goes on where this one ends.
@@ -270,7 +193,7 @@ if ((SITE_RANKS_PER_NODE > ${SLURM_GPUS_ON_NODE:-SITE_RANKS_PER_NODE})); then
         "node: lower it, or submit with --gpus-per-node=$SITE_RANKS_PER_NODE"
     exit 2
 fi
-nodes=$(hosts_by_switch)
+until nodes=$(hosts_by_switch) && [[ -n $nodes ]]; do pause 1; done
 recipe=$1
 shift
 data=$SITE_DATA
@@ -387,7 +310,7 @@ if [[ -z $decision ]]; then give_up "no step could be started to decide how the 
 case $decision in
 again)
     [[ -z $too_early ]] ||
-        give_up "Slurm's early signal came before the first step: ask for more --time (SBATCH_TIMELIMIT)"
+        give_up "Slurm's early signal came before the first step: ask for more --time (SITE_TIME_LIMIT)"
     put_back
     ;;
 complete | stop) end_chain ;;

@@ -14,12 +14,20 @@ grep -q $'\r' "${BASH_SOURCE[0]:-$0}" && echo 'slurm/site.sh has Windows line en
 # export SBATCH_QOS=normal
 # export SBATCH_RESERVATION=mobillama
 # export SBATCH_CONSTRAINT=fat            # e.g. the feature that marks A100-80GB nodes
-# Where the partition or QOS allows less than the days of the long templates (pretrain_*, evaluate), which alone take it:
-# their jobs put themselves back. SBATCH_TIMELIMIT would hold for every template, a check of half an hour too.
+# Where the partition or QOS allows less than the days of the long templates (pretrain_*, chat_*, evaluate), which alone
+# take it: their jobs put themselves back. SBATCH_TIMELIMIT would hold for every template, a check of half an hour too.
 # export SITE_TIME_LIMIT=1-00:00:00
 sbatch() {
+    local name
+    for name in TIMELIMIT SIGNAL NO_REQUEUE OPEN_MODE ARRAY_INX; do
+        if [[ " $* " == *.sbatch\ * ]] && printenv "SBATCH_$name" >/dev/null; then
+            echo "SBATCH_$name is set in this shell and would override the line of every template: unset it, and say" \
+                "what one job needs behind sbatch (--time, --signal, ...)" >&2
+            return 2
+        fi
+    done
     case " $* " in
-    *[/\ ]pretrain_*.sbatch\ * | *[/\ ]evaluate.sbatch\ *)
+    *[/\ ]pretrain_*.sbatch\ * | *[/\ ]chat_*.sbatch\ * | *[/\ ]evaluate.sbatch\ *)
         command sbatch ${SITE_TIME_LIMIT:+"--time=$SITE_TIME_LIMIT"} "$@"
         ;;
     *) command sbatch "$@" ;;

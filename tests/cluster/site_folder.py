@@ -98,14 +98,17 @@ class Site:
         (gate / program).write_text(f"#!/bin/bash\nreal={shutil.which(program)}\n{script}\n")
         (gate / program).chmod(0o755)
 
-    def submit(self, template: str, *options: str, arguments: tuple[str, ...] = ()) -> int:
+    def submit(self, template: str, *options: str, arguments: tuple[str, ...] = (), path: Path | None = None) -> int:
         """Source site.sh and sbatch a template from a folder that is not the repository; returns the job's number.
 
-        The submitting shell is that of somebody who works with another Python and CDPATH, inside another allocation.
+        The submitting shell is that of somebody who works with another Python and CDPATH, inside another allocation,
+        and who has `path` before the other folders of commands, as the job then has too.
         """
         command = ["sbatch", "--parsable", *options, str(self.folder / "slurm" / template), *arguments]
         script = 'cd "$1"; source slurm/site.sh; shift; cd /; exec "$@"'
         shell = {"PYTHONPATH": str(self._other_python()), "CDPATH": ".", "SLURM_MEM_PER_CPU": "100"}
+        if path is not None:
+            shell["PATH"] = f"{path}:{self.cluster.environment['PATH']}"
         done = self.cluster.command("bash", "-c", script, "submit", self.folder, *command, **shell)
         return int(done.split()[-1])
 

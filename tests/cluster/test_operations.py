@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,58 @@ def test_what_slurm_did_counts_and_not_what_its_clients_say_of_it(cluster: Clust
     assert site.status()["state"] == "completed" and cluster.job(job)["Restarts"] == "1"
 
 
+def test_a_client_that_says_nothing_or_half_is_asked_again(cluster: Cluster, scratch: Path, data: Path) -> None:
+    """And what it says in the place of a refusal (as of 22.05, where the controller is too slow) is none."""
+    site = make_site(cluster, scratch / "silent", data, steps=200)
+    alerts = note_alerts(site)
+    count = 'n=$(wc -l 2>/dev/null <"$0.$1"); echo >>"$0.$1"'
+    show = f'[[ $* == *oneliner*show* ]] && {{ set -- show "$@"; {count}; shift; }}; case ${{n:-9}} in 0) exit 0;; '
+    show += '1) echo "JobId=$SLURM_JOB_ID JobName=x"; exit 0;; 2) kill -KILL $$;; esac; unset n; '
+    late = (
+        f'[[ $1 == requeue ]] && {{ {count}; ((n < 4)) && {{ echo "Unexpected message received for job"; exit 1; }}; }}'
+    )
+    site.put_before("scontrol", f'{show}{late}; exec $real "$@"')
+    job = site.submit("pretrain_05b.sbatch", "--nodes=1")
+    site.wait_for_step(job, 20)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job))
+    output = site.finish(job)
+    assert "given up" not in output and not alerts.exists(), output
+    assert output.count("Slurm has not put this job back: Unexpected message") == 4, output
+    assert output.count("Slurm does not say how this job stands (") == 3, output
+    assert site.status()["state"] == "completed" and cluster.job(job)["Restarts"] == "1"
+
+
+def test_what_slurm_refuses_to_put_back_is_given_up(cluster: Cluster, scratch: Path, data: Path) -> None:
+    site = make_site(cluster, scratch / "refused", data, steps=400)
+    alerts = note_alerts(site)
+    job = site.submit("pretrain_05b.sbatch", "--nodes=1", "--no-requeue")
+    site.wait_for_step(job, 20)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job))
+    output = site.finish(job, expected="FAILED")
+    assert output.count("Slurm has not put this job back: Requested operation is presently disabled") == 3, output
+    assert "given up: Slurm does not put this job back (--no-requeue?)" in output and alerts.exists()
+    assert site.status()["state"] == "stopped"
+
+
+def test_a_job_begins_while_the_controller_is_away(cluster: Cluster, scratch: Path) -> None:
+    """A template asks it where launch.sh is, before anything of ours runs."""
+    site, gate = Site(cluster, scratch / "begins"), scratch / "gate"
+    held, opened = site.folder / "held", site.folder / "opened"
+    gate.mkdir()
+    waits = f"touch {shlex.quote(str(held))}; until [[ -e {shlex.quote(str(opened))} ]]; do sleep 0.1; done"
+    (gate / "scontrol").write_text(f'#!/bin/bash\n{waits}\nexec {shutil.which("scontrol")} "$@"\n')
+    (gate / "scontrol").chmod(0o755)
+    job = site.submit("preflight.sbatch", "--nodes=1", path=gate)
+    wait_for(held.exists, "the template to ask", 60)
+    cluster.stop_controller()
+    opened.touch()
+    try:
+        wait_for(lambda: "Unable to contact" in site.output(job), "the client's answer", 120)
+    finally:
+        cluster.start_controller()
+    assert "fit nodes: 1 of 1" in site.finish(job)
+
+
 def test_nodes_are_not_judged_by_a_check_that_slurm_ended(cluster: Cluster, scratch: Path, data: Path) -> None:
     """Put back while one of its steps has not begun: every step ends without an answer."""
     site = make_site(cluster, scratch / "interrupted_check", data, preflight="yes")
@@ -141,10 +194,20 @@ def test_a_chain_counts_the_jobs_that_slurm_has(cluster: Cluster, scratch: Path,
     answer = cluster.command("bash", "-c", chain, "x", site.folder)
     jobs = [int(line.split()[-1]) for line in answer.splitlines() if line.startswith("Submitted")]
     assert len(jobs) == 2 and {cluster.job(job)["TimeLimit"] for job in jobs} == {"01:00:00"}, answer
-    site.put_before("sbatch", '[[ -e $0.once ]] && exit 1\ntouch "$0.once"; exec $real "$@"')
+    refuses = 'echo "sbatch: error: Batch job submission failed: Invalid qos specification" >&2; exit 1'
+    site.put_before("sbatch", f'[[ -e $0.once ]] && {{ {refuses}; }}\ntouch "$0.once"; exec $real "$@"')
     with pytest.raises(AssertionError, match=r"1 of 2 jobs of chain-\S+ are submitted.*scancel") as refused:
         cluster.command("bash", "-c", chain, "x", site.folder)
     cluster.command("scancel", *map(str, jobs), str(refused.value).split()[-1])
+    late = 'echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation" >&2'
+    site.put_before("sbatch", f'(sleep 3; exec $real "$@" >/dev/null 2>&1) & {late}; exit 1')
+    cluster.command("bash", "-c", chain, "x", site.folder)  # or there are fewer than two, and it fails
+    with pytest.raises(AssertionError, match=r"exit 2\nSBATCH_TIMELIMIT is set"):
+        cluster.command("bash", "-c", chain, "x", site.folder, SBATCH_TIMELIMIT="5")
+    names = cluster.command("squeue", "--noheader", "--states=PENDING", "--format=%i %k").splitlines()
+    pending = [line.split()[0] for line in names if "chain-" in line]
+    assert len(pending) == 2, names
+    cluster.command("scancel", *pending)
 
 
 def test_a_controller_away_during_the_check_makes_no_node_look_bad(cluster: Cluster, scratch: Path) -> None:

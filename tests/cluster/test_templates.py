@@ -63,6 +63,20 @@ def test_site_sh_finds_the_repository_from_any_shell(shell: str, tmp_path: Path)
     assert done.stdout == f"{tmp_path}/logs/%x-%j.out\n"
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_variable_that_would_override_every_template_is_refused(shell: str, tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/site.sh").write_text((REPOSITORY / "slurm/site.sh").read_text())
+    script = '. slurm/site.sh; export "$1=$2"; sbatch slurm/preflight.sbatch; echo "exit $?"'
+    for name, value in (("TIMELIMIT", "1-0"), ("SIGNAL", "TERM@60"), ("NO_REQUEUE", ""), ("OPEN_MODE", "truncate")):
+        command = [shell, "-c", script, "x", f"SBATCH_{name}", value]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        assert done.stderr.startswith(f"SBATCH_{name} is set in this shell") and done.stdout == "exit 2\n"
+    # Others are a site's own, and Slurm is asked, which is not there.
+    done = subprocess.run([shell, "-c", script, "x", "SBATCH_QOS", "x"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.startswith("sbatch: error: ") and done.stdout == "exit 1\n"
+
+
 def test_scripts_pass_shellcheck() -> None:
     scripts = [p for p in (REPOSITORY / "slurm").iterdir() if p.suffix in (".sh", ".sbatch")]
     scripts += [REPOSITORY / "tests/cluster" / name for name in ("run", "install.sh")]
