@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
@@ -19,7 +20,7 @@ from megatron_patch.launch import LaunchError, WaitEnded, say
 
 _LOOK = 0.2  # seconds between two looks at who is there
 _FIRST_WORD, _NEXT_WORD = 10.0, 60.0  # seconds after which the wait is spoken of
-_ALL_HERE = "all ranks are here"
+_OUTCOME, _ALL_HERE = "outcome", "all ranks are here"
 
 
 def meet(address: str, port: int, patience: timedelta, asked: Callable[[], str | None]) -> Store:
@@ -27,6 +28,9 @@ def meet(address: str, port: int, patience: timedelta, asked: Callable[[], str |
 
     `asked` is called while it waits; what it returns, a reason, ends the wait. Raises WaitEnded then, LaunchError where
     a rank has not come in time, torch's DistNetworkError where the address cannot be listened at or reached.
+
+    The first one writes how it came out, for all: without that, a rank that comes after another's wait has ended would
+    count it in, and form a group with nobody.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     watch = _Wait(patience.total_seconds(), asked)
@@ -35,11 +39,18 @@ def meet(address: str, port: int, patience: timedelta, asked: Callable[[], str |
         watch.look(lambda: f"rank 0 at {address}, port {port}", speaks=os.environ.get("LOCAL_RANK") == "0")
     store = made.store()
     if store.add("ranks here", 1) == world_size:
-        store.set(_ALL_HERE, "")
+        store.compare_set(_OUTCOME, "", _ALL_HERE)
     store.set(_key(rank), platform.node())
-    while not store.check([_ALL_HERE]):
-        watch.look(lambda: _missing(store, world_size), speaks=rank == 0)
+    while not store.check([_OUTCOME]):
+        try:
+            watch.look(lambda: _missing(store, world_size), speaks=rank == 0)
+        except WaitEnded as ended:
+            if store.compare_set(_OUTCOME, "", f"rank {rank}: {ended}").decode() == _ALL_HERE:
+                break  # what asked for the end is obeyed after the first step
+            raise
         time.sleep(_LOOK)
+    if (outcome := store.get(_OUTCOME).decode()) != _ALL_HERE:
+        raise WaitEnded(outcome)
     return store
 
 
@@ -115,7 +126,7 @@ def _missing(store: Store, world_size: int) -> str:
 def _ranges(numbers: Sequence[int]) -> Iterator[str]:
     """1, 2, 3, 7 as `1-3`, `7`."""
     first: int | None = None
-    for number, following in zip(numbers, [*numbers[1:], None], strict=True):
+    for number, following in zip_longest(numbers, numbers[1:]):
         first = number if first is None else first
         if following != number + 1:
             yield f"{first}-{number}" if number > first else f"{number}"

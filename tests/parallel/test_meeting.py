@@ -10,11 +10,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_patch.launch import LaunchError
+from megatron_patch.launch import LaunchError, WaitEnded
 from megatron_patch.parallel import meeting
 from megatron_patch.train import loop, signals
 from tests.toy import TOY
@@ -75,6 +76,37 @@ def test_a_rank_that_waits_for_others_obeys_signals(
     if rank == 0:
         status = json.loads((run / "status.json").read_text())
         assert (status["state"], status["reason"]) == ("stopped", said)
+
+
+@pytest.fixture
+def agents_store(monkeypatch: pytest.MonkeyPatch) -> meeting.TCPStore:
+    """Of torchrun, which keeps it while ranks come and go."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return meeting.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def come(rank: int, store: meeting.TCPStore, asked: Callable[[], str | None]) -> None:
+    place(rank, 2, store.port)
+    meeting.meet("127.0.0.1", store.port, meeting.timedelta(seconds=20), asked)
+
+
+def test_a_rank_that_has_given_up_is_not_counted_in(agents_store: meeting.TCPStore) -> None:
+    with pytest.raises(WaitEnded, match=r"^SIGHUP while waiting for 1 of 2 ranks: 0; no step was done"):
+        come(1, agents_store, lambda: "SIGHUP")
+    with pytest.raises(WaitEnded, match=r"^rank 1: SIGHUP while waiting for 1 of 2 ranks: 0; no step was done"):
+        come(0, agents_store, lambda: None)
+
+
+def test_a_rank_goes_on_where_the_last_one_came_as_it_gave_up(agents_store: meeting.TCPStore) -> None:
+    def as_the_other_comes() -> str:
+        if not agents_store.check([meeting._OUTCOME]):
+            come(0, agents_store, lambda: None)
+        return "SIGHUP"
+
+    come(1, agents_store, as_the_other_comes)
+    assert agents_store.get(meeting._OUTCOME).decode() == meeting._ALL_HERE
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
