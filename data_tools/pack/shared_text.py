@@ -23,8 +23,9 @@ class _Text(NamedTuple):
 def refuse_shared_text(folder: Path, sources: Sequence[SourceRows]) -> None:
     """Raises DataError where a file of two sources, each under its own name or packed otherwise, has one text.
 
-    Compared are the digests of plain text: of whole files, of the gibibytes of large plain ones, of a Parquet file's
-    bytes. Files of a single document are not compared: a source has its duplicates.
+    Compared are the digests of plain text: of whole files, of the gibibytes of large plain ones, of the first one of
+    large compressed ones, of a Parquet file's bytes. Files of a single document are not compared: a source has its
+    duplicates.
     """
     by_text: dict[str, _Text] = {}
     for source in sources:
@@ -45,11 +46,15 @@ def _texts(folder: Path, source: SourceRows) -> Iterator[tuple[str, _Text]]:
             name, file = part["name"], part.get("file", part["name"])
             if "files" not in part:
                 yield part["input_digest"], _Text(source.name, file, name, None)
+                for digest in part.get("input_heads", {}).values():
+                    yield digest, _Text(source.name, file, name, None)
                 continue
             record = _record(folder / source.name, name)
             files = [entry.file for entry in recorded_inputs(record)]
             for place, (packed, digest) in enumerate(zip(files, record["input_digests"], strict=True)):
                 yield digest, _Text(source.name, packed, name, place)
+                if packed in record.get("input_heads", {}):
+                    yield record["input_heads"][packed], _Text(source.name, packed, name, place)
 
 
 def _record(folder: Path, part: str) -> dict[str, Any]:

@@ -254,7 +254,8 @@ def _made_from(manifest: dict[str, Any]) -> dict[str, Any]:
     """A part's file, or the first of several and how many there are; its record has them all."""
     identity = manifest["identity"]
     if "task" in identity:
-        return {"file": identity["task"]["file"]}
+        heads = {"input_heads": manifest["input_heads"]} if "input_heads" in manifest else {}
+        return {"file": identity["task"]["file"], **heads}
     return {"file": identity["tasks"][0][0], "files": len({entry[0] for entry in identity["tasks"]})}
 
 

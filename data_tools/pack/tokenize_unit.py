@@ -16,6 +16,7 @@ from data_tools.files.json_file import canonical_json, sealed
 from data_tools.pack.rows import PAGE_BYTES, page_digests
 from data_tools.pack.units import Unit, part_name
 from data_tools.sources.documents import TASK_BYTES, Document, Task, read_documents, rejected_line
+from data_tools.sources.source_files import PARQUET_SUFFIX
 from data_tools.sources.text_encoder import TextEncoder
 
 BATCH_CHARACTERS = 1 << 23  # a call of gigatoken costs 3 ms before its first document
@@ -44,6 +45,29 @@ class Job:
     policy: ErrorPolicy
     record: dict[str, Any] | None
     """Of the finished part, where only its input is to be compared."""
+
+
+class _Digest:
+    """Of a task's lines; where a compressed file is larger than a plain one may be to be whole, of its begin too.
+
+    Attributes:
+        head: the digest of the lines that start in its first bytes, as the first task of the plain file has it; None
+            of a smaller file, or one that is no stream of lines.
+    """
+
+    def __init__(self, task: Task, task_bytes: int) -> None:
+        self._digest, self._at, self.head = new_digest(), 0, None
+        is_stream = task.stop is None and not task.file.endswith(PARQUET_SUFFIX)
+        self._until = task_bytes if is_stream else None
+
+    def update(self, line: bytes) -> None:
+        if self._until is not None and self._at >= self._until:
+            self.head, self._until = self._digest.hexdigest(), None
+        self._digest.update(line)
+        self._at += len(line)
+
+    def hexdigest(self) -> str:
+        return str(self._digest.hexdigest())
 
 
 _encoders: dict[Path, TextEncoder] = {}
@@ -88,7 +112,7 @@ def _tokenize(job: Job) -> int:
     rejected_path = base.with_suffix(".rejected.jsonl")
     tokens = documents = characters = 0
     rejected: list[bytes] = []
-    digests: list[str] = []
+    digests: list[_Digest] = []
     documents_of: list[int] = []
     pages, rest = [], b""
     with write_beside(base.with_suffix(".tokens")) as stream, contextlib.ExitStack() as inputs:
@@ -115,19 +139,22 @@ def _tokenize(job: Job) -> int:
         "documents": documents,
         "characters": characters,
         "rejected": len(rejected),
-        "input_digest": digests[0],
+        "input_digest": digests[0].hexdigest(),
         "pages_digest": pages_digest.hexdigest(),
     }
     if len(digests) > 1:
-        of_all = new_digest()
-        of_all.update("".join(digests).encode())
-        manifest |= {"input_digest": of_all.hexdigest(), "input_digests": digests, "input_documents": documents_of}
+        each, of_all = [digest.hexdigest() for digest in digests], new_digest()
+        of_all.update("".join(each).encode())
+        manifest |= {"input_digest": of_all.hexdigest(), "input_digests": each, "input_documents": documents_of}
+    heads = {task.file: digest.head for task, digest in zip(job.unit.tasks, digests, strict=True) if digest.head}
+    if heads:
+        manifest["input_heads"] = heads
     write_whole(base.with_suffix(".json"), canonical_json(sealed(manifest)))
     return len(rejected)
 
 
 def _good_texts(
-    job: Job, inputs: contextlib.ExitStack, rejected: list[bytes], digests: list[str], documents_of: list[int]
+    job: Job, inputs: contextlib.ExitStack, rejected: list[bytes], digests: list[_Digest], documents_of: list[int]
 ) -> Iterator[str]:
     """The texts of a unit's good documents.
 
@@ -138,14 +165,14 @@ def _good_texts(
     """
     for task, size in zip(job.unit.tasks, job.unit.sizes, strict=True):
         inputs.enter_context(unchanged(job.folder / task.file, size))
-        digest, documents = new_digest(), 0
+        digest, documents = _Digest(task, job.options.task_bytes), 0
         for document in read_documents(job.folder, task, digest):
             if document.reason:
                 _reject(job, task, document, rejected)
             else:
                 documents += 1
                 yield document.text
-        digests.append(digest.hexdigest())
+        digests.append(digest)
         documents_of.append(documents)
 
 

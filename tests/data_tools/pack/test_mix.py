@@ -200,6 +200,24 @@ def test_one_text_in_two_sources_is_refused_whatever_tokenised_them(small_corpus
         mix(tmp_path / "rows", tmp_path / "out", options)
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "with others"])
+def test_a_large_file_and_its_compressed_form_are_one_text(small_corpus: Path, tmp_path: Path, together: bool) -> None:
+    """The plain one is read in tasks, each with a digest of its own, the other in one."""
+    raw, rows, tokenizer = tmp_path / "raw", tmp_path / "rows", small_corpus / "tokenizer.json"
+    lines = [json.dumps({"text": f"{number} " * 9}).encode() + b"\n" for number in range(2000)]
+    task_bytes = len(b"".join(lines)) // 3  # in the middle of a line
+    files = {"book/x.jsonl": b"".join(lines), "c4/y.jsonl.gz": gzip.compress(b"".join(lines), 9)}
+    if together:
+        files["c4/a.jsonl"] = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, content in files.items():
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_bytes(content)
+    for source in ("book", "c4"):
+        tokenize_source(source, raw / source, rows, tokenizer, row_length=9, task_bytes=task_bytes)
+    with pytest.raises(DataError, match=r"(x|y)\.jsonl\S* has the text of (x|y)\.jsonl"):
+        mix(rows, tmp_path / "out", MixOptions(1, True, 0, 1))
+
+
 def test_documents_held_out_whole_are_every_row_of_theirs(small_corpus: Path, rows: Path, tmp_path: Path) -> None:
     """Of documents tokenised apart, in an order drawn by the seed; none of theirs is among the segments."""
     held = tmp_path / "held"
