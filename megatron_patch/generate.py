@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 
@@ -90,6 +91,12 @@ def answer(
         )
     )
     return Answer(ids, ended=len(ids) < min(limit, sequence_length - len(prompt)))
+
+
+def pictures_of(prompt: Sequence[int], pixels: np.ndarray, placeholder_id: int) -> Pictures:
+    """A prompt's images, uint8 [n, 3, size, size], at its placeholders."""
+    places = np.flatnonzero(np.array(prompt) == placeholder_id)
+    return Pictures(device.upload(torch.from_numpy(pixels)), device.upload(torch.from_numpy(places)))
 
 
 @torch.no_grad()

@@ -1,20 +1,27 @@
-"""`python -m megatron_patch chat RUN`: talk with a chat model on the terminal, each answer as it is drawn."""
+"""`python -m megatron_patch chat RUN`: talk with a chat model on the terminal, each answer as it is drawn.
+
+With `--image FILE` about an image, which stands before the first question of the conversation as LLaVA trains it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from data_tools.chat.conversations import Message
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import CHAT_TEMPLATE_NAME, MANIFEST_NAME, DatasetManifest, tokenizer_in
 from data_tools.files.errors import DataError
 from megatron_patch import launch
-from megatron_patch.generate import load_model, stream
+from megatron_patch.generate import load_model, pictures_of, stream
+from megatron_patch.recipe import Model
 from megatron_patch.report.summary import newest_checkpoint
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 
@@ -25,6 +32,7 @@ def main(args: argparse.Namespace) -> int:
         is_run = (args.run / "checkpoints").is_dir()
         checkpoint = newest_checkpoint(args.run) if is_run else open_checkpoint(args.run)
         tokenizer = _tokenizer(checkpoint, args.data)
+        shown = _shown(checkpoint.recipe.model, tokenizer, args.image) if args.image else None
         launch.setup_environment()
         model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10))
     except (ValueError, OSError, CheckpointError, DataError) as error:
@@ -32,24 +40,64 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if sys.stdin.isatty():
         print(f"{checkpoint.folder}, step {checkpoint.step}. An empty line begins anew, Ctrl-D ends.", file=sys.stderr)
-    _talk(model, tokenizer, checkpoint.recipe.model.sequence_length, args)
+    _talk(model, tokenizer, checkpoint.recipe.model.sequence_length, args, shown)
     return 0
 
 
-def _talk(model: torch.nn.Module, tokenizer: ChatTokenizer, context: int, args: argparse.Namespace) -> None:
+class _Shown(NamedTuple):
+    """An image as the model sees it."""
+
+    pixels: np.ndarray
+    """uint8 [1, 3, size, size]."""
+    placeholder: str
+    placeholder_id: int
+    tokens: int
+
+    def before(self, turns: Sequence[Message]) -> list[Message]:
+        """The conversation, the image before its first question. Raises ValueError where one has a placeholder."""
+        if any(self.placeholder in turn["content"] for turn in turns if turn["role"] != "assistant"):
+            raise ValueError(f"a question with {self.placeholder}, which stands for a part of an image here")
+        first, *rest = turns
+        return [{**first, "content": f"{self.placeholder * self.tokens}\n{first['content'].strip()}"}, *rest]
+
+
+def _shown(model: Model, tokenizer: ChatTokenizer, file: Path) -> _Shown:
+    """Raises ValueError where the model does not see, or the image is none."""
+    vision = model.vision
+    if vision is None:
+        raise ValueError(f"--image {file}: the model has no encoder (model.vision); leave it out")
+    from data_tools.vision.pictures import BadPicture, prepare, read_picture
+
+    try:
+        picture, _ = read_picture(file.read_bytes())
+    except BadPicture as error:
+        raise ValueError(f"{file}: {error}; give another image") from None
+    placeholder = str(tokenizer.tokenizer.convert_ids_to_tokens(vision.placeholder_id))
+    return _Shown(
+        prepare(picture, vision.image_size, vision.fit)[None], placeholder, vision.placeholder_id, vision.tokens
+    )
+
+
+def _talk(
+    model: torch.nn.Module, tokenizer: ChatTokenizer, context: int, args: argparse.Namespace, shown: _Shown | None
+) -> None:
     first = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[dict[str, str]] = []
+    turns: list[Message] = []
     generator = torch.Generator().manual_seed(args.seed)
+
+    def prompt_of(turns: list[Message]) -> list[int]:
+        return tokenizer.prompt([*first, *(shown.before(turns) if shown else turns)])
+
     for question in _questions():
         if not question.strip():
             turns = []
             continue
         turns.append({"role": "user", "content": question})
         try:
-            prompt = tokenizer.prompt([*first, *turns])
+            prompt = prompt_of(turns)
             while len(prompt) >= context and len(turns) > 1:  # the oldest question and answer make room
                 del turns[:2]
-                prompt = tokenizer.prompt([*first, *turns])
+                prompt = prompt_of(turns)
                 print("(the first question is forgotten: the context is full)", file=sys.stderr)
             if len(prompt) >= context:
                 raise ValueError(f"{len(prompt):,} tokens, and the model sees {context:,}: ask a shorter question")
@@ -66,6 +114,7 @@ def _talk(model: torch.nn.Module, tokenizer: ChatTokenizer, context: int, args: 
             vocab_size=tokenizer.vocab_size,
             temperature=args.temperature,
             generator=generator,
+            pictures=pictures_of(prompt, shown.pixels, shown.placeholder_id) if shown else None,
         )
         answer = "".join(_printed(_pieces(ids, tokenizer)))
         print(flush=True)

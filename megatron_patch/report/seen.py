@@ -13,11 +13,9 @@ from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import CHAT_TEMPLATE_NAME
 from megatron_patch.data.images import Images
 from megatron_patch.data.segments import Segments
-from megatron_patch.generate import answer
-from megatron_patch.parallel import device
+from megatron_patch.generate import answer, pictures_of
 from megatron_patch.recipe import Vision
 from megatron_patch.report.answers import Question, held_out_questions
-from megatron_patch.vision.images import Pictures
 
 matplotlib.use("Agg")  # a file is drawn, no window is opened
 from matplotlib import pyplot as plt
@@ -74,8 +72,6 @@ def _answers(
     assert chat is not None
     said = []
     for question, image in zip(questions, pixels, strict=True):
-        places = np.flatnonzero(np.array(question.prompt) == vision.placeholder_id)
-        pictures = Pictures(device.upload(torch.from_numpy(image[None])), device.upload(torch.from_numpy(places)))
         one = answer(
             model,
             question.prompt,
@@ -83,7 +79,7 @@ def _answers(
             limit=limit,
             sequence_length=segments.row_length - 1,
             vocab_size=segments.vocab_size,
-            pictures=pictures,
+            pictures=pictures_of(question.prompt, image[None], vision.placeholder_id),
         )
         said.append([*one.ids, chat.end_of_turn_id] if one.ended else one.ids)
     return said

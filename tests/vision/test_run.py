@@ -6,9 +6,14 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +21,18 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from data_tools.build_vision import build_parser, run
+from data_tools.chat.template import ChatTokenizer
+from data_tools.dataset.format import CHAT_TEMPLATE_NAME
+from megatron_patch import launch
 from megatron_patch.__main__ import main
+from megatron_patch.data.images import Images
+from megatron_patch.data.segments import open_segments
+from megatron_patch.generate import load_model, pictures_of, stream
 from megatron_patch.model.parameters import whole_tensors
+from megatron_patch.report import chat
+from megatron_patch.report.answers import held_out_questions
 from megatron_patch.train.checkpoint import write_weights
+from megatron_patch.vision.images import Pictures
 from tests.convert.samples import VOCAB_SIZE, MemoryWeights, train_tokenizer
 from tests.data_tools.vision.pictures import encoded, photograph
 from tests.ranks import run_ranks
@@ -144,6 +158,80 @@ def test_summary_asks_held_out_questions(folder: Path, undisturbed: Path) -> Non
     assert code == 0 and "held-out questions about an image" in out and "with the image of another question" in out
     assert "(true: fox)" in out or "(true: dog)" in out
     assert (undisturbed / "answers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def typed(words: list[str], text: str) -> tuple[int, str, str]:
+    """A verb with a text on its standard input: exit code, standard output and error."""
+    sys.stdin = io.StringIO(text)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(words)
+    return code, out.getvalue(), err.getvalue()
+
+
+def asked_in_training(run_folder: Path) -> tuple[str, list[int], bytes, list[int]]:
+    """The first held-out question about an image: words, its row's ids, its shard's pixels, greedy ids after it."""
+    checkpoint = newest(run_folder)
+    launch.setup_environment()
+    model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=5))
+    vision, data = checkpoint.recipe.model.vision, checkpoint.recipe.data.folder
+    assert vision is not None and data is not None
+    segments = open_segments(data, row_length=ROW, vocab_size=VOCAB_SIZE)
+    assert segments.tokenizer_path is not None and segments.manifest.chat is not None
+    [question, *_] = [q for q in held_out_questions(segments) if len(q.images) == 1]
+    images = Images(data, segments.manifest, vision.image_size, vision.fit)
+    pixels = images.read(question.images)
+    images.close()
+    ids = stream(
+        model,
+        question.prompt,
+        end_of_turn=segments.manifest.chat.end_of_turn_id,
+        limit=8,
+        sequence_length=ROW - 1,
+        vocab_size=segments.vocab_size,
+        pictures=pictures_of(question.prompt, pixels, vision.placeholder_id),
+    )
+    tokenizer = ChatTokenizer(segments.tokenizer_path, data / CHAT_TEMPLATE_NAME, segments.vocab_size).tokenizer
+    [asked] = re.findall(r"\w+ \d+\?", tokenizer.decode(question.prompt))
+    return asked, question.prompt, pixels.tobytes(), list(ids)
+
+
+def asked_in_chat(words: list[str], text: str) -> tuple[int, list[tuple[list[int], bytes, list[int]]], str]:
+    """`chat`: its code, the ids and pixels that the model is asked each time with what it answers, and what it says."""
+    asked = []
+
+    def recorded(model: torch.nn.Module, prompt: list[int], pictures: Pictures, **more: Any) -> Iterator[int]:
+        ids = list(stream(model, prompt, pictures=pictures, **more))
+        asked.append((prompt, pictures.pixels.numpy().tobytes(), ids))
+        return iter(ids)
+
+    chat.stream = recorded  # type: ignore[assignment]
+    code, _, err = typed(words, text)
+    return code, asked, err
+
+
+def test_chat_about_an_image_asks_what_training_asked(folder: Path, undisturbed: Path) -> None:
+    """The image stands before the first question, not before the second; an empty line begins anew with it."""
+    asked, prompt, pixels, expected = run_ranks(1, asked_in_training, undisturbed)[0]
+    number = int(re.findall(r"\d+", asked)[0])
+    words = ["chat", str(undisturbed), "--tokens", "8", "--image", str(folder / f"images/{number}.png")]
+    text = f"{asked}\nand dog 3?\n\n{asked}\n\n<s>?\n"
+    code, [first, second, again], err = run_ranks(1, asked_in_chat, words, text)[0]
+    assert code == 0 and "a question with <s>, which stands for a part of an image" in err
+    assert first == again == (prompt, pixels, expected)
+    placeholders = prompt.count(1)
+    assert placeholders == 4 and second[0].count(1) == placeholders and second[0][: len(prompt)] == prompt
+
+
+def test_chat_refuses_what_it_cannot_show(folder: Path, undisturbed: Path) -> None:
+    (folder / "cut.png").write_bytes((folder / "images/0.png").read_bytes()[:60])
+    for run_folder, image, reason in (
+        (undisturbed, "cut.png", "cut.png: damaged or cut short"),
+        (undisturbed, "absent.png", "absent.png"),
+        (folder / "decoder", "images/0.png", "images/0.png: the model has no encoder"),
+    ):
+        words = ["chat", str(run_folder), "--data", str(folder / "data"), "--image", str(folder / image)]
+        code, _, err = run_ranks(1, typed, words, "the fox?\n")[0]
+        assert code == 2 and reason in err
 
 
 @pytest.mark.parametrize(
