@@ -12,6 +12,7 @@ from pathlib import Path
 QUANTIZATIONS = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "onnx": ("int8", "int4"),
+    "executorch": ("8da4w",),
 }
 """Forms for other runtimes than transformers, and what `export --quantize` may store their matrices as."""
 
@@ -80,6 +81,7 @@ def chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=Path, help="what build_chat.py wrote, where the recipe's data.folder is not here"
     )
+    parser.add_argument("--image", type=Path, help="what the questions are about, for a model that sees")
     parser.add_argument("--system", help="a system message before the first question")
     parser.add_argument("--tokens", type=count, default=400, help="that an answer may take (400)")
     parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (0)")
@@ -88,12 +90,15 @@ def chat(parser: argparse.ArgumentParser) -> None:
 
 def export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
-    parser.add_argument("output", type=Path, help="new folder; of --form gguf a new file")
+    parser.add_argument("output", type=Path, help="new folder; of --form gguf and executorch a new file")
     parser.add_argument("--form", choices=("expanded", "shared", *QUANTIZATIONS), required=True)
     parser.add_argument(
         "--quantize",
         choices=sorted({kind for kinds in QUANTIZATIONS.values() for kind in kinds}),
         help="; ".join(f"{form}: {', '.join(kinds)}" for form, kinds in QUANTIZATIONS.items()),
+    )
+    parser.add_argument(
+        "--context", type=count, help="of --form executorch: ids that its KV cache holds; default: those of a row"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of Hugging Face's forms; default: the checkpoint's own")
     parser.add_argument(

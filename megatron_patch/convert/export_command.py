@@ -4,8 +4,10 @@
     CHECKPOINT FOLDER --form shared        the same with one FFN, for `trust_remote_code=True`; both: --dtype fp16
     CHECKPOINT FILE.gguf --form gguf       llama.cpp, Ollama, LM Studio; --quantize q4_0 and others
     CHECKPOINT FOLDER --form onnx          ONNX Runtime, transformers.js; one FFN in the file; --quantize int8, int4
+    CHECKPOINT FILE.pte --form executorch  phones; one FFN in the file; --quantize 8da4w, --context 512
 
-Runs on one process without a GPU, whatever layout wrote the checkpoint; a few tensors are in memory at a time.
+Runs on one process without a GPU, whatever layout wrote the checkpoint; a few tensors are in memory at a time
+(of ExecuTorch: the model).
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from megatron_patch.results import read_scores
 from megatron_patch.run.pace import Pace
 from megatron_patch.run.planned import measured_energy
 from megatron_patch.train.checkpoint.reader import Checkpoint, open_checkpoint
+
+_EXTRAS = {"gguf": "devices", "onnx": "devices", "executorch": "executorch", "torchao": "executorch"}
+"""Packages that not every installation has, and which extra brings each."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,15 +44,18 @@ def main(args: argparse.Namespace) -> int:
             raise ConvertError(
                 f"--dtype {args.dtype}: of Hugging Face's forms; --form {args.form} has --quantize {', '.join(kinds)}"
             )
+        if args.context and args.form != "executorch":
+            raise ConvertError(f"--context {args.context}: of --form executorch alone, whose cache has a fixed length")
         with open_checkpoint(args.checkpoint) as checkpoint:
             _write(checkpoint, args)
     except ValueError as error:  # ConvertError, CheckpointError, DataError
         print(f"refused: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("gguf", "onnx"):
+        missing = str(error.name).split(".")[0]
+        if missing not in _EXTRAS:
             raise
-        print(f"refused: --form {args.form} needs {error.name}; pip install -e '.[devices]'", file=sys.stderr)
+        print(f"refused: --form {args.form} needs {missing}; pip install -e '.[{_EXTRAS[missing]}]'", file=sys.stderr)
         return 2
     print(f"{args.output}: written ({' '.join(filter(None, (args.form, args.quantize, args.dtype)))})", file=sys.stderr)
     return 0
@@ -66,6 +74,11 @@ def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
         from megatron_patch.convert.onnx_folder import write_onnx
 
         write_onnx(checkpoint, args.output, tokenizer, args.quantize)
+        return
+    if args.form == "executorch":
+        from megatron_patch.convert.executorch_file import write_executorch
+
+        write_executorch(checkpoint, args.output, tokenizer, args.quantize, args.context)
         return
     scores = next((s for s in read_scores(args.evaluations) if s["digest"] == checkpoint.digest), None)
     run = checkpoint.folder.parent.parent

@@ -103,6 +103,20 @@ def hf_tensors(model: Model, form: Form) -> list[HfTensor]:
     return tensors
 
 
+def name_stored_once(tensor: HfTensor) -> str:
+    """A name that all layers give a weight which they share: `ffn.gate_proj.weight`."""
+    place = tensor.whole.rsplit(".", 2)[0]
+    return f"{place}.{'.'.join(tensor.name.rsplit('.', 2)[1:])}"
+
+
+def stored_once(model: Model) -> dict[str, HfTensor]:
+    """Every weight once, by such a name, each as the first tensor of the expanded form that it is."""
+    found: dict[str, HfTensor] = {}
+    for tensor in hf_tensors(model, "expanded"):
+        found.setdefault(name_stored_once(tensor), tensor)
+    return found
+
+
 def assemble(name: str, model: Model, form: Form, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """The whole-model tensor `name` put together from the Hugging Face tensors that `read` returns by name.
 

@@ -27,7 +27,7 @@ from megatron_patch.convert.export import (
     write_json,
     write_tokenizer,
 )
-from megatron_patch.convert.names import HfTensor, hf_tensors
+from megatron_patch.convert.names import HfTensor, hf_tensors, name_stored_once, stored_once
 from megatron_patch.convert.onnx_graph import BLOCK, MICROSOFT, OPSET, build_graph
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model
@@ -50,7 +50,7 @@ def write_onnx(source: WeightsSource, folder: Path, tokenizer: Path, quantize_as
         DataError: the tokenizer cannot be read, or another process writes `folder`.
     """
     model = source.recipe.model
-    tensors = _unique(hf_tensors(model, "expanded"))
+    tensors = stored_once(model)
     if quantize_as is not None:
         for tensor in tensors.values():
             if len(tensor.shape) == 2 and tensor.shape[1] % BLOCK:
@@ -74,23 +74,9 @@ def write_onnx(source: WeightsSource, folder: Path, tokenizer: Path, quantize_as
     fsync_folder(folder.parent)
 
 
-def _unique(tensors: list[HfTensor]) -> dict[str, HfTensor]:
-    """Initializers by name, each with the first tensor of Hugging Face's model that it is."""
-    found: dict[str, HfTensor] = {}
-    for tensor in tensors:
-        found.setdefault(_initializer(tensor), tensor)
-    return found
-
-
-def _initializer(tensor: HfTensor) -> str:
-    """The same for all layers that use a weight: `ffn.gate_proj.weight`."""
-    place = tensor.whole.rsplit(".", 2)[0]
-    return f"{place}.{'.'.join(tensor.name.rsplit('.', 2)[1:])}"
-
-
 def _write_model(source: WeightsSource, file: Path, tensors: dict[str, HfTensor], bits: int | None) -> None:
     model = source.recipe.model
-    weights = {tensor.name: _initializer(tensor) for tensor in hf_tensors(model, "expanded")}
+    weights = {tensor.name: name_stored_once(tensor) for tensor in hf_tensors(model, "expanded")}
     builder, inputs, outputs = build_graph(model, weights, bits)
     data = file.with_name(file.name + "_data")
     with data.open("wb") as stream:

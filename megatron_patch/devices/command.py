@@ -18,7 +18,7 @@ from megatron_patch.arguments import amount, count
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="what the forms were exported from")
-    parser.add_argument("forms", nargs="+", type=Path, metavar="FORM", help="GGUF files and folders")
+    parser.add_argument("forms", nargs="+", type=Path, metavar="FORM", help="GGUF and .pte files, and folders")
     parser.add_argument(
         "--against", nargs="+", action="append", default=[], type=Path, metavar="PATH",
         help="another checkpoint and its forms, for the same table",

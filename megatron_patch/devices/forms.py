@@ -6,13 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_patch.devices.runtimes import CTranslate2, LlamaCpp, OnnxRuntime, Runtime, RuntimeFormError, Transformers
+from megatron_patch.devices.runtimes import (
+    CTranslate2,
+    ExecuTorch,
+    LlamaCpp,
+    OnnxRuntime,
+    Runtime,
+    RuntimeFormError,
+    Transformers,
+)
 from megatron_patch.model.counts import parameters
 from megatron_patch.recipe import Model
 
 _FP32_BITS = 31  # and more: the file has names and a tokenizer besides
 
-Kind = Literal["gguf", "onnx", "ctranslate2", "expanded", "shared"]
+Kind = Literal["gguf", "onnx", "ctranslate2", "executorch", "expanded", "shared"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class DeviceForm:
     """A form on disk.
 
     Attributes:
-        path: as it was named: a GGUF file or a folder.
+        path: as it was named: a file or a folder.
         kind: which of them.
         model_file: what its runtime opens.
         weight_files: the files of the weights, and of the graph.
@@ -61,6 +69,8 @@ class DeviceForm:
             return OnnxRuntime(self.model_file, threads)
         if self.kind == "ctranslate2":
             return CTranslate2(self.path, threads)
+        if self.kind == "executorch":
+            return ExecuTorch(self.model_file, threads, context)
         return Transformers(self.path, threads)
 
 
@@ -68,6 +78,8 @@ def find_form(path: Path) -> DeviceForm:
     """The form that a file or folder is. Raises RuntimeFormError where it is none."""
     if path.is_file() and path.suffix == ".gguf":
         return DeviceForm(path, "gguf", path, (path,))
+    if path.is_file() and path.suffix == ".pte":
+        return DeviceForm(path, "executorch", path, (path,))
     graphs = sorted((path / "onnx").glob("*.onnx"))
     if len(graphs) == 1:
         data = sorted((path / "onnx").glob("*.onnx_data"))
@@ -79,6 +91,6 @@ def find_form(path: Path) -> DeviceForm:
         kind: Kind = "shared" if (path / "modeling_mobillama.py").is_file() else "expanded"
         return DeviceForm(path, kind, weights[0], weights)
     raise RuntimeFormError(
-        f"{path}: no .gguf file, no folder of `export` and none of CTranslate2's converter; docs/devices.md has the "
-        "command of each"
+        f"{path}: no .gguf or .pte file, no folder of `export` and none of CTranslate2's converter; "
+        "docs/devices.md has the command of each"
     )

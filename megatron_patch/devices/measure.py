@@ -122,4 +122,5 @@ if __name__ == "__main__":
     except RuntimeFormError as error:
         sys.exit(f"refused: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"refused: {error.name} is not installed; pip install -e '.[devices]'")
+        extra = "executorch" if str(error.name).startswith("executorch") else "devices"
+        sys.exit(f"refused: {error.name} is not installed; pip install -e '.[{extra}]'")

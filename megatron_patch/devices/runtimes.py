@@ -5,6 +5,7 @@ No BOS is added to a prompt, as in training.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 import urllib.error
@@ -201,6 +202,67 @@ class CTranslate2(Runtime):
             suppress_sequences=[[EOS_TEXT]], include_prompt_in_result=False,
         )  # fmt: skip
         return list(result.sequences_ids[0])
+
+
+class ExecuTorch(Runtime):
+    """A .pte file lowered to XNNPACK.
+
+    XNNPACK repacks a weight for each use unless its cache of packed weights is on. ExecuTorch's build for Android has
+    it on; its Python package has it off and no function for it, so that the runtime's own C++ function is called here.
+    """
+
+    def __init__(self, file: Path, threads: int, context: int) -> None:
+        from executorch.extension.pybindings import portable_lib
+        from executorch.runtime import Runtime as Loader
+
+        portable_lib._unsafe_reset_threadpool(threads)
+        _cache_packed_weights()
+        try:
+            program = Loader.get().load_program(file)
+            self._forward = program.load_method("forward")
+            [self.eos] = program.load_method("get_eos_ids").execute([])
+            [holds] = program.load_method("get_max_context_len").execute([])
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise RuntimeFormError(f"{file}: ExecuTorch cannot open it ({error})") from None
+        if holds < context:
+            raise RuntimeFormError(
+                f"{file}: its cache holds {holds} ids, {context} are asked for; export with a longer --context"
+            )
+        self.name = f"ExecuTorch {version('executorch')}"
+
+    def log_probs(self, ids: Sequence[int]) -> list[float]:
+        return of_labels(self._run(ids, 0)[:-1], ids[1:])
+
+    def greedy(self, ids: Sequence[int], count: int) -> Decoded:
+        return _timed(self._steps(ids, count))
+
+    def _steps(self, ids: Sequence[int], count: int) -> Iterator[int]:
+        step, at = list(ids), 0
+        for _ in range(count):
+            logits = self._run(step, at)[-1]
+            logits[self.eos] = -np.inf
+            at += len(step)
+            step = [int(logits.argmax())]
+            yield step[0]
+
+    def _run(self, ids: Sequence[int], at: int) -> np.ndarray:
+        import torch
+
+        [logits] = self._forward.execute([torch.tensor([list(ids)]), torch.arange(at, at + len(ids))])
+        found: np.ndarray = logits[0].numpy()
+        return found
+
+
+def _cache_packed_weights() -> None:
+    """executorch::runtime::set_option("XnnpackBackend", {"weight_cache_enabled", true}) for this process."""
+    import executorch
+
+    library = ctypes.CDLL(str(Path(next(iter(executorch.__path__))) / "lib" / "libexecutorch.so"))
+    # A BackendOption of the pinned version: key of 64 bytes, a variant of bool, int and 256 bytes, then which it is.
+    option = ctypes.create_string_buffer(b"weight_cache_enabled".ljust(64, b"\0") + b"\1", 324)
+    set_option = library._ZN10executorch7runtime10set_optionEPKcNS0_4SpanINS0_13BackendOptionEEE
+    if set_option(b"XnnpackBackend", option, ctypes.c_size_t(1)):
+        raise RuntimeFormError("ExecuTorch's XNNPACK has no cache of packed weights; install the version pinned")
 
 
 class Transformers(Runtime):

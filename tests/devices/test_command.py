@@ -85,8 +85,8 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("torn.gguf").write_bytes(b"GGUF")
     Path("empty").mkdir()
     for words, reason in (
-        (["checkpoint", "empty"], "empty: no .gguf file, no folder of `export`"),
-        (["checkpoint", "absent.gguf"], "absent.gguf: no .gguf file"),
+        (["checkpoint", "empty"], "empty: no .gguf or .pte file, no folder of `export`"),
+        (["checkpoint", "absent.gguf"], "absent.gguf: no .gguf or .pte file"),
         (["checkpoint", "torn.gguf", "--against", "checkpoint"], "--against checkpoint: name its forms"),
         (["empty", "torn.gguf", "--random"], "empty"),
         (["checkpoint", "torn.gguf", "--data", "empty"], "empty"),
