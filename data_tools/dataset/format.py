@@ -288,6 +288,11 @@ class DatasetManifest:
         return self.num_segments * self.rows_per_segment
 
     @property
+    def images_in_a_row(self) -> float:
+        """On average; 0 where rows have none."""
+        return 0.0 if self.images is None else self.images.count / self.rows
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the manifest's content: names the data set."""
         return str(self.to_json()["digest"])

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from megatron_patch.model.parameters import Kind, whole_tensors
-from megatron_patch.recipe import Model
+from megatron_patch.recipe import Model, Recipe
+from megatron_patch.vision.shapes import flops_per_image
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,25 @@ def parameters(model: Model) -> Parameters:
     )
 
 
-def flops_per_token(model: Model) -> int:
+def flops_per_token(model: Model, *, trained: bool = True) -> int:
     """Floating point operations of forward and backward for one token of a full row, recomputation not counted.
 
     Of the decoder: an image's own are `vision.shapes.flops_per_image`.
 
     Forward: 2 for each applied matrix element (the embedding is a look-up), and for attention 2 x 2 x hidden for each
-    visible key, of which a causal row shows sequence_length / 2 on average. Backward is twice the forward.
+    visible key, of which a causal row shows sequence_length / 2 on average. Backward is twice the forward; of matrices
+    that are not `trained` once, for what goes on to the encoder.
     """
     counts = parameters(model)
     matrices = counts.attention + counts.ffn * counts.ffn_uses + counts.head
     attention = model.num_layers * 4 * model.hidden_size * model.sequence_length // 2
-    return 3 * (2 * matrices + attention)
+    return (3 if trained else 2) * 2 * matrices + 3 * attention
+
+
+def flops_per_row(recipe: Recipe, images: float = 0.0) -> float:
+    """Those of a row with so many images, as the recipe trains: frozen parts have no weight gradients."""
+    m, frozen = recipe.model, recipe.optimizer.frozen
+    row = m.sequence_length * flops_per_token(m, trained="decoder" not in frozen)
+    if m.vision is None:
+        return row
+    return row + images * flops_per_image(m.vision, m.hidden_size, encoder_trained="encoder" not in frozen)

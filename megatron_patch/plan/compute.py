@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 
 from megatron_patch.model import counts
 from megatron_patch.parallel.gpus import Gpu
-from megatron_patch.plan.memory import Place
+from megatron_patch.plan.memory import Place, saved_by_image
+from megatron_patch.vision.shapes import flops_per_image
 
 GEMM = 0.917
 """Of the matrix product's rate: projections, FFN and logits."""
@@ -40,6 +41,7 @@ class Computation:
     ffn_backward: float
     layers: int
     loss: float  # logits and loss, both ways; 0 where the stage has none
+    images: float  # encoder and projector, both ways; 0 where the stage has none
     update: float
 
     @property
@@ -52,7 +54,7 @@ class Computation:
 
     @property
     def micro_batch(self) -> float:
-        return self.layers * (self.layer_forward + self.layer_backward) + self.loss
+        return self.layers * (self.layer_forward + self.layer_backward) + self.loss + self.images
 
     def scaled(self, factor: float) -> Computation:
         own = {part.name: getattr(self, part.name) * factor for part in fields(self)}
@@ -69,23 +71,48 @@ def computation(place: Place, gpu: Gpu, parameters: int) -> Computation:
     scores = 4 * m.hidden_size * m.sequence_length / 2 / p.tensor * place.tokens / (gpu.matmul_flops * share)
     small = BYTES_A_HIDDEN * m.hidden_size * place.own_tokens / gpu.copy
     swiglu = BYTES_AN_FFN * m.ffn_hidden_size * place.tokens / p.tensor / gpu.copy
-    # Backward takes twice as long as forward.
+    # Backward takes twice as long as forward; of frozen weights no gradient is computed.
+    trained = "decoder" not in r.optimizer.frozen
+    held = BYTES_A_WEIGHT * trained
     attention = 2 * attention_weights * place.tokens / products + scores + small / 3
     ffn = 2 * ffn_weights * place.tokens / products + swiglu / 3
     again = {"none": (0.0, 0.0), "selective": (0.0, ffn), "full": (attention, ffn)}[r.recompute]
     head = m.vocab_size * m.hidden_size // p.tensor
     return Computation(
         attention_forward=attention,
-        attention_backward=2 * attention + again[0] + BYTES_A_WEIGHT * attention_weights / gpu.copy,
+        attention_backward=(1 + trained) * attention
+        + (not trained) * (scores + small / 3)
+        + again[0]
+        + held * attention_weights / gpu.copy,
         ffn_forward=ffn,
-        ffn_backward=2 * ffn + again[1] + BYTES_A_WEIGHT * ffn_weights / gpu.copy,
+        ffn_backward=(1 + trained) * ffn + (not trained) * swiglu / 3 + again[1] + held * ffn_weights / gpu.copy,
         layers=place.layers,
-        loss=(6 * head * place.tokens / products + BYTES_A_WEIGHT * head / gpu.copy) * place.is_last,
+        loss=((4 + 2 * trained) * head * place.tokens / products + held * head / gpu.copy) * place.is_last,
+        images=_images(place, gpu),
         update=(BYTES_A_PARAMETER + BYTES_A_STATE / place.data_size) * parameters / gpu.copy,
     )
+
+
+def _images(place: Place, gpu: Gpu) -> float:
+    """Seconds of a micro-batch's images on the first stage, both ways, every rank of a tensor group whole.
+
+    At the shares of matrix products and attention that the decoder reaches, and what is kept for backward written and
+    read; no encoder of ours has been timed on a GPU.
+    """
+    m, vision = place.recipe.model, place.recipe.model.vision
+    if vision is None or not place.is_first:
+        return 0.0
+    images = place.images_per_row * place.recipe.batch.micro_batch_size
+    encoder_trained = "encoder" not in place.recipe.optimizer.frozen
+    work = flops_per_image(vision, m.hidden_size, encoder_trained=encoder_trained)
+    scores = (3 if encoder_trained else 1) * vision.num_layers * 4 * (vision.grid**2 + 1) ** 2 * vision.hidden_size
+    attention = ATTENTION if place.recipe.run.deterministic else ATTENTION_FREE
+    products = ((work - scores) / GEMM + scores / attention) / gpu.matmul_flops
+    return images * (products + 2 * saved_by_image(place) / gpu.copy)
 
 
 def flops(place: Place, micro_batches: int) -> float:
     """FLOPs that count of the rows this rank computes, padding included: a share of a whole model's."""
     p = place.recipe.parallel
-    return counts.flops_per_token(place.recipe.model) * place.tokens * micro_batches / (p.tensor * p.pipeline)
+    rows = place.recipe.batch.micro_batch_size * micro_batches
+    return counts.flops_per_row(place.recipe, place.images_per_row) * rows / (p.tensor * p.pipeline)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from data_tools.dataset.images import images_per_row
 from megatron_patch.data.sharding import micro_batches
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.model.parameters import stage_layers, stages_of, whole_tensors
 from megatron_patch.optim import groups
 from megatron_patch.optim.groups import Replication
 from megatron_patch.recipe import Recipe
+from megatron_patch.vision.shapes import CHANNELS
 
 # DeepSpeed aligns a flat group to this many elements for each data-parallel rank (nccl_start_alignment_factor).
 ZERO_ALIGNMENT = 2
@@ -29,6 +31,8 @@ class Place:
     recipe: Recipe
     data_size: int
     stage: int
+    images_per_row: float = 0.0
+    """Images of a row on average; memory is that of rows which hold as many as fit."""
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +63,14 @@ class Place:
         return self.recipe.batch.micro_batch_size * self.recipe.model.sequence_length
 
     @property
+    def most_images(self) -> int:
+        """Images of a micro-batch at most, whose tokens this rank makes."""
+        vision = self.recipe.model.vision
+        if vision is None or not self.is_first:
+            return 0
+        return self.recipe.batch.micro_batch_size * images_per_row(self.recipe.row_length, vision.tokens)
+
+    @property
     def hidden_bytes(self) -> int:
         """Hidden states of a micro-batch, whole."""
         return self.tokens * self.recipe.model.hidden_size * self.element
@@ -84,6 +96,7 @@ class Group:
     in_ffn: bool  # all of it is FFNs'
     layers: frozenset[int]  # of the stage's, from 0, after whose backward its gradients are whole; none: at the end
     turn: int  # in which its weights are gathered, from 0
+    frozen: bool = False
 
     @property
     def during_backward(self) -> bool:
@@ -120,6 +133,7 @@ def parameter_groups(place: Place) -> list[Group]:
             group.in_ffn,
             frozenset(position[layer] for layer in group.layers),
             turns[i],
+            group.frozen,
         )
         for i, group in enumerate(found)
     ]
@@ -131,7 +145,7 @@ class Memory:
 
     weights: int
     gradients: int  # fp32, whole, and this rank's reduced shard
-    optimizer: int  # ZeRO's shard: fp32 master and both moments
+    optimizer: int  # ZeRO's shard: fp32 master, of frozen weights too (zero.py), and both moments of trained ones
     activations: int  # what backward needs of all micro-batches in flight
     working: int  # beside them at the peak: in the loss, or in the backward pass of a layer
 
@@ -141,12 +155,14 @@ class Memory:
 
 
 def memory(place: Place) -> Memory:
-    flat = sum(group.size for group in parameter_groups(place))
-    shard = flat // place.data_size
+    groups = parameter_groups(place)
+    flat = sum(group.size for group in groups)
+    trained = sum(group.size for group in groups if not group.frozen)
+    shard = trained // place.data_size
     return Memory(
         weights=flat * place.element,
-        gradients=FP32 * (flat + (shard if place.data_size > 1 else 0)),
-        optimizer=3 * FP32 * shard,
+        gradients=FP32 * (trained + (shard if place.data_size > 1 else 0)),
+        optimizer=FP32 * (flat // place.data_size + 2 * shard),
         activations=_activations(place),
         working=max(_in_backward(place), _in_loss(place) if place.is_last else 0),
     )
@@ -167,6 +183,28 @@ def saved_by_layer(place: Place, recompute: str) -> int:
     return norms + inputs + attention + log_sums + ffn
 
 
+def saved_by_image(place: Place) -> int:
+    """Bytes that autograd keeps of encoder and projector for one image. `recompute` is of the decoder alone."""
+    m = place.recipe.model
+    v = m.vision
+    if v is None:
+        return 0
+    # Projector: its input, beside which the classification token stays where patches are not copied into squares; what
+    # the GELU takes and gives; the tokens that are put into their places.
+    patches = v.grid**2 + (v.pixel_shuffle == 1)
+    saved = (patches * v.hidden_size + 3 * v.tokens * m.hidden_size) * place.element
+    if "encoder" in place.recipe.optimizer.frozen:
+        return saved
+    patches = v.grid**2 + 1
+    pixels = CHANNELS * v.image_size**2 * place.element
+    norm = patches * (v.hidden_size * place.element + 2 * FP32)  # its input, mean and 1 / deviation
+    attention = 5 * patches * v.hidden_size * place.element + FP32 * patches * v.num_attention_heads
+    # Its inputs, query, key, value, output; then fc1's input, what the activation takes, its factor, and fc2's input.
+    gelu = 3 if v.activation == "quick_gelu" else 2
+    mlp = patches * (v.hidden_size + gelu * v.ffn_hidden_size) * place.element
+    return saved + pixels + norm + v.num_layers * (2 * norm + attention + mlp)
+
+
 def chunks_in_flight(place: Place) -> int:
     """Forward passes of a model chunk whose backward has not run, at most (1F1B; interleaved where virtual)."""
     p = place.recipe.parallel
@@ -182,7 +220,8 @@ def _activations(place: Place) -> int:
     ends = 0
     if place.is_last:  # the final norm's input and statistics, and the gradient that the loss already holds
         ends = 2 * place.own_hidden_bytes + FP32 * place.own_tokens
-    return per_chunk * chunks_in_flight(place) + ends
+    images = saved_by_image(place) * place.most_images * min(chunks_in_flight(place), place.micro_batches)
+    return per_chunk * chunks_in_flight(place) + ends + images
 
 
 def _in_backward(place: Place) -> int:

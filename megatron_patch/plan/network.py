@@ -41,7 +41,7 @@ def traffic(place: Place) -> list[Traffic]:
 
 def _traffic(place: Place) -> Iterator[Traffic]:
     p = place.recipe.parallel
-    held, dp = parameter_groups(place), place.data_size
+    held, dp = [group for group in parameter_groups(place) if not group.frozen], place.data_size
     for groups, gradients, weights in (
         # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
         ([g for g in held if g.during_backward], "gradients, in backward", "weights, in forward"),
@@ -77,7 +77,10 @@ def _tensor_traffic(place: Place) -> Iterator[Traffic]:
         calls = ((4 + again) * place.layers + place.is_first) * n + chunks  # the loss's gradient chunk by chunk
         yield Traffic("tensor", "activations", "all-reduce", tensor, size, calls)
         return
-    # Under sequence parallelism a block's input is gathered again for its weight gradient.
-    gathers, scatters = (((each + again) * place.layers + ends) * n for each in (6, 4))
+    # Under sequence parallelism a block's input is gathered again for its weight gradient, and the embedding's gradient
+    # for its own; frozen ones have none.
+    frozen = "decoder" in r.optimizer.frozen
+    gathers = ((6 - 2 * frozen + again) * place.layers + ends - frozen * place.is_first) * n
+    scatters = ((4 + again) * place.layers + ends) * n
     yield Traffic("tensor", "activations", "all-gather", tensor, gathers * hidden, gathers)
     yield Traffic("tensor", "activations", "reduce-scatter", tensor, scatters * hidden, scatters)

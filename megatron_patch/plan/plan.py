@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from data_tools.dataset.format import MANIFEST_NAME, NUM_SEGMENTS, DatasetManifest
+from data_tools.dataset.images import images_per_row
 from megatron_patch.launch import check_rank_map
 from megatron_patch.model import counts
 from megatron_patch.parallel.gpus import GIB, Gpu
@@ -37,12 +38,6 @@ class Plan:
     @classmethod
     def of(cls, settings: Recipe, hardware: Hardware, restart_minutes: float = 0.0) -> Plan:
         """Raises ValueError where the layout does not divide the ranks, or how long the run is cannot be known."""
-        if settings.model.vision is not None:
-            raise ValueError(
-                "model.vision: an encoder's memory and time are not counted, so the plan would be too small; plan the "
-                "decoder with model.vision=null and leave room for 16 bytes a trained parameter of the encoder, and "
-                "its activations, on the first stage"
-            )
         p = settings.parallel
         ranks, model_ranks = hardware.ranks, p.tensor * p.pipeline
         check_rank_map(p.tensor, hardware.gpu.per_node)
@@ -51,13 +46,13 @@ class Plan:
                 f"{ranks} GPUs / (parallel.tensor {p.tensor} x parallel.pipeline {p.pipeline}) = "
                 f"{ranks / model_ranks:g}: use a number of nodes that divides"
             )
-        segments, rows = _data_set(settings)
+        segments, rows, images = _data_set(settings)
         if not settings.run.steps and settings.batch.global_batch_size > rows:
             raise ValueError(
                 f"batch.global_batch_size {settings.batch.global_batch_size} is more than the {rows} rows of a "
                 "segment, so there is no whole batch; lower it, or set run.steps for data of your own"
             )
-        places = tuple(Place(settings, ranks // model_ranks, stage) for stage in range(p.pipeline))
+        places = tuple(Place(settings, ranks // model_ranks, stage, images) for stage in range(p.pipeline))
         return cls(settings, hardware, places, segments, rows, restart_minutes)
 
     @property
@@ -96,8 +91,12 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOP utilisation of whole steps: applied layers, causal, no recomputation, dense bf16 peak."""
-        flops = counts.flops_per_token(self.settings.model) * self.tokens_per_second
-        return flops / (self.ranks * self.gpu.peak_flops)
+        rows = self.settings.batch.global_batch_size / self.step.seconds
+        return counts.flops_per_row(self.settings, self.images_per_row) * rows / (self.ranks * self.gpu.peak_flops)
+
+    @property
+    def images_per_row(self) -> float:
+        return self.places[0].images_per_row
 
     @property
     def days(self) -> float:
@@ -172,7 +171,10 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> tuple[int, int]:
-        """A restart checkpoint (weights, fp32 master where weights are bf16, both moments), and weights alone."""
+        """A restart checkpoint (weights, fp32 master where weights are bf16, both moments), and weights alone.
+
+        Frozen parts are no smaller: their moments are written as zeros.
+        """
         unique = counts.parameters(self.settings.model).unique
         weight, state = (2, 14) if self.settings.precision == "bf16" else (4, 12)
         return unique * state, unique * weight
@@ -189,18 +191,19 @@ class Plan:
         return total, whole // c.full_milestone_every if c.full_milestone_every else 0
 
 
-def _data_set(settings: Recipe) -> tuple[int, int]:
-    """Segments, and rows of each: of the recipe's data set where it is built, else of Amber as published.
+def _data_set(settings: Recipe) -> tuple[int, int, float]:
+    """Segments, rows of each, images of each row: of the recipe's data set where it is built, else of Amber as
+    published, and as many images as a row holds.
 
     Raises ValueError where a recipe for conversations names none that are built, nor a number of steps.
     """
-    folder = settings.data.folder
+    folder, vision = settings.data.folder, settings.model.vision
     if folder is not None and (folder / MANIFEST_NAME).is_file():
         manifest = DatasetManifest.read(folder / MANIFEST_NAME)
-        return manifest.num_segments, manifest.rows_per_segment
+        return manifest.num_segments, manifest.rows_per_segment, manifest.images_in_a_row
     if settings.data.reset_at_starts and not settings.run.steps:
         raise ValueError(
             f"data.folder {folder}: holds no conversations yet, so nobody knows for how many steps; build them with "
-            "data_tools/build_chat.py, or set run.steps"
+            f"data_tools/{'build_chat' if vision is None else 'build_vision'}.py, or set run.steps"
         )
-    return NUM_SEGMENTS, ROWS_PER_SEGMENT
+    return NUM_SEGMENTS, ROWS_PER_SEGMENT, 0.0 if vision is None else images_per_row(settings.row_length, vision.tokens)

@@ -89,7 +89,7 @@ def _factor(places: Sequence[Place], gpu: Gpu, mfu: float) -> float:
 
 
 def _computation(place: Place, gpu: Gpu) -> Computation:
-    return computation(place, gpu, sum(group.size for group in parameter_groups(place)))
+    return computation(place, gpu, sum(group.size for group in parameter_groups(place) if not group.frozen))
 
 
 def _exchanged(place: Place, ranks: Ranks) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _step(place: Place, ranks: Ranks, own: Computation, exchanged: Mapping[str, 
 def _data_waits(place: Place, ranks: Ranks, own: Computation) -> dict[str, float]:
     if place.data_size == 1:
         return {"gradients": 0.0, "weights": 0.0}
-    groups = parameter_groups(place)
+    groups = [group for group in parameter_groups(place) if not group.frozen]
 
     def duration(operation: Operation, element: int, group: Group) -> float:
         return ranks.seconds("data", operation, element * group.size)

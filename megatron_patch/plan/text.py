@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from megatron_patch.model import counts
+from megatron_patch.model.parameters import whole_tensors
 from megatron_patch.parallel.gpus import GIB
 from megatron_patch.plan.memory import Memory, memory
 from megatron_patch.plan.plan import GPU_HOURS_BETWEEN_FAILURES, RESERVED, Plan
+from megatron_patch.vision.shapes import flops_per_image
 
 
 def text(plan: Plan, energy: str) -> str:
     s = plan.settings
     n, p = counts.parameters(s.model), s.parallel
     first = plan.places[0]
+    flops = counts.flops_per_row(s, plan.images_per_row) / s.model.sequence_length
     lines = [
         f"{s.name}: TP{p.tensor} x PP{p.pipeline} x DP{first.data_size}, ZeRO-{p.zero_stage}, {s.precision}, recompute "
         f"{s.recompute}, on {plan.hardware}",
         "",
         f"parameters          {n.unique:,} unique (memory, checkpoints), {n.applied:,} applied (compute)",
-        f"FLOPs               {counts.flops_per_token(s.model) / 1e9:.2f} GFLOP a token, forward and backward, causal",
+        *_image_lines(plan),
+        f"FLOPs               {flops / 1e9:.2f} GFLOP a token, forward and backward, causal"
+        + ", images included" * (s.model.vision is not None),
         f"batch               {s.batch.global_batch_size} rows = {plan.tokens_per_step:,} tokens: "
         f"{first.micro_batches} micro-batches of {s.batch.micro_batch_size} a rank"
         + (f", {1 - plan.unpadded_share:.1%} of them padding" if plan.unpadded_share < 1 else ""),
@@ -38,6 +43,25 @@ def text(plan: Plan, energy: str) -> str:
         f"assumed             {_assumed(plan)}",
     ]
     return "\n".join(lines)
+
+
+def _image_lines(plan: Plan) -> list[str]:
+    """Of a model that sees."""
+    s, vision = plan.settings, plan.settings.model.vision
+    if vision is None:
+        return []
+    sizes: dict[str, int] = {}
+    for whole in whole_tensors(s.model).values():
+        sizes[whole.of] = sizes.get(whole.of, 0) + whole.numel()
+    frozen = s.optimizer.frozen
+    note = f"; {' and '.join(frozen)} have an fp32 master too, no gradient and no moments" if frozen else ""
+    parts = ", ".join(f"{part} {n:,}{' (frozen)' * (part in s.optimizer.frozen)}" for part, n in sizes.items())
+    each = flops_per_image(vision, s.model.hidden_size, encoder_trained="encoder" not in s.optimizer.frozen)
+    return [
+        f"parts               {parts}{note}",
+        f"images              {vision.tokens} tokens and {each / 1e9:,.1f} GFLOP each, {plan.images_per_row:.2f} a row "
+        f"on average, {plan.images_per_row * s.batch.global_batch_size:,.0f} a step",
+    ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:

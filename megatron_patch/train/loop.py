@@ -229,7 +229,9 @@ class _Attempt:
         self._held_out = list(
             held_out_shards(segments, num_rows=rows, global_batch_size=resolved.batch.global_batch_size, **sharding)
         )
-        self._log = Log(resolved, place.world_size, total, self._state.step) if place.rank == 0 else None
+        self._log = None
+        if place.rank == 0:
+            self._log = Log(resolved, place.world_size, total, self._state.step, segments.manifest.images_in_a_row)
         self._loader = Loader(segments, order, samples_consumed=self._state.samples, **sharding)
         self._energy = EnergyCounter()
         self._last_end = device.Moment()

@@ -31,17 +31,20 @@ class Log:
     """Writes standard output and the recipe's loggers, log.jsonl first. Only rank 0 makes one.
 
     `tokens_per_second` is per job, over the time between the ends of two steps; MFU counts applied layers (causal, no
-    recomputation) against the dense bf16 peak of all devices and is null where the peak is not known.
+    recomputation, images by their average number) against the dense bf16 peak of all devices and is null where the peak
+    is not known.
     """
 
-    def __init__(self, recipe: Recipe, world_size: int, total_steps: int, done: int) -> None:
+    def __init__(
+        self, recipe: Recipe, world_size: int, total_steps: int, done: int, images_per_row: float = 0.0
+    ) -> None:
         """`done` is the step resumed from: what an attempt before logged beyond it is dropped, as it is done again.
 
         Raises DataError, as `step` and its like do, where the disk is full: a run without its log is not the run.
         """
         self._recipe, self._total_steps = recipe, total_steps
         self._tokens_a_step = recipe.batch.global_batch_size * recipe.model.sequence_length
-        self._flops_per_token = counts.flops_per_token(recipe.model)
+        self._flops_per_token = counts.flops_per_row(recipe, images_per_row) / recipe.model.sequence_length
         peak = device.peak_flops()
         self._peak = None if peak is None else peak * world_size
         recipe.run_folder.mkdir(parents=True, exist_ok=True)

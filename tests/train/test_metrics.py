@@ -13,8 +13,9 @@ from megatron_patch.model import counts
 from megatron_patch.parallel import device
 from megatron_patch.train.loggers.event_files import EventFiles
 from megatron_patch.train.metrics import Log
+from megatron_patch.vision.shapes import flops_per_image
 from tests.ranks import run_ranks
-from tests.toy import toy_recipe
+from tests.toy import SEEING, toy_recipe
 
 
 def write_steps(run: Path, done: int, last: int, *overrides: str) -> None:
@@ -47,6 +48,16 @@ def test_speed_counts_applied_layers_on_every_device(
     assert log.eta_seconds == 8 * 1.0, "steps that are left, at the mean of the last ones"
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed] == ["2/10"] and f"MFU {second['mfu']:.1%}  ETA 0:00:08" in printed[0]
+
+
+def test_the_mfu_of_a_model_that_sees_counts_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "peak_flops", lambda: 1e9)
+    recipe = toy_recipe(f"run.folder={tmp_path}", *SEEING)
+    Log(recipe, 1, 10, 0, images_per_row=2.5).step(1, loss=2.0, grad_norm=1.0, learning_rate=1e-3, seconds=0.5)
+    vision, row = recipe.model.vision, 16 * counts.flops_per_token(recipe.model)
+    assert vision is not None
+    found = json.loads((tmp_path / "log.jsonl").read_text())["mfu"]
+    assert found == pytest.approx(8 * (row + 2.5 * flops_per_image(vision, 32)) / 0.5 / 1e9)
 
 
 @pytest.mark.parametrize(

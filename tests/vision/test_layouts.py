@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from megatron_patch.__main__ import main
 from megatron_patch.model.initialise import initial_value
 from megatron_patch.model.parameters import whole_tensors
 from tests.ranks import run_ranks
@@ -67,9 +64,3 @@ def test_each_part_has_its_learning_rate() -> None:
         expected = {"encoder": 1e-4, "projector": 1e-3, "decoder": 3e-4}[whole.of]
         if not name.endswith("k_proj.bias"):
             assert moved == pytest.approx(expected, rel=0.1), name
-
-
-def test_a_plan_without_the_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "seeing.yaml").write_text(toy_recipe(*SEEING).to_yaml())
-    assert main(["plan", str(tmp_path / "seeing.yaml"), "--nodes", "1", "--gpus", "h100"]) == 2
-    assert "model.vision: an encoder's memory and time are not counted" in capsys.readouterr().err
