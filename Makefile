@@ -115,6 +115,7 @@ test-gpu:
 	TESTS_ON_GPU=1 $(GPU_PYTHON) -m pytest tests/kernels
 
 soak: $(VENV)/ready-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[executorch]'
 	$(BIN)/python -m pytest tests --ignore=tests/cluster -m soak
 
 # Real text in rows of 2,049 ids, for gpu-session; it may be built elsewhere and copied.

@@ -20,10 +20,8 @@ from data_tools.vision.placeholders import ImageTokenizer
 from megatron_patch.evaluate.data import EvaluationError, StoredImages
 from megatron_patch.evaluate.language_model import CausalLM, Tokenizer
 from megatron_patch.evaluate.ranks import is_first_rank
-from megatron_patch.generate import answer
-from megatron_patch.parallel import device
+from megatron_patch.generate import answer, pictures_of
 from megatron_patch.recipe import Vision
-from megatron_patch.vision.images import Pictures
 
 
 class ImageLM(CausalLM):
@@ -89,8 +87,7 @@ class ImageLM(CausalLM):
             raise EvaluationError(f"{name}: {error}") from None
         if len(prompt) >= self.max_length:
             return None
-        pixels = torch.from_numpy(prepare(picture, self._vision.image_size, self._vision.fit)[None])
-        places = torch.nonzero(torch.tensor(prompt) == self._vision.placeholder_id)[:, 0]
+        pixels = prepare(picture, self._vision.image_size, self._vision.fit)[None]
         said = answer(
             self._model,
             prompt,
@@ -98,6 +95,6 @@ class ImageLM(CausalLM):
             limit=settings["max_gen_toks"],
             sequence_length=self.max_length,
             vocab_size=chat.vocab_size,
-            pictures=Pictures(device.upload(pixels), device.upload(places)),
+            pictures=pictures_of(prompt, pixels, self._vision.placeholder_id),
         )
         return str(chat.tokenizer.decode(said.ids, skip_special_tokens=True)).strip()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,8 @@ from data_tools.chat.conversations import Message
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import CHAT_TEMPLATE_NAME, MANIFEST_NAME, DatasetManifest, tokenizer_in
 from data_tools.files.errors import DataError
+from data_tools.vision.conversations import IMAGE_TEXT
+from data_tools.vision.placeholders import ImageTokenizer
 from megatron_patch import launch
 from megatron_patch.generate import load_model, pictures_of, stream
 from megatron_patch.recipe import Model
@@ -49,16 +51,13 @@ class _Shown(NamedTuple):
 
     pixels: np.ndarray
     """uint8 [1, 3, size, size]."""
-    placeholder: str
-    placeholder_id: int
-    tokens: int
+    tokenizer: ImageTokenizer
 
-    def before(self, turns: Sequence[Message]) -> list[Message]:
-        """The conversation, the image before its first question. Raises ValueError where one has a placeholder."""
-        if any(self.placeholder in turn["content"] for turn in turns if turn["role"] != "assistant"):
-            raise ValueError(f"a question with {self.placeholder}, which stands for a part of an image here")
-        first, *rest = turns
-        return [{**first, "content": f"{self.placeholder * self.tokens}\n{first['content'].strip()}"}, *rest]
+    def prompt(self, first: list[Message], turns: list[Message]) -> list[int]:
+        """Ids of a conversation, the image before its first question. Raises ValueError as `ImageTokenizer` does."""
+        question, *rest = turns
+        asked = {**question, "content": f"{IMAGE_TEXT}\n{question['content'].strip()}"}
+        return self.tokenizer.prompt([*first, asked, *rest], images=1)
 
 
 def _shown(model: Model, tokenizer: ChatTokenizer, file: Path) -> _Shown:
@@ -73,9 +72,10 @@ def _shown(model: Model, tokenizer: ChatTokenizer, file: Path) -> _Shown:
     except BadPicture as error:
         raise ValueError(f"{file}: {error}; give another image") from None
     placeholder = str(tokenizer.tokenizer.convert_ids_to_tokens(vision.placeholder_id))
-    return _Shown(
-        prepare(picture, vision.image_size, vision.fit)[None], placeholder, vision.placeholder_id, vision.tokens
+    with_images = ImageTokenizer(
+        tokenizer.path, tokenizer.template_path, tokenizer.vocab_size, placeholder, vision.tokens
     )
+    return _Shown(prepare(picture, vision.image_size, vision.fit)[None], with_images)
 
 
 def _talk(
@@ -86,7 +86,7 @@ def _talk(
     generator = torch.Generator().manual_seed(args.seed)
 
     def prompt_of(turns: list[Message]) -> list[int]:
-        return tokenizer.prompt([*first, *(shown.before(turns) if shown else turns)])
+        return shown.prompt(first, turns) if shown else tokenizer.prompt([*first, *turns])
 
     for question in _questions():
         if not question.strip():
@@ -114,7 +114,7 @@ def _talk(
             vocab_size=tokenizer.vocab_size,
             temperature=args.temperature,
             generator=generator,
-            pictures=pictures_of(prompt, shown.pixels, shown.placeholder_id) if shown else None,
+            pictures=pictures_of(prompt, shown.pixels, shown.tokenizer.placeholder_id) if shown else None,
         )
         answer = "".join(_printed(_pieces(ids, tokenizer)))
         print(flush=True)

@@ -216,7 +216,7 @@ def test_chat_about_an_image_asks_what_training_asked(folder: Path, undisturbed:
     words = ["chat", str(undisturbed), "--tokens", "8", "--image", str(folder / f"images/{number}.png")]
     text = f"{asked}\nand dog 3?\n\n{asked}\n\n<s>?\n"
     code, [first, second, again], err = run_ranks(1, asked_in_chat, words, text)[0]
-    assert code == 0 and "a question with <s>, which stands for a part of an image" in err
+    assert code == 0 and "a text with <s>, which stands for a part of an image" in err
     assert first == again == (prompt, pixels, expected)
     placeholders = prompt.count(1)
     assert placeholders == 4 and second[0].count(1) == placeholders and second[0][: len(prompt)] == prompt
