@@ -197,9 +197,11 @@ until nodes=$(hosts_by_switch) && [[ -n $nodes ]]; do pause 1; done
 recipe=$1
 shift
 data=$SITE_DATA
-if [[ $recipe == *_chat.yaml ]]; then
-    data=${SITE_CHAT_DATA:?is not set in slurm/site.sh: the folder that data_tools/build_chat.py wrote}
-fi
+case $recipe in
+*_chat.yaml) data=${SITE_CHAT_DATA:?is not set in slurm/site.sh: the folder that data_tools/build_chat.py wrote} ;;
+*_v_align.yaml) data=${SITE_ALIGN_DATA:?is not set in slurm/site.sh: captions that data_tools/build_vision.py packed} ;;
+*_v.yaml) data=${SITE_VISION_DATA:?is not set in slurm/site.sh: instructions that data_tools/build_vision.py packed} ;;
+esac
 overrides=("data.folder=$data" "run.folder=$SITE_RUNS/${MOBILLAMA_RUN:-$(basename "$recipe" .yaml)}" "$@")
 
 if [[ $verb == check ]]; then

@@ -14,8 +14,8 @@ grep -q $'\r' "${BASH_SOURCE[0]:-$0}" && echo 'slurm/site.sh has Windows line en
 # export SBATCH_QOS=normal
 # export SBATCH_RESERVATION=mobillama
 # export SBATCH_CONSTRAINT=fat            # e.g. the feature that marks A100-80GB nodes
-# Where the partition or QOS allows less than the days of the long templates (pretrain_*, chat_*, evaluate), which alone
-# take it: their jobs put themselves back. SBATCH_TIMELIMIT would hold for every template, a check of half an hour too.
+# Where the partition or QOS allows less than the days of the long templates (pretrain_*, chat_*, vision*, evaluate), which
+# alone take it: their jobs put themselves back. SBATCH_TIMELIMIT would hold for every template, a check of half an hour too.
 # export SITE_TIME_LIMIT=1-00:00:00
 sbatch() {
     local name
@@ -27,7 +27,7 @@ sbatch() {
         fi
     done
     case " $* " in
-    *[/\ ]pretrain_*.sbatch\ * | *[/\ ]chat_*.sbatch\ * | *[/\ ]evaluate.sbatch\ *)
+    *[/\ ]pretrain_*.sbatch\ * | *[/\ ]chat_*.sbatch\ * | *[/\ ]vision*.sbatch\ * | *[/\ ]evaluate.sbatch\ *)
         command sbatch ${SITE_TIME_LIMIT:+"--time=$SITE_TIME_LIMIT"} "$@"
         ;;
     *) command sbatch "$@" ;;
@@ -40,6 +40,8 @@ SITE_REPOSITORY=$(unset CDPATH && builtin cd "$(dirname "${BASH_SOURCE[0]:-$0}")
 SITE_RAW_DATA=$SITE_REPOSITORY/data/amber_raw       # Amber's train_000.jsonl ... train_359.jsonl, 7.5 TB
 SITE_DATA=$SITE_REPOSITORY/data/amber               # what build_amber.sbatch makes of them, 2.5 TB
 SITE_CHAT_DATA=$SITE_REPOSITORY/data/chat           # what data_tools/build_chat.py makes of conversations
+SITE_ALIGN_DATA=$SITE_REPOSITORY/data/vision_align  # what data_tools/build_vision.py makes of captioned images
+SITE_VISION_DATA=$SITE_REPOSITORY/data/vision       # the same of questions about images
 SITE_RUNS=$SITE_REPOSITORY/runs                     # run folders: checkpoints, logs
 SITE_BENCHMARKS=$SITE_REPOSITORY/benchmarks_data    # what `python -m megatron_patch eval --download` fetched
 SITE_EVALUATIONS=$SITE_REPOSITORY/evaluations       # scores, one folder a checkpoint

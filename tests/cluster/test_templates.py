@@ -27,6 +27,8 @@ def test_there_is_a_template_for_every_job() -> None:
         "pretrain_baseline2.sbatch",
         "pretrain_large_base.sbatch",
         "smoke.sbatch",
+        "vision.sbatch",
+        "vision_align.sbatch",
     ]
 
 
