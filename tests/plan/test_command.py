@@ -130,7 +130,7 @@ SAVED = [
     "model.hidden_size=64",
     "model.ffn_hidden_size=96",
     "model.vocab_size=128",
-    "model.sequence_length=32",
+    "model.sequence_length=16",
 ]
 
 
