@@ -27,6 +27,7 @@ from megatron_patch.convert.executorch_graph import Decoder, Int8Embedding
 from megatron_patch.convert.export import ControlIds, provenance, write_tokenizer
 from megatron_patch.convert.names import stored_once
 from megatron_patch.convert.new_file import new_file
+from megatron_patch.convert.once import check_rows, wholes
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model
 
@@ -52,21 +53,10 @@ def write_executorch(
         raise ConvertError(f"--context {context}: the model was trained on rows of {model.sequence_length}; 2 to that")
     tensors = stored_once(model)
     if quantize_as is not None:
-        for tensor in tensors.values():
-            if len(tensor.shape) == 2 and tensor.shape[1] % GROUP:
-                raise ConvertError(
-                    f"--quantize {quantize_as}: rows of {tensor.name} have {tensor.shape[1]} weights, no whole number "
-                    f"of groups of {GROUP}; leave --quantize out"
-                )
+        check_rows(tensors, GROUP, "groups", quantize_as)
     with new_file(file) as folder:
         ids = write_tokenizer(tokenizer, folder, model)
-        weights = {}
-        for name, tensor in tensors.items():
-            weights[name] = tensor.cut(source.tensor(tensor.whole), model).float()
-            if not weights[name].isfinite().all():
-                raise ConvertError(
-                    f"{tensor.whole}: holds values that are not finite; export a checkpoint before it diverged"
-                )
+        weights = {name: tensor.cut(whole, model).float() for name, tensor, whole in wholes(source, tensors)}
         decoder = Decoder(model, weights, context).eval()
         del weights
         program = _lowered(decoder, quantize_as, _told(source, ids, context))

@@ -28,6 +28,7 @@ from megatron_patch.convert.export import (
     write_tokenizer,
 )
 from megatron_patch.convert.names import HfTensor, hf_tensors, name_stored_once, stored_once
+from megatron_patch.convert.once import check_rows, wholes
 from megatron_patch.convert.onnx_graph import BLOCK, MICROSOFT, OPSET, build_graph
 from megatron_patch.convert.source import ConvertError, WeightsSource
 from megatron_patch.recipe import Model
@@ -52,12 +53,7 @@ def write_onnx(source: WeightsSource, folder: Path, tokenizer: Path, quantize_as
     model = source.recipe.model
     tensors = stored_once(model)
     if quantize_as is not None:
-        for tensor in tensors.values():
-            if len(tensor.shape) == 2 and tensor.shape[1] % BLOCK:
-                raise ConvertError(
-                    f"--quantize {quantize_as}: rows of {tensor.name} have {tensor.shape[1]} weights, no whole number "
-                    f"of blocks of {BLOCK}; leave --quantize out"
-                )
+        check_rows(tensors, BLOCK, "blocks", quantize_as)
     partial = folder.with_name(folder.name + PARTIAL_SUFFIX)
     try:
         with new_folder(folder, partial):
@@ -82,7 +78,7 @@ def _write_model(source: WeightsSource, file: Path, tensors: dict[str, HfTensor]
     with data.open("wb") as stream:
         initializers = [
             _external(stream, data.name, name, content)
-            for first, tensor, whole in _wholes(source, tensors)
+            for first, tensor, whole in wholes(source, tensors)
             for name, content in _stored(first, tensor, whole, bits, model)
         ]
     graph = helper.make_graph(
@@ -92,18 +88,6 @@ def _write_model(source: WeightsSource, file: Path, tensors: dict[str, HfTensor]
     described = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="megatron_patch")
     helper.set_model_props(described, {key: str(value) for key, value in provenance(source, "onnx").items()})
     file.write_bytes(described.SerializeToString())
-
-
-def _wholes(source: WeightsSource, tensors: dict[str, HfTensor]) -> Iterator[tuple[str, HfTensor, torch.Tensor]]:
-    """Each initializer with the whole tensor it is cut from, read once for the parts that follow each other."""
-    name, whole = "", torch.empty(0)
-    for first, tensor in tensors.items():
-        if tensor.whole != name:
-            del whole
-            name, whole = tensor.whole, source.tensor(tensor.whole)
-            if not whole.isfinite().all():
-                raise ConvertError(f"{name}: holds values that are not finite; export a checkpoint before it diverged")
-        yield first, tensor, whole
 
 
 def _stored(

@@ -62,7 +62,7 @@ class Computation:
 
 
 def computation(place: Place, gpu: Gpu, parameters: int) -> Computation:
-    """`parameters` are the scalars that the rank's groups hold (memory.parameter_groups)."""
+    """`parameters` are the scalars that the rank's groups hold (memory.trained_groups)."""
     r, m, p = place.recipe, place.recipe.model, place.recipe.parallel
     products = gpu.matmul_flops * GEMM
     attention_weights, ffn_weights = 4 * m.hidden_size**2 // p.tensor, 3 * m.hidden_size * m.ffn_hidden_size // p.tensor

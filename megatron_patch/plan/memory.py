@@ -139,6 +139,11 @@ def parameter_groups(place: Place) -> list[Group]:
     ]
 
 
+def trained_groups(place: Place) -> list[Group]:
+    """Those with gradients and moments."""
+    return [group for group in parameter_groups(place) if not group.frozen]
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank at the peak of a step, by part."""
@@ -155,9 +160,8 @@ class Memory:
 
 
 def memory(place: Place) -> Memory:
-    groups = parameter_groups(place)
-    flat = sum(group.size for group in groups)
-    trained = sum(group.size for group in groups if not group.frozen)
+    flat = sum(group.size for group in parameter_groups(place))
+    trained = sum(group.size for group in trained_groups(place))
     shard = trained // place.data_size
     return Memory(
         weights=flat * place.element,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from megatron_patch.kernels.chunk import CHUNK_TOKENS
 from megatron_patch.plan.collectives import Operation
-from megatron_patch.plan.memory import FP32, Place, parameter_groups
+from megatron_patch.plan.memory import FP32, Place, trained_groups
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def traffic(place: Place) -> list[Traffic]:
 
 def _traffic(place: Place) -> Iterator[Traffic]:
     p = place.recipe.parallel
-    held, dp = [group for group in parameter_groups(place) if not group.frozen], place.data_size
+    held, dp = trained_groups(place), place.data_size
     for groups, gradients, weights in (
         # What is reduced last is gathered first: layer 0 waits for it, and for the shared FFN, embedding and norms.
         ([g for g in held if g.during_backward], "gradients, in backward", "weights, in forward"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from megatron_patch.parallel.gpus import Gpu
 from megatron_patch.plan.collectives import Kind, Operation, Span, seconds, span
 from megatron_patch.plan.compute import Computation, computation, flops
-from megatron_patch.plan.memory import FP32, Group, Place, parameter_groups
+from megatron_patch.plan.memory import FP32, Group, Place, trained_groups
 from megatron_patch.plan.network import Traffic, traffic
 
 NORM_BYTES = 3 * FP32  # the world-wide sum of loss, norm and requests
@@ -89,7 +89,7 @@ def _factor(places: Sequence[Place], gpu: Gpu, mfu: float) -> float:
 
 
 def _computation(place: Place, gpu: Gpu) -> Computation:
-    return computation(place, gpu, sum(group.size for group in parameter_groups(place) if not group.frozen))
+    return computation(place, gpu, sum(group.size for group in trained_groups(place)))
 
 
 def _exchanged(place: Place, ranks: Ranks) -> dict[str, float]:
@@ -128,7 +128,7 @@ def _step(place: Place, ranks: Ranks, own: Computation, exchanged: Mapping[str, 
 def _data_waits(place: Place, ranks: Ranks, own: Computation) -> dict[str, float]:
     if place.data_size == 1:
         return {"gradients": 0.0, "weights": 0.0}
-    groups = [group for group in parameter_groups(place) if not group.frozen]
+    groups = trained_groups(place)
 
     def duration(operation: Operation, element: int, group: Group) -> float:
         return ranks.seconds("data", operation, element * group.size)

@@ -169,7 +169,7 @@ _EXPECTED = {
     "string_type": "expected a text",
     "path_type": "expected a path",
 }
-"""pydantic's types of errors, where its own words speak of Python."""
+"""By pydantic's type of error, where its own message names a type of Python."""
 
 
 def _explain(error: Any) -> str:

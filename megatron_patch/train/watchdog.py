@@ -42,7 +42,7 @@ class LossWatch:
         self.action: Action = "go on"
         self.reason = ""
         self.at_limit = False
-        """Whether `stop` is said because skipping has an end."""
+        """Whether `stop` follows from `skip_limit`."""
 
     @property
     def window(self) -> list[float]:

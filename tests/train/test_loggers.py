@@ -87,7 +87,7 @@ def test_wandb_offline_has_every_attempt_under_one_id(tmp_path: Path, monkeypatc
         folders = [f for f in (run / "loggers/wandb").glob("offline-run-*") if list(f.glob("*.wandb"))]
     (first_id, first, _), (second_id, second, _) = sorted(map(history, folders), key=lambda h: min(h[1]))
     assert first_id == second_id == (run / "loggers/run_id").read_text().strip()
-    assert not any(f.name.endswith(first_id) for f in folders), "attempts of one second are told apart by their process"
+    assert not any(f.name.endswith(first_id) for f in folders), "attempts of one second have a folder each"
     assert (list(first), list(second)) == ([1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8])
     assert second[8]["held_out_loss"] == 1.5
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

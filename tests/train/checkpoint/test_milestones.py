@@ -15,7 +15,7 @@ from megatron_patch.recipe import load
 from megatron_patch.train.checkpoint import open_checkpoint
 from megatron_patch.train.checkpoint.format import MARKER_NAME, read_marker
 from megatron_patch.train.checkpoint.run_folder import RunFolder
-from tests.train.job import Job, write_data_set
+from tests.train.job import Job
 
 
 def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
@@ -23,11 +23,6 @@ def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
     alone = ["batch.micro_batch_size=8", "optimizer.decay_steps=60", "data.held_out_interval=0"]
     cadence = ["checkpoint.interval_steps=4", "checkpoint.milestone_steps=0", "run.steps=10"]
     return [f"data.folder={data_folder}", f"run.folder={run}", *alone, *cadence, *overrides]
-
-
-@pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_set(tmp_path_factory.mktemp("data") / "set")
 
 
 @pytest.fixture(scope="module")

@@ -35,11 +35,6 @@ def settings(data_folder: Path, run: Path, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data_set(tmp_path_factory.mktemp("data") / "set")
-
-
-@pytest.fixture(scope="module")
 def finished(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty steps of 8 rows over segments of 200 rows, a milestone every 10, every second one full."""
     run = tmp_path_factory.mktemp("finished") / "run"
