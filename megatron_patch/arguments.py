@@ -46,6 +46,20 @@ def amount(text: str) -> float:
     return number
 
 
+def temperature(text: str) -> float:
+    """0, or what logits can be divided by."""
+    if (number := amount(text)) and not 1e-4 <= number <= 1e4:
+        raise argparse.ArgumentTypeError(f"{text} is given, 0 or a number of 0.0001 to 10,000 is needed")
+    return number
+
+
+def seed(text: str) -> int:
+    """A whole number that a generator of draws takes."""
+    if not 0 <= (number := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is given, a whole number of at least 0 in 64 bits is needed")
+    return number
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a file or name of recipes/")
     parser.add_argument(
@@ -84,8 +98,8 @@ def chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, help="what the questions are about, for a model that sees")
     parser.add_argument("--system", help="a system message before the first question")
     parser.add_argument("--tokens", type=count, default=400, help="that an answer may take (400)")
-    parser.add_argument("--temperature", type=amount, default=0.0, help="0 takes the likeliest token (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws at a temperature above 0")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draws at a temperature above 0")
 
 
 def export(parser: argparse.ArgumentParser) -> None:

@@ -65,6 +65,8 @@ def test_unknown_verb_is_refused_with_the_known_ones(capsys):
         "loss_compare A B --bound nan",
         "summary RUN --tokens 0",
         "check recipes/demo.yaml --slow 2",
+        "chat RUN --temperature 1e-40",
+        "chat RUN --seed 99999999999999999999",
     ],
 )
 def test_a_number_without_a_meaning_is_refused(words, capsys):

@@ -16,6 +16,7 @@ import numpy as np
 from data_tools.chat.conversations import Message
 from data_tools.files.errors import DataError
 from data_tools.files.plain_file import read_plain
+from data_tools.sources.documents import bad_text
 from data_tools.sources.text_encoder import EOS_TEXT, read_tokenizer_json, read_vocab_size
 
 CONTROL_TOKENS = {"bos_token": "<s>", "eos_token": EOS_TEXT, "unk_token": "<unk>", "pad_token": "<unk>"}
@@ -69,10 +70,15 @@ class ChatTokenizer:
             self.tokenizer = _load(tokenizer, content, self.end_of_turn)
             if self._render(_PROBE)[0] != before:
                 self._refuse("eos_token stands beside another end of turn", f"write {EOS_TEXT!r} where it is meant")
+        self._controls = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
         self._check_prompt()
 
-    def encode(self, messages: list[Message]) -> Encoded:
-        """Ids of a conversation. Raises ValueError where the template refuses it or gives what cannot be trained on."""
+    def encode(self, messages: list[Message], but: str = "") -> Encoded:
+        """Ids of a conversation.
+
+        Raises ValueError where the template refuses it or gives what cannot be trained on, and as `check_texts` does.
+        """
+        self.check_texts(messages, but)
         ids, counted = self._render(messages)
         if (highest := max(ids, default=0)) >= self.vocab_size:
             raise ValueError(f"id {highest} is beyond the vocabulary of {self.vocab_size}")
@@ -84,9 +90,25 @@ class ChatTokenizer:
             raise ValueError(f"{answers} answers hold {ends} times the end of turn {self.end_of_turn}")
         return encoded
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def prompt(self, messages: list[Message], but: str = "") -> list[int]:
         """Ids that an answer follows: `messages` end with the user's. Raises ValueError as `encode` does."""
+        self.check_texts(messages, but)
         return self._ids(messages, add_generation_prompt=True)
+
+    def check_texts(self, messages: list[Message], but: str = "") -> None:
+        """A control token is the template's to write: in a message, its name would become the token.
+
+        Raises ValueError where a message names one other than `but`, or is no text of whole characters.
+        """
+        for message in messages:
+            if reason := bad_text(message["content"]):
+                raise ValueError(f"{reason}, in a message of the {message['role']}")
+            for control in self._controls:
+                if control != but and control in message["content"]:
+                    raise ValueError(
+                        f"{control} in a message of the {message['role']}, which would become the control token; "
+                        f"write it otherwise, e.g. {control[:1]} {control[1:]}"
+                    )
 
     def _render(self, messages: list[Message]) -> tuple[list[int], list[int]]:
         out = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)

@@ -13,6 +13,23 @@ from data_tools.files.plain_file import read_exactly
 BLOCK_ROWS = 1024
 
 
+class FirstRows:
+    """Of each kind of fault in a file its first row, found block by block."""
+
+    def __init__(self, remedy: str) -> None:
+        self._remedy, self._first = remedy, dict[tuple[Path, str], int]()
+
+    def note(self, start: int, *checks: tuple[Path, np.ndarray | np.bool, str]) -> None:
+        """(file, bool [rows] where it is bad, what is wrong) of the block that begins with row `start`."""
+        for path, bad, what in checks:
+            if bad.any():
+                self._first.setdefault((path, what), start + int(bad.argmax()))
+
+    def faults(self) -> Iterator[str]:
+        """One line a fault, with its remedy."""
+        yield from (f"{path}: row {row}: {what}\n  remedy: {self._remedy}" for (path, what), row in self._first.items())
+
+
 def row_blocks(rows: int, *files: tuple[Path, int, np.dtype]) -> Iterator[tuple[int, list[np.ndarray]]]:
     """The first row's number and, of each (file, values a row, type), the block's [rows, values], until the next one.
 

@@ -30,7 +30,7 @@ from data_tools.files.errors import DataError, ErrorPolicy
 from data_tools.files.json_file import canonical_json
 from data_tools.files.progress import Progress
 from data_tools.index.jsonl_segments import list_segments
-from data_tools.index.row_blocks import row_blocks
+from data_tools.index.row_blocks import FirstRows, row_blocks
 from data_tools.index.segment_reader import SegmentReader
 from data_tools.index.verify_images import row_faults, shard_faults
 
@@ -196,24 +196,26 @@ def _mark_faults(base: Path, record: SegmentManifest) -> Iterator[str]:
     """Rows begin with a conversation, something in each counts, and nothing does where a conversation begins."""
     paths = {suffix: base.with_suffix(f".{suffix}") for suffix in MARKS}
     digests = {suffix: new_digest() for suffix in MARKS}
-    width, first = marks_row_bytes(record.row_length), dict[tuple[str, str], int]()
+    width, first = marks_row_bytes(record.row_length), FirstRows(REMEDY)
     for start, blocks in row_blocks(record.rows, *((path, width, np.dtype(np.uint8)) for path in paths.values())):
         stored = dict(zip(MARKS, blocks, strict=True))
         marks = {suffix: unpack_marks(block, record.row_length) for suffix, block in stored.items()}
         for suffix, block in stored.items():
             digests[suffix].update(block.data)
-        for suffix, bad, what in (
-            *((s, (pack_marks(marks[s]) != stored[s]).any(axis=1), "marks behind the row's end") for s in MARKS),
-            ("starts", ~marks["starts"][:, 0], "no conversation begins with its first id"),
-            ("mask", ~marks["mask"].any(axis=1), "no id counts"),
-            ("mask", (marks["mask"] & marks["starts"]).any(axis=1), "an id counts with which a conversation begins"),
-        ):
-            if bad.any():
-                first.setdefault((suffix, what), start + int(bad.argmax()))
+        first.note(
+            start,
+            *((paths[s], (pack_marks(marks[s]) != stored[s]).any(axis=1), "marks behind the row's end") for s in MARKS),
+            (paths["starts"], ~marks["starts"][:, 0], "no conversation begins with its first id"),
+            (paths["mask"], ~marks["mask"].any(axis=1), "no id counts"),
+            (
+                paths["mask"],
+                (marks["mask"] & marks["starts"]).any(axis=1),
+                "an id counts with which a conversation begins",
+            ),
+        )
     for suffix, path in paths.items():
         yield from _digest_faults(path, record, digests[suffix])
-    for (suffix, what), row in first.items():
-        yield f"{paths[suffix]}: row {row}: {what}\n  remedy: {REMEDY}"
+    yield from first.faults()
 
 
 def _digest_faults(path: Path, record: SegmentManifest, digest: Any) -> Iterator[str]:

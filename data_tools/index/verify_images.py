@@ -11,7 +11,7 @@ from data_tools.dataset.format import TOKEN_DTYPE, DatasetManifest, SegmentManif
 from data_tools.dataset.images import IMAGES, ROW_IMAGES_DTYPE, ImagesRecord, read_image, read_images_index
 from data_tools.files.digest import digest_file
 from data_tools.files.errors import DataError
-from data_tools.index.row_blocks import row_blocks
+from data_tools.index.row_blocks import FirstRows, row_blocks
 
 _REMEDY = "remove the data set's segments and parts and build it again"
 
@@ -43,21 +43,24 @@ def row_faults(base: Path, record: SegmentManifest, dataset: DatasetManifest) ->
     path = base.with_suffix(f".{IMAGES}")
     if digest_file(path) != record.digests[IMAGES]:
         yield f"{path}: its digest is not the manifest's\n  remedy: {_REMEDY}"
-    first: dict[str, int] = {}
+    first = FirstRows(_REMEDY)
     files = (
         (path, record.images_per_row, ROW_IMAGES_DTYPE),
         (base.with_suffix(".bin"), record.row_length, TOKEN_DTYPE),
     )
     for start, (numbers, ids) in row_blocks(record.rows, *files):
-        for bad, what in (
-            (((numbers < -1) | (numbers >= images.count)).any(axis=1), "an image that there is not"),
-            ((np.diff((numbers >= 0).astype(int), axis=1) > 0).any(axis=1), "an image behind a place without one"),
+        first.note(
+            start,
+            (path, ((numbers < -1) | (numbers >= images.count)).any(axis=1), "an image that there is not"),
             (
+                path,
+                (np.diff((numbers >= 0).astype(int), axis=1) > 0).any(axis=1),
+                "an image behind a place without one",
+            ),
+            (
+                path,
                 (ids == images.placeholder_id).sum(axis=1) != images.tokens * (numbers >= 0).sum(axis=1),
                 f"other than {images.tokens} placeholders for each of its images",
             ),
-        ):
-            if bad.any():
-                first.setdefault(what, start + int(bad.argmax()))
-    for what, row in first.items():
-        yield f"{path}: row {row}: {what}\n  remedy: {_REMEDY}"
+        )
+    yield from first.faults()

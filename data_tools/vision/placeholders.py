@@ -17,43 +17,52 @@ class ImageTokenizer:
 
     Attributes:
         chat: the two.
-        placeholder_id: a control token's that neither text nor template use; LLaMA's `<s>` is one in MobiLlama.
+        placeholder, placeholder_id: a control token that neither text nor template use; LLaMA's `<s>` is one in
+            MobiLlama.
+        tokens: so many of it stand for an image.
     """
 
-    def __init__(self, tokenizer: Path, template: Path, vocab_size: int | None, placeholder: str, tokens: int) -> None:
-        """Raises DataError where one of them cannot be used."""
+    def __init__(
+        self, tokenizer: Path, template: Path, vocab_size: int | None, placeholder: str | int, tokens: int
+    ) -> None:
+        """`placeholder` by its text, or, of a model, by its id. Raises DataError where one of them cannot be used."""
         self.chat = ChatTokenizer(tokenizer, template, vocab_size)
-        self.placeholder, self.tokens = placeholder, tokens
+        self.tokens = tokens
         known = self.chat.tokenizer.get_added_vocab()
-        if placeholder not in known:
+        found = [(text, int(token)) for text, token in known.items() if placeholder in (text, token)]
+        if not found:
             raise DataError(
-                f"{placeholder!r} is none of its control tokens ({', '.join(known)})",
+                f"{placeholder!r} is none of its control tokens "
+                f"({', '.join(f'{text} {token}' for text, token in known.items())})",
                 file=tokenizer,
-                remedy="name one that no text of yours has as --placeholder",
+                remedy="name one that no text of yours has as --placeholder"
+                if isinstance(placeholder, str)
+                else "give the tokenizer that the model was trained with",
             )
-        self.placeholder_id = int(known[placeholder])
+        [(self.placeholder, self.placeholder_id)] = found
         if self.placeholder_id == self.chat.end_of_turn_id or self.placeholder_id == 0:
             raise DataError(
-                f"{placeholder!r} ends a turn or pads rows, so it cannot stand for an image",
+                f"{self.placeholder!r} ends a turn or pads rows, so it cannot stand for an image",
                 file=tokenizer,
                 remedy="name another control token as --placeholder",
             )
         if self.placeholder_id >= self.chat.vocab_size:
             raise DataError(
-                f"the id {self.placeholder_id} of {placeholder!r} is beyond the vocabulary of {self.chat.vocab_size}",
+                f"the id {self.placeholder_id} of {self.placeholder!r} is beyond the vocabulary of "
+                f"{self.chat.vocab_size}",
                 file=tokenizer,
                 remedy="name another control token as --placeholder, or raise --vocab-size",
             )
 
     def encode(self, asked: Asked) -> Encoded:
         """Ids of a conversation; raises ValueError as `ChatTokenizer.encode` does, and where placeholders go astray."""
-        encoded = self.chat.encode(self._with_placeholders(asked.messages))
+        encoded = self.chat.encode(self._with_placeholders(asked.messages), self.placeholder)
         self._check(encoded.ids, len(asked.images))
         return encoded
 
     def prompt(self, messages: list[Message], images: int) -> list[int]:
         """Ids that an answer follows, of `messages` with so many `IMAGE_TEXT`. Raises ValueError as `encode` does."""
-        ids = self.chat.prompt(self._with_placeholders(messages))
+        ids = self.chat.prompt(self._with_placeholders(messages), self.placeholder)
         self._check(np.array(ids), images)
         return ids
 

@@ -65,7 +65,7 @@ def _theirs(model: ImportedModel, tokens: torch.Tensor) -> torch.Tensor:
     # The tensors have the last word on KV heads, and here every one is there: none is to be tied by name. Padding may
     # have an id that only a tokenizer knows.
     settled: dict[str, Any] = {"num_key_value_heads": model.recipe.model.num_attention_heads}
-    settled |= {"tie_word_embeddings": False, "pad_token_id": None}
+    settled |= {"tie_word_embeddings": False, "pad_token_id": None, "return_dict": True}
     try:
         config = kind.from_dict({**model.weights.config, **settled, "torch_dtype": "float32", "dtype": "float32"})
         stock, info = build.from_pretrained(

@@ -105,7 +105,15 @@ class HfFolder:
                 f"{self.path / name}: names {strays[0]!r}, which is no file of the folder; fetch it again"
             )
         shards = [self.path / file for file in sorted(set(weight_map.values()))]
-        held = {tensor: shard for shard in shards for tensor in self._names_in(shard)}
+        held: dict[str, Path] = {}
+        for shard in shards:
+            for tensor in self._names_in(shard):
+                if tensor in held:  # which of them is the model's, transformers and others answer differently
+                    raise ConvertError(
+                        f"{shard}: holds {tensor}, and so does {held[tensor].name}; the files are of two uploads: "
+                        "fetch the folder again"
+                    )
+                held[tensor] = shard
         return held | {tensor: self.path / file for tensor, file in weight_map.items()}
 
     def _names_in(self, file: Path) -> list[str]:
@@ -135,7 +143,11 @@ class HfFolder:
                 ) from None
             if not isinstance(content, dict):
                 raise ConvertError(f"{file}: holds {type(content).__name__}, not tensors by name; fetch the file again")
-            self._bins[file] = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+            self._bins[file] = {
+                name: value
+                for name, value in content.items()
+                if isinstance(name, str) and isinstance(value, torch.Tensor)
+            }
         return self._bins[file]
 
     def _json(self, name: str) -> dict[str, Any]:

@@ -123,6 +123,11 @@ class ImportedModel:
                     f"{file}: {tensor.name} is {found.dtype}; fetch the weights that are not "
                     "quantised (fp32, fp16 or bf16)"
                 )
+            if found.layout != torch.strided or found.is_meta:
+                raise ConvertError(
+                    f"{file}: {tensor.name} is {'without values' if found.is_meta else found.layout}, not a plain "
+                    "tensor; save it again with transformers' save_pretrained"
+                )
             if shape != tensor.shape:
                 grouped = "k_proj" in tensor.name or "v_proj" in tensor.name
                 raise ConvertError(

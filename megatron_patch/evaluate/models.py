@@ -217,8 +217,7 @@ def image_tokenizer(recipe: Recipe, vision: Vision, settings: Settings) -> Image
             "of the data set, chat_template.jinja, with --chat-template"
         )
     file = settings.tokenizer or tokenizer_of(recipe)
-    placeholder = OurTokenizer(file).text_of(vision.placeholder_id)
-    return ImageTokenizer(file, template, None, placeholder, vision.tokens)
+    return ImageTokenizer(file, template, None, vision.placeholder_id, vision.tokens)
 
 
 def hugging_face_model(folder: Path, settings: Settings) -> CausalLM:
@@ -266,13 +265,6 @@ class OurTokenizer:
         if token is None:
             raise EvaluationError(f"{self._file}: no token {text}; give LLaMA's tokenizer with --tokenizer")
         return int(token)
-
-    def text_of(self, token: int) -> str:
-        """Raises EvaluationError where there is no such id."""
-        text = self._raw.id_to_token(token)
-        if text is None:
-            raise EvaluationError(f"{self._file}: no id {token}; give the model's own tokenizer with --tokenizer")
-        return str(text)
 
     def encode(self, text: str) -> list[int]:
         return list(self._raw.encode(text, add_special_tokens=False).ids)

@@ -6,6 +6,7 @@ With `--image FILE` about an image, which stands before the first question of th
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -36,6 +37,7 @@ def main(args: argparse.Namespace) -> int:
         tokenizer = _tokenizer(checkpoint, args.data)
         shown = _shown(checkpoint.recipe.model, tokenizer, args.image) if args.image else None
         launch.setup_environment()
+        tokenizer.check_texts(_first(args))
         model = load_model(checkpoint.recipe, checkpoint.tensor, timedelta(minutes=10))
     except (ValueError, OSError, CheckpointError, DataError) as error:
         print(f"chat: {error}", file=sys.stderr)
@@ -71,9 +73,8 @@ def _shown(model: Model, tokenizer: ChatTokenizer, file: Path) -> _Shown:
         picture, _ = read_picture(file.read_bytes())
     except BadPicture as error:
         raise ValueError(f"{file}: {error}; give another image") from None
-    placeholder = str(tokenizer.tokenizer.convert_ids_to_tokens(vision.placeholder_id))
     with_images = ImageTokenizer(
-        tokenizer.path, tokenizer.template_path, tokenizer.vocab_size, placeholder, vision.tokens
+        tokenizer.path, tokenizer.template_path, tokenizer.vocab_size, vision.placeholder_id, vision.tokens
     )
     return _Shown(prepare(picture, vision.image_size, vision.fit)[None], with_images)
 
@@ -81,8 +82,7 @@ def _shown(model: Model, tokenizer: ChatTokenizer, file: Path) -> _Shown:
 def _talk(
     model: torch.nn.Module, tokenizer: ChatTokenizer, context: int, args: argparse.Namespace, shown: _Shown | None
 ) -> None:
-    first = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[Message] = []
+    first, turns = _first(args), list[Message]()
     generator = torch.Generator().manual_seed(args.seed)
 
     def prompt_of(turns: list[Message]) -> list[int]:
@@ -121,7 +121,13 @@ def _talk(
         turns.append({"role": "assistant", "content": answer or "..."})
 
 
+def _first(args: argparse.Namespace) -> list[Message]:
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
 def _questions() -> Iterator[str]:
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is seen as such, and no end of the conversation
     while True:
         try:
             yield input("> ") if sys.stdin.isatty() else input()

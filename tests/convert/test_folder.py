@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,34 @@ def test_tensors_that_an_index_hides_are_judged(folder: Path) -> None:
         ImportedModel(folder, small_recipe())
 
 
+def test_a_tensor_that_two_shards_hold_is_refused(folder: Path) -> None:
+    """transformers reads the last file's, whatever the index says."""
+    shard(folder)
+    first = load_file(folder / "a.safetensors")
+    twice = {**load_file(folder / "b.safetensors"), min(first): first[min(first)] + 1}
+    save_file(twice, folder / "b.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConvertError, match=rf"b\.safetensors: holds {min(first)}, and so does a\.safetensors"):
+        ImportedModel(folder, small_recipe())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(lambda t: t.to_sparse(), "sparse_coo"), (lambda t: t.to_sparse_csr(), "sparse_csr"),
+     (lambda t: t.to("meta"), "without values")],
+)  # fmt: skip
+def test_tensors_of_other_making_are_named(
+    change: Callable[[torch.Tensor], torch.Tensor], words: str, folder: Path
+) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**state, 3: torch.zeros(2)}, folder / "pytorch_model.bin")  # an optimizer's, say; transformers too
+    assert compare(ImportedModel(folder, small_recipe())).startswith("logits of 64 tokens: ")
+    state["lm_head.weight"] = change(state["lm_head.weight"])
+    torch.save(state, folder / "pytorch_model.bin")
+    with pytest.raises(ConvertError, match=rf"pytorch_model\.bin: lm_head\.weight is .*{words}, not a plain tensor"):
+        ImportedModel(folder, small_recipe())
+
+
 def test_a_shard_that_is_a_pointer_of_git_lfs_is_to_be_fetched(folder: Path) -> None:
     shard(folder)
     (folder / "b.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\n")
@@ -92,9 +121,11 @@ def test_what_transformers_cannot_take_is_no_traceback(change: dict[str, object]
         compare(ImportedModel(folder, small_recipe()))
 
 
-def test_an_id_of_padding_that_only_a_tokenizer_knows_is_read(folder: Path) -> None:
+def test_what_changes_no_logits_is_read(folder: Path) -> None:
+    """An id of padding that only a tokenizer knows, and how results are handed over."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": config["vocab_size"]}))
+    change = {"pad_token_id": config["vocab_size"], "return_dict": False}
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
     assert compare(ImportedModel(folder, small_recipe())).startswith("logits of 64 tokens: ")
 
 

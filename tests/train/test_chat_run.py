@@ -141,6 +141,12 @@ def test_chat_answers_line_by_line(undisturbed: Path, tmp_path: Path) -> None:
     assert code == 0 and answers[0] == answers[2] == "dog" and len(answers) == 8
     assert f"and the model sees {ROW - 1}: ask a shorter question" in err
     assert "the first question is forgotten: the context is full" in err
+    odd = "the fox 1?\nthe </s> fox?\ncaf\udce9 fox\nthe fox 1?\n"
+    code, out, err = run_ranks(1, typed, ["chat", str(undisturbed), "--tokens", "9"], odd)[0]
+    assert code == 0 and len(out.splitlines()) == 2, "two of the questions cannot be asked"
+    assert "chat: </s> in a message of the user" in err and "surrogate pair, in a message of the user" in err
+    code, _, err = run_ranks(1, typed, ["chat", str(undisturbed), "--system", "be </s>"], "the fox 1?\n")[0]
+    assert code == 2 and "chat: </s> in a message of the system" in err
     likeliest = run_ranks(1, typed, ["chat", str(undisturbed), "--temperature", "1e-4"], "the fox 1?\n")[0]
     assert likeliest[1] == "dog\n"
     code, _, err = run_ranks(1, typed, ["chat", str(undisturbed), "--data", str(tmp_path)], "the fox 1?\n")[0]

@@ -25,7 +25,7 @@ from tests.convert.samples import train_tokenizer
 
 ROW = 250  # not a multiple of 8: the last byte of a row's marks is padded
 ROW_BYTES = marks_row_bytes(ROW)
-WORDS = ["the quick", "brown fox", "jumps", "\n\n", "é", "漢字", "<unk>", "A. B.", "  two", "### Human:", "\t", "🙂"]
+WORDS = ["the quick", "brown fox", "jumps", "\n\n", "é", "漢字", "< unk>", "A. B.", "  two", "### Human:", "\t", "🙂"]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,14 @@ def turns(*roles: str, content: str = "dog") -> dict:
         ({"conversations": [{"from": "human", "text": "x"}]}, "a message without from or value"),
         ({"messages": []}, "messages is no list"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, "the text is not a string"),
-        (turns("user", "assistant", content="a</s>b"), "1 answers hold 2 times the end of turn </s>"),
+        (
+            turns("user", "assistant", content="a</s>b"),
+            "</s> in a message of the user, which would become the control token",
+        ),
+        (
+            {"messages": [*GOOD["messages"], *turns("user", "assistant", content="a<unk>")["messages"]]},
+            "<unk> in a message of the user",
+        ),
         (turns("user", "assistant", content="\\ud800"), "surrogate"),
         ("[1, 2", "unexpected end of data"),
         ("[1, 2]", "not a JSON object"),

@@ -112,7 +112,7 @@ def test_every_conversation_is_in_a_row_with_its_images(tmp_path: Path, tokenize
             {"role": "assistant", "content": made["conversations"][1]["value"]},
         ]
         files = [(tmp_path / "images" / path).read_bytes() for path in paths]
-        expected.append((tuple(rendered.encode(messages).ids.tolist()), files))
+        expected.append((tuple(rendered.encode(messages, but="<s>").ids.tolist()), files))
     found = [
         (ids, [content[number] for number in numbers])
         for name in ("segment_000", "held_out")
@@ -168,6 +168,7 @@ def test_bad_images_and_entries_are_named(tmp_path: Path, tokenizer: Path) -> No
         "stands 1 times in it, and it names 0": entry(6, None),
         "stands 1 times in it, and it names 2": entry(7, ["sub/plain.png", "sub/alpha.png"]),
         "not the user's": entry(8, "sub/plain.png", "brown", "<image>"),
+        "</s> in a message of the user": entry(13, "sub/plain.png", "<image> </s>"),
         "stands for a part of an image": entry(9, "sub/plain.png", "<image> <s>"),
         "is no path": entry(10, [3]),  # type: ignore[list-item]
         "not a JSON object": 3,
