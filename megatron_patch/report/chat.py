@@ -127,7 +127,7 @@ def _first(args: argparse.Namespace) -> list[Message]:
 
 def _questions() -> Iterator[str]:
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is seen as such, and no end of the conversation
+        sys.stdin.reconfigure(errors="surrogateescape")  # a question that is not UTF-8 is refused, the rest goes on
     while True:
         try:
             yield input("> ") if sys.stdin.isatty() else input()
