@@ -33,7 +33,7 @@ def with_reference_kernels(*overrides: str):
 )
 def test_kernels_train_as_the_reference(ranks, overrides):
     # An odd head count and width, so that no kernel works on whole blocks.
-    odd = ["model.hidden_size=24", "model.ffn_hidden_size=44", "model.num_layers=2", "batch.global_batch_size=4"]
+    odd = ["model.hidden_size=24", "model.ffn_hidden_size=44", "model.num_layers=2", "batch.global_batch_size=2"]
     precision = next(o for o in overrides if o.startswith("precision"))
     bound = FP32_BOUND if precision == "precision=fp32" else BF16_BOUND
     losses, norms, weights = with_reference_kernels(precision, *odd)

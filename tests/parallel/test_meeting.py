@@ -41,6 +41,7 @@ def train_alone(rank: int, port: int, overrides: list[str], log: Path) -> None:
     place(rank, 4, port)
     meeting._FIRST_WORD = 0.0
     signals._SHORT_WAIT = 0.2
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, though the tests may run under nohup
     signals.hold()
     sys.exit(loop.main(argparse.Namespace(recipe=Path("recipes/demo.yaml"), overrides=overrides, accept_changes=False)))
 

@@ -125,6 +125,7 @@ def test_memory_and_traffic_of_real_ranks(layout: str) -> None:
 
 SAVED = [
     "kernels=triton",
+    "model.num_layers=2",
     "batch.micro_batch_size=2",
     "batch.global_batch_size=2",
     "model.hidden_size=64",
