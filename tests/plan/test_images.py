@@ -8,7 +8,8 @@ import pytest
 
 from megatron_patch.plan import memory
 from tests import toy
-from tests.plan.test_command import SAVED, plan_of, saved_bytes
+from tests.plan.test_command import plan_of
+from tests.plan.test_real_ranks import SAVED, saved_bytes
 from tests.ranks import run_ranks
 
 QUICK = [*SAVED, "kernels=reference"]
