@@ -21,7 +21,7 @@ help:
 	@echo "make test-gpu      the kernels' tests on one GPU (GPU_PYTHON=python3)"
 	@echo "make lint          ruff, mypy, shellcheck"
 	@echo "make bench-gpu     tokens/s and its parts on one GPU against peers, under 9 minutes (GPU_PYTHON=python3)"
-	@echo "make gpu-session   a resume, the kernels' tests and bench-gpu on one GPU, under 9 minutes (make gpu-data first)"
+	@echo "make gpu-session   a resume, kernels' tests, layouts and bench-gpu on one GPU, under 9 minutes (make gpu-data first)"
 	@echo "make ladder        does one FFN for all layers pay? an answer at laptop size, about an hour (make ladder-data first)"
 	@echo "make bench-data    the data tools against their peers, about 6 minutes on 2 cores"
 	@echo "make asan          the C++ core's tests under AddressSanitizer and UBSan"

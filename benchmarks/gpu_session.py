@@ -3,11 +3,13 @@
     python -m benchmarks.gpu_session --data FOLDER --out FOLDER [--minutes 9]     or: make gpu-session
 
 Parts in the order of their worth, each with a limit of its own and its own log in --out, where `session.json` has what
-is known after every part, so that a session cut short keeps what it has:
+is known after every part, so that a session cut short (SIGTERM, Ctrl-C) keeps what it has and leaves no process behind:
 
     resume   the 0.5B on real text, undisturbed, then killed by SIGKILL after a durable checkpoint and started again:
              are losses and norms the same bits (`loss_compare --assert-equal`), how long does a save hold the loop
     tests    the kernels' tests (`make test-gpu`)
+    layouts  TP2, PP2, DP2, TP2xPP2, TP2+SP and PP2xVPP2 as ranks on this one GPU: are losses, norms and weights within
+             1e-5 of one rank's (`python -m benchmarks.one_gpu`)
     speed    tokens/s of 0.5B, 0.8B and large-base, their parts and their peers (`make bench-gpu`)
 
 --data is a data set with rows of 2,049 ids: `make gpu-data` builds one of the demo's text where the data tools are
@@ -21,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -54,15 +57,21 @@ class Session:
             seconds = min(limit, self.deadline - began)
             if seconds < 30:
                 self.results[name] = "left out: the time is up"
+                self._write()
                 continue
-            print(f"{name}: at most {seconds:.0f} s", flush=True)
             try:
+                self.results[name] = "cut short"
+                print(f"{name}: at most {seconds:.0f} s", flush=True)
                 self.results[name] = part(seconds)
-            except (subprocess.SubprocessError, OSError, ValueError, TimeoutError) as error:
+            except Exception as error:  # whatever broke this part, the next ones may answer
                 self.results[name] = f"{type(error).__name__}: {error}"
-            self.results[f"{name}, seconds"] = round(time.monotonic() - began, 1)
-            write_whole(self.out / "session.json", json.dumps(self.results, indent=1).encode() + b"\n")
+            finally:
+                self.results[f"{name}, seconds"] = round(time.monotonic() - began, 1)
+                self._write()
             print(f"{name}: {self.results[name]}", flush=True)
+
+    def _write(self) -> None:
+        write_whole(self.out / "session.json", json.dumps(self.results, indent=1).encode() + b"\n")
 
     def resume(self, seconds: float) -> dict[str, Any]:
         """Two runs and what sets them apart."""
@@ -116,10 +125,18 @@ class Session:
         command = [sys.executable, "-m", "pytest", "tests/kernels", "-p", "no:cacheprovider"]
         return self._logged("tests", command, seconds, TESTS_ON_GPU="1")[-12:]
 
+    def layouts(self, seconds: float) -> dict[str, Any]:
+        """Each layout's largest differences from one rank; the ranks' logs stand in --out."""
+        from benchmarks import one_gpu  # takes seconds, of which the parts before need none
+
+        found = one_gpu.compare(one_gpu.ALL, self.out / "layouts", seconds)
+        return {f"within {one_gpu.TOLERANCE:g} of one rank": one_gpu.verdict(found), **found}
+
     def speed(self, seconds: float) -> list[str]:
         """The benchmark's own tables stand in --out."""
-        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(self.out), "--minutes", f"{seconds / 60:.2f}"]
-        return self._logged("speed", command, seconds + 30)[-3:]
+        minutes = f"{(seconds - 15) / 60:.2f}"  # it ends by itself before it is ended
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(self.out), "--minutes", minutes]
+        return self._logged("speed", command, seconds)[-3:]
 
     def _logged(self, name: str, command: list[str], seconds: float, **environment: str) -> list[str]:
         log = self.out / f"{name}.log"
@@ -147,7 +164,15 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9, help="for all parts, from the start of this process")
     arguments = parser.parse_args()
     session = Session(arguments.data, arguments.out, arguments.minutes)
-    session.run({"resume": (session.resume, 210), "tests": (session.tests, 120), "speed": (session.speed, 300)})
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    session.run(
+        {
+            "resume": (session.resume, 210),
+            "tests": (session.tests, 120),
+            "layouts": (session.layouts, 75),
+            "speed": (session.speed, 300),
+        }
+    )
     return 0
 
 

@@ -121,7 +121,7 @@ def train_toy(overrides: list[str], steps: int) -> dict[str, Any]:
     for step in range(steps):
         results.append(trainer.step(toy_shard(trainer, step), learning_rate(step, recipe.optimizer, steps)))
         replicas_equal &= _replicas_equal(trainer)
-    parts = {whole.name: p.detach().clone() for whole, p in local_parameters(trainer.chunks, recipe.model)}
+    parts = {whole.name: p.detach().cpu().clone() for whole, p in local_parameters(trainer.chunks, recipe.model)}
     return {
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],
@@ -135,13 +135,21 @@ def _replicas_equal(trainer: Trainer) -> bool:
     """Whether every parameter is the same bits on all ranks that hold the same part of it."""
     place = trainer.topology
     mine = {
-        (whole.name, place.tensor_rank if whole.cut is not None else 0): p.detach().view(torch.uint8).numpy().tobytes()
+        (whole.name, place.tensor_rank if whole.cut is not None else 0): p.detach()
+        .cpu()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
         for whole, p in local_parameters(trainer.chunks, trainer.recipe.model)
     }
     everyone: list[dict[tuple[str, int], bytes]] = [{} for _ in range(place.world_size)]
     torch.distributed.all_gather_object(everyone, mine)
     first: dict[tuple[str, int], bytes] = {}
     return all(first.setdefault(part, content) == content for held in everyone for part, content in held.items())
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().view(torch.uint8).numpy().tobytes()
 
 
 def gather(answers: list[dict[str, Any]], recipe: Recipe) -> dict[str, torch.Tensor]:
