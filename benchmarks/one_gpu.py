@@ -49,6 +49,7 @@ def train(layout: str, rank: int, folder: Path) -> None:
     staged.register()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(size))
     device.use(0)
+    device.make_deterministic()  # or tensor-parallel ranks, which sum alike, might round apart
     store = dist.FileStore(str(folder / f"{layout}.store"), size)
     dist.init_process_group(staged.NAME, store=store, rank=rank, world_size=size, timeout=timedelta(minutes=1))
     try:
