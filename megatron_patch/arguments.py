@@ -60,6 +60,22 @@ def seed(text: str) -> int:
     return number
 
 
+def file(text: str) -> Path:
+    """Where a file is to be written: no folder stands there, and the folder it goes into is there."""
+    if (path := Path(text)).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, the name of a file is needed")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: a folder is needed to write it in, and {path.parent} is none")
+    return path
+
+
+def folder(text: str) -> Path:
+    """A folder, which may be yet to come: nothing else stands there."""
+    if (path := Path(text)).exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file, a folder is needed")
+    return path
+
+
 def train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", type=Path, help="a file or name of recipes/")
     parser.add_argument(
@@ -119,7 +135,7 @@ def export(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, where the checkpoint has none"
     )
     parser.add_argument(
-        "--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`, for the model card"
+        "--evaluations", type=folder, default=Path("evaluations"), help="results of `eval`, for the model card"
     )
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from data_tools.files.durable import write_whole
-from megatron_patch.arguments import amount, count
+from megatron_patch.arguments import amount, count, file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="data set with held-out rows; default: the recipe's")
     parser.add_argument("--tokens", type=count, default=2000, help="held-out ids to score, at least (2000)")
     parser.add_argument("--random", action="store_true", help="random ids instead of held-out rows")
-    parser.add_argument("--csv", type=Path, help="write the table here too")
+    parser.add_argument("--csv", type=file, help="write the table here too")
     parser.add_argument(
         "--most-loss", type=amount, default=0.1, help="nats a token that a form may lose before it is refused (0.1)"
     )

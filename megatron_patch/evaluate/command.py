@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_patch.arguments import amount, count
+from megatron_patch.arguments import amount, count, folder
 from megatron_patch.evaluate.suite import BENCHMARKS, BY_NAME, Benchmark
 from megatron_patch.evaluate.tables import Format, newest, render
 from megatron_patch.results import read_scores
@@ -60,7 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fetch the data sets of the nine benchmarks, or of --benchmarks, with checksums",
     )
     parser.add_argument(
-        "--table", type=Path, metavar="RESULTS", nargs="?", const=Path("evaluations"), help="print Tables 4, 5, 8 and 9"
+        "--table",
+        type=folder,
+        metavar="RESULTS",
+        nargs="?",
+        const=Path("evaluations"),
+        help="print Tables 4, 5, 8 and 9",
     )
     parser.add_argument("--format", choices=("markdown", "csv"), default="markdown", help="of --table")
     parser.add_argument("--all", action="store_true", help="of --table: every checkpoint, not each run's last")

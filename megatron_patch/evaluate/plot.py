@@ -22,8 +22,10 @@ def plot(results: Path, image: Path) -> None:
     Processes that draw the same image wait for one another, so that the last one shows every result.
 
     Raises:
-        ValueError: no checkpoint among them, or no such format.
+        ValueError: no checkpoint among them, no such format, or a folder is in the image's place.
     """
+    if image.is_dir():
+        raise ValueError(f"{image} is a folder, the name of an image is needed")
     with image.with_name(f".{image.name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         figure = _figure(read_scores(results))

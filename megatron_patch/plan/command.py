@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_patch import recipe
-from megatron_patch.arguments import amount, counts
+from megatron_patch.arguments import amount, counts, file
 from megatron_patch.launch import write_json
 from megatron_patch.parallel.gpus import GIB
 from megatron_patch.plan import scale
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_energy(parser)
     parser.add_argument("--scale", type=counts, metavar="N,N,...", help="a table and a curve over numbers of nodes")
-    parser.add_argument("--output", type=Path, help="picture of --scale (scaling_NAME.svg), or of the models' table")
+    parser.add_argument("--output", type=file, help="picture of --scale (scaling_NAME.svg), or of the models' table")
     parser.add_argument(
         "--save", action="store_true", help="write RUN/plan.json, beside which `status` and `report` set what they find"
     )

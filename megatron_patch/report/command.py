@@ -13,13 +13,14 @@ import sys
 from pathlib import Path
 
 from data_tools.files.durable import write_whole
+from megatron_patch.arguments import file, folder
 from megatron_patch.plan.hardware import add_hardware, hardware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; with --compare recipes too")
-    parser.add_argument("--output", type=Path, help="HTML file (RUN/report.html); of --compare: an image")
-    parser.add_argument("--evaluations", type=Path, default=Path("evaluations"), help="results of `eval`")
+    parser.add_argument("--output", type=file, help="HTML file (RUN/report.html); of --compare: an image")
+    parser.add_argument("--evaluations", type=folder, default=Path("evaluations"), help="results of `eval`")
     parser.add_argument("--compare", action="store_true", help="print Table 1 with these runs and recipes")
     parser.add_argument(
         "--devices", nargs="+", default=[], type=Path, metavar="CSV", help="of --compare: tables of `device --csv`"
@@ -50,9 +51,9 @@ def main(args: argparse.Namespace) -> int:
         from megatron_patch.report.page import render
         from megatron_patch.report.read import read_run
 
-        for folder in args.runs:
-            page = args.output or folder / "report.html"
-            write_whole(page, render(read_run(folder, args.evaluations), page).encode())
+        for run in args.runs:
+            page = args.output or run / "report.html"
+            write_whole(page, render(read_run(run, args.evaluations), page).encode())
             print(f"{page}: written", file=sys.stderr)
     except ValueError as error:  # ReportError, RecipeError, DataError
         print(f"refused: {error}", file=sys.stderr)
