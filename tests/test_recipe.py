@@ -77,6 +77,13 @@ def test_every_named_alternative_is_what_it_says():
         (["batch.micro_batch_size=abc"], "batch.micro_batch_size: .*'abc'"),
         (["batch.micro_batch_size"], "is not an override; write key.path=value"),
         (["use=paper_100b,released_batch"], "use=released_batch makes .* 1280, but run.steps 61036 counts steps of"),
+        (
+            ["use=paper_100b", "batch.global_batch_size=1280"],
+            "use=paper_100b says run.steps .* 800, which is 1280 here",
+        ),
+        (["use=first_100b", "batch={global_batch_size: 1280}"], "use=first_100b says run.steps .* 800, which is 1280"),
+        (["use=paper_100b", "batch=5"], r"batch: expected a section of settings \(given: 5\)"),
+        (["use=paper_milestones", "batch.global_batch_size=1280"], "says checkpoint.milestone_steps .* 800, which is"),
         (["run.initial_weights="], r"nothing stands where a value belongs .* run\.initial_weights=null"),
         (["optimizer.decay_steps=  "], "nothing stands"),
         (["run.steps=# a comment"], "nothing stands"),
@@ -199,3 +206,10 @@ def test_differences_name_the_setting():
     other = load("recipes/demo.yaml", ["optimizer.learning_rate=1e-3"])
     assert recipe.differences(other) == ["optimizer.learning_rate: 0.003 -> 0.001"]
     assert recipe.differences(recipe) == []
+
+
+def test_no_section_in_a_sections_place_is_named(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: base\nname: mine\nrun: 5\n")
+    for use in ([], ["use=released_batch"]):
+        with pytest.raises(RecipeError, match=r"run: expected a section of settings \(given: 5\)"):
+            load(tmp_path / "mine.yaml", use)

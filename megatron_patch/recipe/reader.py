@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import ValidationError
 
@@ -66,13 +66,15 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(
                 f"{path}: no alternative {name!r}; the file names {', '.join(sorted(alternatives)) or 'none'}"
             )
-        tree = _merge(tree, _current(alternatives[name], path))
-    _check_budget(tree, [(name, alternatives[name]) for name in names], {key for key, _ in settings})
+        tree = _merge(tree, _current(alternatives[name].settings, path))
+    used, given = [(name, alternatives[name]) for name in names], {key for key, _ in settings}
+    _check_steps_said(tree, used, given)
     for key, value in settings:
         nested: Any = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
         tree = _merge(tree, _current(nested, path))
+    _check_batch_kept(tree, used, given)
     return _validated(tree, path)
 
 
@@ -94,29 +96,65 @@ def _validated(tree: dict[str, Any], path: Path) -> Recipe:
         raise RecipeError("\n".join([f"{path} is refused:", *(f"  {_explain(d)}" for d in e.errors())])) from e
 
 
-def _check_budget(tree: dict[str, Any], used: Sequence[tuple[str, dict[str, Any]]], given: set[str]) -> None:
+class _Alternative(NamedTuple):
+    """Settings under a name, and the global batch size of the recipe that they stand in, which their steps count."""
+
+    settings: dict[str, Any]
+    batch: Any
+
+
+_COUNTS = (
+    ("run", "steps", "38147 for 100B tokens at batch 1280, or run.steps=null for every row once"),
+    ("checkpoint", "milestone_steps", "1250 for 3.3B tokens at batch 1280, or null for one a segment"),
+)
+"""What counts steps: section, key and an example."""
+
+
+def _check_steps_said(tree: dict[str, Any], used: Sequence[tuple[str, _Alternative]], given: set[str]) -> None:
     """Steps of one batch are no budget of another: an alternative that changes the batch must say the steps too."""
-    batch = _last_with("batch", "global_batch_size", used)
-    for section, key, example in (
-        ("run", "steps", "38147 for 100B tokens at batch 1280, or run.steps=null for every row once"),
-        ("checkpoint", "milestone_steps", "1250 for 3.3B tokens at batch 1280, or null for one a segment"),
-    ):
-        count = (tree.get(section) or {}).get(key)
-        if not batch or not count or given & {section, f"{section}.{key}"} or _last_with(section, key, used) == batch:
+    batch, _ = _last_with("batch", "global_batch_size", used)
+    for section, key, example in _COUNTS:
+        count = _value(tree, section, key)
+        says, _ = _last_with(section, key, used)
+        if not batch or not count or given & {section, f"{section}.{key}"} or says == batch:
             continue
-        size = tree["batch"]["global_batch_size"]
+        size = _value(tree, "batch", "global_batch_size")
         raise RecipeError(
             f"use={batch} makes batch.global_batch_size {size}, but {section}.{key} {count} counts steps of another "
             f"batch; say how many there are, e.g. {section}.{key}={example}"
         )
 
 
-def _last_with(section: str, key: str, used: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    """The last of the alternatives that has the key; empty where none has."""
-    return next((name for name, alternative in reversed(used) if key in (alternative.get(section) or {})), "")
+def _check_batch_kept(tree: dict[str, Any], used: Sequence[tuple[str, _Alternative]], given: set[str]) -> None:
+    """An alternative that says the steps says a budget, by the batch of its recipe: no other recipe's or override's."""
+    size = _value(tree, "batch", "global_batch_size")
+    for section, key, example in _COUNTS:
+        name, counted = _last_with(section, key, used)
+        if not (name and size and _value(tree, section, key)) or counted == size:
+            continue
+        if given & {section, f"{section}.{key}"}:
+            continue
+        raise RecipeError(
+            f"use={name} says {section}.{key} in steps of batch.global_batch_size {counted}, which is {size} here; say "
+            f"how many there are, e.g. {section}.{key}={example}"
+        )
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _last_with(section: str, key: str, used: Sequence[tuple[str, _Alternative]]) -> tuple[str, Any]:
+    """The last of the alternatives that has the key, empty where none has; and the batch that its steps count."""
+    for name, (settings, batch) in reversed(used):
+        if _value(settings, section, key) is not None:
+            return name, _value(settings, "batch", "global_batch_size") or batch
+    return "", None
+
+
+def _value(tree: Mapping[str, Any], section: str, key: str) -> Any:
+    """None where there is none, and where no section stands in the section's place, which is refused later."""
+    settings = tree.get(section)
+    return settings.get(key) if isinstance(settings, Mapping) else None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, _Alternative]]:
     try:
         tree = read_yaml(path)
     except OSError as e:
@@ -137,14 +175,15 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         and all(isinstance(name, str) and isinstance(a, dict) for name, a in alternatives.items())
     ):
         raise RecipeError(f"{path}: alternatives: expected settings under each name, as in recipes/base.yaml")
-    base = tree.pop("extends", None)
+    base, base_alternatives = tree.pop("extends", None), dict[str, _Alternative]()
     if base is not None:
         if not isinstance(base, str):
             raise RecipeError(f"{path}: extends: expected the name of a file beside it, found {base!r}")
         beside = path.parent / base
         base_tree, base_alternatives = _read(beside if beside.is_file() else find(base), (*seen, path.resolve()))
-        tree, alternatives = _merge(base_tree, tree), {**base_alternatives, **alternatives}
-    return tree, alternatives
+        tree = _merge(base_tree, tree)
+    size = _value(tree, "batch", "global_batch_size")
+    return tree, base_alternatives | {name: _Alternative(settings, size) for name, settings in alternatives.items()}
 
 
 def _current(tree: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> int:
         check_alike(resolved, segments.digest)  # ranks of other layouts would wait for each other's groups
         place = topology.initialize(resolved.parallel, timeout)
         if is_first:
-            layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks"
+            tokens = total_steps * resolved.batch.global_batch_size * resolved.model.sequence_length
+            layout = f"{place}, {total_steps:,} steps of {data_size} data-parallel ranks, {tokens:,} tokens"
             launch.say(f"{resolved.to_yaml()}# {layout}")
         _Attempt(resolved, place, segments, order, total_steps, args.accept_changes, status).run()
     except (TrainingError, CheckpointError, KernelError, RecipeError) as error:
