@@ -83,7 +83,7 @@ class Keeper:
         """Steps of those there are, and whether the next ones may go on with their numbers. Writes missing lines."""
         for line in missing_lines(self._folder, self._order):
             self._folder.record(line)
-            note(f"{self._folder.path}/{TABLE_NAME}: the line of {line.name} was missing; written")
+            note(f"{self._folder.path}/{TABLE_NAME}: the line of {line.name} was missing or wrong; written")
         if taken := numbers_taken(self._folder, self._cadence):
             note(f"{taken}: it stays, and those to come are named by their steps")
         kept = (row for row in self._folder.recorded() if not self._folder.is_aside(row["name"]))

@@ -43,14 +43,17 @@ def milestone_of(
 
 
 def missing_lines(runs: RunFolder, order: SampleOrder) -> Iterator[Milestone]:
-    """Lines of finished milestones that the table lacks, or has of an earlier folder of that name.
+    """Lines of finished milestones that the table lacks, or has of an earlier folder of that name, or has wrong.
 
-    What stops a run between a milestone and its line (a full disk, a kill) leaves the one without the other. A damaged
-    milestone gets none: opening it raises the error.
+    What stops a run between a milestone and its line (a full disk, a kill) leaves the one without the other. A line
+    whose samples are not its steps' is an edited one, or of a run that changed its batch: the milestone itself says. A
+    damaged milestone gets none: opening it raises the error.
     """
-    recorded = {row["name"]: row["digest"] for row in runs.recorded()}
+    recorded = {row["name"]: row for row in runs.recorded()}
     for folder in runs.milestones():
-        if folder.name in recorded and said_digest(folder) == recorded[folder.name]:
+        row = recorded.get(folder.name)
+        in_step = row and int(row["samples"]) == int(row["step"]) * order.global_batch_size
+        if row and in_step and said_digest(folder) == row["digest"]:
             continue
         try:
             digest = read_marker(folder).digest
@@ -60,7 +63,10 @@ def missing_lines(runs: RunFolder, order: SampleOrder) -> Iterator[Milestone]:
             continue
         # Its own recipe says what its interval was.
         cadence = Cadence(index.recipe.checkpoint, order.steps_per_segment)
-        yield milestone_of(folder, index.state, index.contents, digest, cadence, order, written)
+        line = milestone_of(folder, index.state, index.contents, digest, cadence, order, written)
+        said = row and (row["digest"], int(row["step"]), int(row["samples"]))
+        if said != (digest, line.step, line.samples):
+            yield line
 
 
 def numbers_taken(runs: RunFolder, cadence: Cadence) -> str:
