@@ -44,9 +44,9 @@ STOOD_STILL = re.compile(r"is durable: .*the loop stood still ([\d.]+) (ms|s)\b"
 
 
 class Session:
-    def __init__(self, data: Path, out: Path, minutes: float) -> None:
-        self.data, self.out = data, out
-        self.deadline = STARTED + 60 * minutes
+    def __init__(self, data: Path, out: Path, deadline: float) -> None:
+        """`deadline` for all parts, by `time.monotonic`."""
+        self.data, self.out, self.deadline = data, out, deadline
         self.results: dict[str, Any] = {}
         out.mkdir(parents=True, exist_ok=True)
 
@@ -163,7 +163,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_session"), help="folder for logs and results")
     parser.add_argument("--minutes", type=float, default=9, help="for all parts, from the start of this process")
     arguments = parser.parse_args()
-    session = Session(arguments.data, arguments.out, arguments.minutes)
+    session = Session(arguments.data, arguments.out, STARTED + 60 * arguments.minutes)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     session.run(
         {

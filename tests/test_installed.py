@@ -90,3 +90,18 @@ def test_data_tools_of_a_clone_use_the_installed_core_of_the_same_sources(instal
     assert f"that of {installed / 'data_tools' / 'index'}" in refused.stderr
     assert f"cd {tmp_path / 'clone'} &&" in refused.stderr and "-m data_tools.build_amber" in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("where", ["clone", "installed"])
+def test_a_core_that_is_cut_short_is_named(installed: Path, tmp_path: Path, where: str) -> None:
+    """A full disk or a broken copy leaves one; loaded, it ends Python with SIGBUS and no word."""
+    core = next((installed / "data_tools/index").glob("_core*.so"))
+    for folder in ("clone", "installed"):
+        shutil.copytree(ROOT / "data_tools", tmp_path / folder / "data_tools", ignore=BUILT)
+    cut = tmp_path / where / "data_tools/index" / core.name
+    variables = {"PYTHONPATH": str(tmp_path / "installed")}
+    for size in (core.stat().st_size - 1, core.stat().st_size // 2, 40, 0):
+        cut.write_bytes(core.read_bytes()[:size])
+        refused = run(tmp_path, "clone/data_tools/build_amber.py", "verify", "--input", ".", **variables)
+        assert refused.returncode == 1 and "Traceback" not in refused.stderr, refused.stderr
+        assert str(cut) in refused.stderr and "cut short" in refused.stderr and "build it again" in refused.stderr

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,7 +93,7 @@ def test_the_sessions_part_compares_a_layout_and_tells_one_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(one_gpu, "ALL", ["TP2"])
-    part = gpu_session.Session(tmp_path, tmp_path, 9).layouts(120)
+    part = gpu_session.Session(tmp_path, tmp_path, time.monotonic() + 540).layouts(120)
     assert part.pop("within 1e-05 of one rank") is True, part
     assert set(part) == {"TP2"} and set(part["TP2"]) == {"losses", "norms", "weights"}
     assert json.loads((tmp_path / "layouts/layouts.json").read_text()) == part
@@ -115,7 +116,7 @@ def test_a_layout_that_is_off_or_did_not_end_is_no_proof(found: object) -> None:
 
 
 def test_a_part_that_breaks_leaves_the_next_its_turn(tmp_path: Path) -> None:
-    session = gpu_session.Session(tmp_path, tmp_path, 9)
+    session = gpu_session.Session(tmp_path, tmp_path, time.monotonic() + 540)
 
     def breaks(_: float) -> None:
         raise KeyError("loss")

@@ -6,6 +6,7 @@ A container has the package installed and a clone of the repository mounted, in 
 from __future__ import annotations
 
 import importlib.util
+import struct
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -17,7 +18,10 @@ MODULE = "data_tools.index._core"
 
 
 def provide() -> None:
-    """Make `data_tools.index._core` importable. Raises DataError where there is none for these sources."""
+    """Make `data_tools.index._core` importable.
+
+    Raises DataError where none is built from these sources, or where the built file is cut short.
+    """
     if MODULE in sys.modules or _built(HERE):
         return
     others = []
@@ -51,7 +55,31 @@ def _installed() -> list[Path]:
 
 
 def _built(folder: Path) -> Path | None:
-    return next((core for suffix in EXTENSION_SUFFIXES if (core := folder / f"_core{suffix}").is_file()), None)
+    core = next((core for suffix in EXTENSION_SUFFIXES if (core := folder / f"_core{suffix}").is_file()), None)
+    if core is not None and not _is_whole(core):
+        package = folder.parent.parent
+        build = f"cd {package} && {sys.executable} -m pip install --no-deps --force-reinstall -e ."
+        if not (package / "setup.py").is_file():
+            build = "install the package again, with --force-reinstall"
+        raise DataError(
+            "this built C++ core is cut short and would end Python with a bus error",
+            file=core,
+            remedy=f"remove it and build it again: {build}",
+        )
+    return core
+
+
+def _is_whole(core: Path) -> bool:
+    """Whether an ELF file of 64 bits reaches to its end, which the table of its sections is (gABI, ELF header)."""
+    with core.open("rb") as stream:
+        header = stream.read(64)
+    if not header.startswith(b"\x7fELF"):
+        return sys.platform != "linux"  # other systems have other forms
+    if len(header) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    size, count = struct.unpack_from("<HH", header, 0x3A)
+    return core.stat().st_size >= table + size * count
 
 
 def _sources(folder: Path) -> dict[str, bytes]:
