@@ -3,7 +3,7 @@
     device CHECKPOINT FORM ... [--against CHECKPOINT FORM ...]
 
 Each form runs in a process of its own: greedy tokens, log-probabilities of held-out rows, file, memory, speed. A form
-that is worse than its checkpoint ends it with exit code 1.
+that is worse than its checkpoint, or cannot be measured, ends it with exit code 1 once the others are done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another checkpoint and its forms, for the same table",
     )  # fmt: skip
     parser.add_argument("--threads", nargs="+", type=count, default=[1, 2], help="(1 2)")
-    parser.add_argument("--new-tokens", type=count, default=64, help="greedy tokens after each of 8 prompts (64)")
+    parser.add_argument("--new-tokens", type=_two, default=64, help="greedy tokens after each of 8 prompts (64)")
     parser.add_argument("--data", type=Path, help="data set with held-out rows; default: the recipe's")
     parser.add_argument("--tokens", type=count, default=2000, help="held-out ids to score, at least (2000)")
     parser.add_argument("--random", action="store_true", help="random ids instead of held-out rows")
@@ -34,8 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _two(text: str) -> int:
+    """A whole number of at least 2: decoding is timed after the first token."""
+    if (number := count(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is given, a whole number of at least 2 is needed")
+    return number
+
+
 def main(args: argparse.Namespace) -> int:
-    """Exit code 1: a form is worse than its checkpoint; 2: refused, with the remedy."""
+    """Exit code 1: a form is worse than its checkpoint or was not measured; 2: refused, with the remedy."""
     from megatron_patch.parallel import topology
 
     try:
@@ -66,9 +73,10 @@ def _measure(args: argparse.Namespace) -> int:
     except ValueError as error:  # RuntimeFormError, CheckpointError, DataError
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    print(markdown(rows, processor(), told))
+    if rows:
+        print(markdown(rows, processor(), told))
     if args.csv:
         write_whole(args.csv, as_csv(rows).encode())
     for fault in faults:
-        print(f"worse than its checkpoint: {fault}", file=sys.stderr)
+        print(fault, file=sys.stderr)
     return 1 if faults else 0

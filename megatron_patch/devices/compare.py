@@ -57,14 +57,19 @@ class Texts:
 
 
 def measure_group(checkpoint: Path, forms: Sequence[DeviceForm], asked: Asked) -> tuple[list[Measured], str, list[str]]:
-    """The table's rows, what the losses are of, and what is worse than it may be.
+    """The table's rows, what the losses are of, and each form's faults: not measured, or worse than it may be.
 
     Raises:
-        RuntimeFormError: a form cannot be opened, or there are no held-out rows.
+        RuntimeFormError: there are no held-out rows, or the model has no room for the new tokens.
         CheckpointError, DataError: the checkpoint or the data set is damaged.
     """
     reference = Reference(checkpoint)
     model = reference.recipe.model
+    if PROMPT_TOKENS + asked.new_tokens > model.sequence_length:
+        raise RuntimeFormError(
+            f"{asked.new_tokens} new tokens after a prompt of {PROMPT_TOKENS} are more than the model's "
+            f"{model.sequence_length}; take fewer by --new-tokens"
+        )
     texts = _texts(reference.recipe, asked)
     expected = [reference.log_probs(row) for row in texts.rows]
     rows, faults = [], []
@@ -74,7 +79,11 @@ def measure_group(checkpoint: Path, forms: Sequence[DeviceForm], asked: Asked) -
             print(f"{form.path}: {threads} thread(s)", file=sys.stderr)
             scored = texts.rows if threads == asked.threads[0] else texts.rows[:1]
             exact = form.is_fp32(model)
-            answer = measure(form.path, threads, exact, asked.new_tokens, texts.prompts, scored)
+            try:
+                answer = measure(form.path, threads, exact, asked.new_tokens, texts.prompts, scored)
+            except RuntimeFormError as error:  # the next form may still be measured
+                faults.append(f"not measured: {form.path} on {threads} thread(s): {error}")
+                continue
             pairs = zip(texts.prompts, answer.continued, strict=True)
             alike = sum(reference.chosen_alike(prompt, ids, answer.eos) for prompt, ids in pairs)
             ours, theirs = (np.concatenate(parts) for parts in (expected[: len(scored)], answer.log_probs))
@@ -99,7 +108,7 @@ def measure_group(checkpoint: Path, forms: Sequence[DeviceForm], asked: Asked) -
                 checkpoint_loss=float(-ours.mean()),
             )
             rows.append(row)
-            faults += _faults(form, row, answer, asked, exact)
+            faults += [f"worse than its checkpoint: {fault}" for fault in _faults(form, row, answer, asked, exact)]
     return rows, texts.told, faults
 
 

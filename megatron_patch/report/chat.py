@@ -119,6 +119,11 @@ def _talk(
         answer = "".join(_printed(_pieces(ids, tokenizer)))
         print(flush=True)
         turns.append({"role": "assistant", "content": answer or "..."})
+        try:
+            prompt_of([*turns, {"role": "user", "content": "?"}])
+        except ValueError as error:  # the model has spelled a control token: no question could follow
+            turns = []
+            print(f"(the conversation begins anew: {error})", file=sys.stderr)
 
 
 def _first(args: argparse.Namespace) -> list[Message]:

@@ -73,8 +73,10 @@ def test_every_form_against_its_checkpoint(
         assert row.same_tokens == 1 or row.bits < 31
     assert rows["onnx"].worst < 1e-4 and 1e-4 < rows["ct2"].worst < rows["q4.gguf"].worst
 
-    told = device("other", "onnx", "q4.gguf", *asked)  # exported from other weights
-    assert told.returncode == 1
+    Path("torn.gguf").write_bytes(b"GGUF")
+    told = device("other", "torn.gguf", "onnx", "q4.gguf", *asked)  # one that does not open, others of other weights
+    assert told.returncode == 1 and [row.form for row in from_csv(Path("out.csv").read_text())] == forms[2:0:-1]
+    assert "not measured: torn.gguf on 1 thread(s): torn.gguf: llama.cpp cannot open it" in told.stderr
     for fault in ("onnx on 1 thread(s): fp32, but a log-probability", "onnx on 1 thread(s): fp32, but only"):
         assert f"worse than its checkpoint: {fault}" in told.stderr
 
@@ -90,6 +92,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["checkpoint", "torn.gguf", "--against", "checkpoint"], "--against checkpoint: name its forms"),
         (["empty", "torn.gguf", "--random"], "empty"),
         (["checkpoint", "torn.gguf", "--data", "empty"], "empty"),
+        (["checkpoint", "torn.gguf", "--random", "--new-tokens", "300"], "more than the model's 256"),
     ):
         assert main(["device", *words, "--threads", "1"]) == 2
         assert reason in capsys.readouterr().err
@@ -98,7 +101,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     script = f"from megatron_patch.__main__ import main; code = main({words})\n"
     script += "import torch.distributed as dist; raise SystemExit(code if not dist.is_initialized() else 9)"
     torn = run("-c", script)
-    assert torn.returncode == 2 and "torn.gguf: llama.cpp cannot open it" in torn.stderr
+    assert torn.returncode == 1 and not torn.stdout and "torn.gguf: llama.cpp cannot open it" in torn.stderr
     with pytest.raises(ValueError, match="its columns are not recipe, form"):
         from_csv("a,b\n1,2\n")
 

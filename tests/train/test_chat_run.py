@@ -24,6 +24,7 @@ from megatron_patch.convert.source import ConvertError
 from megatron_patch.data.segments import open_segments
 from megatron_patch.generate import Answer, answer, load_model
 from megatron_patch.recipe import load
+from megatron_patch.report import chat
 from megatron_patch.report.answers import held_out_questions
 from tests.convert.samples import VOCAB_SIZE, train_tokenizer
 from tests.ranks import run_ranks
@@ -131,6 +132,19 @@ def typed(words: list[str], text: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = main(words)
     return code, out.getvalue(), err.getvalue()
+
+
+def spelled(words: list[str], text: str) -> tuple[int, str, str]:
+    """As `typed`, of a model whose every answer is the end of turn, spelled byte by byte."""
+    spelling = [3 + byte for byte in b"</s>"]  # behind the three control tokens, as `byte_fallback` has them
+    chat.stream = lambda *_, **__: iter(spelling)  # type: ignore[assignment]
+    return typed(words, text)
+
+
+def test_an_answer_that_spells_a_control_token_is_forgotten(undisturbed: Path) -> None:
+    code, out, err = run_ranks(1, spelled, ["chat", str(undisturbed)], "the fox 1?\nover dog 2?\n")[0]
+    assert code == 0 and out == "</s>\n</s>\n", "the second question is answered too"
+    assert err.count("the conversation begins anew: </s> in a message of the assistant") == 2
 
 
 def test_chat_answers_line_by_line(undisturbed: Path, tmp_path: Path) -> None:
