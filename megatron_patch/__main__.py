@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from data_tools.files.empty_words import empty_word
+from data_tools.files.errors import DataError
 from megatron_patch import arguments
 from megatron_patch.launch import LaunchError, complain
 from megatron_patch.train import signals
@@ -127,6 +128,9 @@ def main(argv: list[str]) -> int:
     except LaunchError as error:
         complain(f"refused: {error}")
         return 2
+    except DataError as error:  # a file that is written last, on a full disk
+        complain(f"{name}: {error}")
+        return 1
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -102,6 +102,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     script += "import torch.distributed as dist; raise SystemExit(code if not dist.is_initialized() else 9)"
     torn = run("-c", script)
     assert torn.returncode == 1 and not torn.stdout and "torn.gguf: llama.cpp cannot open it" in torn.stderr
+    # A table that finds no room on the disk, after the measurement: printed by then, and the file is named.
+    command = f"from megatron_patch.__main__ import main; raise SystemExit(main({[*words, '--csv', 'out.csv']}))"
+    full = run("-c", f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20)); {command}")
+    assert full.returncode == 1 and "device: out.csv: cannot write: File too large" in full.stderr
+    assert "Traceback" not in full.stderr and not Path("out.csv").exists()
     with pytest.raises(ValueError, match="its columns are not recipe, form"):
         from_csv("a,b\n1,2\n")
 
