@@ -58,7 +58,8 @@ def _figure(found: list[dict[str, Any]]) -> Figure:
         axis.grid(alpha=0.3)
     figure.supxlabel(f"{unit} tokens", fontsize=10)
     figure.supylabel("percent (MME: points), with one standard error", fontsize=10)
-    axes[0].legend(fontsize=8)
+    for text in axes[0].legend(fontsize=8).get_texts():
+        text.set_parse_math(False)  # a run's name is no formula
     return figure
 
 

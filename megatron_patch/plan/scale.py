@@ -83,6 +83,7 @@ def draw(found: Sequence[Plan], image: Path) -> None:
         )
     axes.set(xlabel="GPUs", ylabel="million tokens/s", xlim=(0, None), ylim=(0, None))
     axes.set_title(f"{found[0].settings.name} on nodes of {found[0].gpu.per_node} {found[0].hardware.name}, planned")
-    axes.legend()
+    for text in (axes.title, *axes.legend().get_texts()):
+        text.set_parse_math(False)  # a recipe's name is no formula
     with write_beside(image) as stream:
         figure.savefig(stream, format=image.suffix.removeprefix(".") or "png", dpi=120)

@@ -26,7 +26,7 @@ def bars(figure: Figure | SubFigure, names: Sequence[str], is_paper: Sequence[bo
             fontsize=8,
             padding=2,
         )
-        axis.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
         axis.set_title(title, fontsize=10)
         axis.margins(x=0.3)
         axis.set_xticks([])

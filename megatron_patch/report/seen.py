@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from data_tools.chat.template import ChatTokenizer
 from data_tools.dataset.format import CHAT_TEMPLATE_NAME
+from data_tools.files.durable import write_beside
 from megatron_patch.data.images import Images
 from megatron_patch.data.segments import Segments
 from megatron_patch.generate import answer, pictures_of
 from megatron_patch.recipe import Vision
 from megatron_patch.report.answers import Question, held_out_questions
-
-matplotlib.use("Agg")  # a file is drawn, no window is opened
-from matplotlib import pyplot as plt
 
 MOST_QUESTIONS, SHOWN, COLUMNS = 256, 4, 8
 PICTURE_NAME = "answers.png"
@@ -56,7 +54,7 @@ def held_out_seen(model: torch.nn.Module, segments: Segments, vision: Vision, li
     for i in range(min(SHOWN, len(questions))):
         shown = [f"[image {questions[i].images[0]}]", *asked[i].splitlines(), answered[i], f"(true: {true[i]})"]
         lines += ["", *("    " + line for line in shown)]
-    _draw(pixels[: 4 * COLUMNS], answered, true, run / PICTURE_NAME)
+    draw(pixels[: 4 * COLUMNS], answered, true, run / PICTURE_NAME)
     return "\n".join([*lines, f"\npicture        {run / PICTURE_NAME}"])
 
 
@@ -90,15 +88,17 @@ def _share(said: Sequence[Sequence[int]], questions: Sequence[Question]) -> str:
     return f"{right / len(questions):.1%}"
 
 
-def _draw(pixels: np.ndarray, answered: Sequence[str], true: Sequence[str], path: Path) -> None:
+def draw(pixels: np.ndarray, answered: Sequence[str], true: Sequence[str], path: Path) -> None:
+    """Images, uint8 [n, 3, size, size], each under its answer; red, with the true one behind it, where it is wrong."""
     rows = -(-len(pixels) // COLUMNS)
-    figure, grid = plt.subplots(rows, COLUMNS, figsize=(1.4 * COLUMNS, 1.7 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.4 * COLUMNS, 1.7 * rows), layout="constrained")
+    grid = figure.subplots(rows, COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, image, said, meant in zip(grid.flat, pixels, answered, true, strict=False):
         axes.imshow(image.transpose(1, 2, 0))
         right = said == meant
         title = said if right else f"{said} ({meant})"
-        axes.set_title(title[:40], fontsize=8, color="black" if right else "tab:red")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.set_title(title[:40], fontsize=8, color="black" if right else "tab:red", parse_math=False)
+    with write_beside(path) as stream:
+        figure.savefig(stream, format="png", dpi=120)

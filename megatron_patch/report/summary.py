@@ -10,10 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from sentencepiece import SentencePieceProcessor
 
+from data_tools.files.durable import write_beside
 from data_tools.files.plain_file import read_plain
 from megatron_patch import launch
 from megatron_patch.data.segments import DataError, Segments, open_segments
@@ -26,10 +28,6 @@ from megatron_patch.report.series import Thinned
 from megatron_patch.run.log import accepted_backwards, is_step
 from megatron_patch.train.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from megatron_patch.train.checkpoint.run_folder import LATEST_NAME
-
-matplotlib.use("Agg")  # a file is drawn, no window is opened
-from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter
 
 
 def main(args: argparse.Namespace) -> int:
@@ -178,7 +176,8 @@ def _loss(value: float | None) -> str:
 
 
 def _draw(history: History, path: Path, unigram: float | None) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     tokens_a_step = history.last["tokens"] / history.last["step"]
     points = history.loss.points()
     axes.plot(
@@ -201,5 +200,5 @@ def _draw(history: History, path: Path, unigram: float | None) -> None:
     axes.set(xlabel="tokens", ylabel="nats/token")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with write_beside(path) as stream:
+        figure.savefig(stream, format="png", dpi=150)

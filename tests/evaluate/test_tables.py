@@ -111,7 +111,7 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     image = Image.open(tmp_path / "scores.png")
     assert image.width > 1000
     assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
-    seeing = result("mobillama_v--ckpt_000", 1_000, 9.0, names=[])
+    seeing = result(r"of $\frac$--ckpt_000", 1_000, 9.0, names=[])
     seeing |= {"average": None, "scores": {"mme": {"value": 1191.9, "stderr": None, "stock": None}}}
     (results / "seeing").mkdir()
     (results / "seeing/scores.json").write_text(json.dumps(seeing))
@@ -119,6 +119,7 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     words = (tmp_path / "scores.svg").read_text()
     assert "<!-- billion tokens -->" in words
     assert all(f"<!-- {benchmark.column} -->" in words for benchmark in BENCHMARKS)
+    assert r"<!-- of $\frac$ -->" in words, "a name that is no formula"
     assert "<!-- MME -->" in words and "<!-- GQA -->" not in words, "a panel for each benchmark that has scores"
     assert main(["eval", "--plot", str(tmp_path / "none"), str(tmp_path / "other.png")]) == 2
     assert "no scores of checkpoints to plot" in capsys.readouterr().err

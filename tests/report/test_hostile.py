@@ -6,7 +6,13 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
 from megatron_patch.recipe import load
+from megatron_patch.report import seen
+from megatron_patch.report.bars import bars
 from megatron_patch.report.page import embed, render
 from megatron_patch.report.read import Run, Steps
 
@@ -34,6 +40,18 @@ def test_texts_of_a_run_are_text() -> None:
 def test_embedded_data_cannot_close_its_element() -> None:
     assert "<" not in embed({"text": f"</script>{MARKUP}"})
     assert json.loads(embed({"text": f"</script>{MARKUP}"}))["text"] == f"</script>{MARKUP}"
+
+
+def test_names_and_answers_are_no_formulas(tmp_path: Path) -> None:
+    """In matplotlib's text a pair of dollars is mathematics, and an error where that is none."""
+    formula = r"costs $\frac$"
+    figure = Figure()
+    bars(figure, [formula, "paper"], [False, True], [("loss", [1.0, 2.0]), ("time", [None, 3.0])])
+    figure.savefig(tmp_path / "bars.svg")
+    assert formula in (tmp_path / "bars.svg").read_text()
+    pixels = np.zeros((2, 3, 4, 4), np.uint8)
+    seen.draw(pixels, [formula, "2"], [formula, formula], tmp_path / "answers.png")
+    assert Image.open(tmp_path / "answers.png").width > 100
 
 
 class Page(HTMLParser):
