@@ -9,7 +9,7 @@ demo demo-chat demo-vision: export OMP_NUM_THREADS := 1
 # On the CPU where there is a GPU too, which four ranks could not share.
 demo demo-chat demo-vision: export CUDA_VISIBLE_DEVICES :=
 
-.PHONY: help env demo demo-chat demo-vision test test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data ladder-data ladder ladder-smoke asan emulate clean
+.PHONY: help env demo demo-chat demo-vision test test-ranks test-computing test-cluster test-gpu lint soak gpu-data gpu-session bench-gpu bench-data ladder-data ladder ladder-smoke asan emulate clean
 .DEFAULT_GOAL := help
 
 help:
@@ -103,9 +103,20 @@ demo-vision: $(VENV)/ready-vision
 	    recipes/demo_vision.yaml run.initial_weights=demo/run/checkpoints/$$(cat demo/run/checkpoints/latest)
 	$(BIN)/python -m megatron_patch summary demo/vision_run
 
+# The two halves side by side, which keeps two cores busy. The output of the second comes when it ends.
+COMPUTING := tests/data tests/data_tools tests/evaluate tests/kernels
+RUNTIMES := tests/convert tests/devices
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest tests --ignore=tests/cluster --ignore=tests/convert --ignore=tests/devices
-	$(BIN)/python -m pytest tests/convert tests/devices  # apart: threads left by runtimes and gloo hang ranks forked later
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-ranks test-computing
+
+test-ranks:
+	$(BIN)/python -m pytest tests $(addprefix --ignore=,tests/cluster $(COMPUTING) $(RUNTIMES))
+
+# The runtimes last and apart: the threads that they and gloo leave behind hang ranks that are forked later.
+test-computing:
+	@for tests in "$(COMPUTING)" "$(RUNTIMES)"; do \
+	    $(BIN)/python -m pytest $$tests || failed=1; \
+	done > $(VENV)/test-computing.log 2>&1; cat $(VENV)/test-computing.log; test -z "$$failed"
 
 test-cluster: $(VENV)/ready-dev
 	tests/cluster/install.sh
